@@ -1,0 +1,66 @@
+"""How a desk reaches its owner: by the owner's verbs, wherever the owner lives.
+
+Two kinds exist: `InlineRef` here, for owners in the same process, and `RayRef` in `spawn.py`, for
+owners that are named Ray actors. A desk cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+Clock = Callable[[], float]
+"""Seconds on a monotonic clock. Only differences mean anything, and only within one process."""
+
+
+class OwnerUnavailable(Exception):
+    """The owner could not be reached in time; the message may or may not have been executed."""
+
+    def __init__(self, owner: str, reason: str) -> None:
+        super().__init__(owner, reason)
+        self.owner = owner
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"owner {self.owner!r} is unavailable: {self.reason}"
+
+
+class OwnerRef(Protocol):
+    """The far end of a desk's line.
+
+    `ask` may deliver a message more than once when it has to retry, so every message that changes
+    something carries an id. What the owner raises is raised here; `OwnerUnavailable` means that no
+    answer came within `timeout_s` seconds.
+    """
+
+    name: str
+    sent: Counter[str]
+
+    async def ask(self, method: str, /, *args: Any, timeout_s: float = 5.0) -> Any: ...
+
+
+class InlineRef:
+    """An owner that lives in this process and on this event loop."""
+
+    def __init__(self, name: str, owner: object) -> None:
+        self.name = name
+        self.owner = owner
+        self.sent: Counter[str] = Counter()
+
+    async def ask(self, method: str, /, *args: Any, timeout_s: float = 5.0) -> Any:
+        self.sent[method] += 1
+        result = getattr(self.owner, method)(*args)
+        return await result if inspect.isawaitable(result) else result
+
+
+def holder_id(node: str) -> str:
+    """This process's name among all holders of leases: node, pid and start time.
+
+    A pid alone is reused; with its start time it is not (proc(5), field 22 of `stat`).
+    """
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:
+        started = stat.read().rpartition(")")[2].split()[19]
+    return f"{node}/{os.getpid()}/{started}"
