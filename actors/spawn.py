@@ -33,6 +33,7 @@ CALLS_MAX = 10_000  # calls an owner may hold at once: watchers and waiting foll
 OWNER_RESOURCE = "forebay_owner"  # a cluster that has this resource keeps its owners there
 RETRY_PAUSE_S = 0.05
 LOOKUP_TIMEOUT_S = 10.0
+CREATE_TIMEOUT_S = 60.0  # a new process imports Ray first, beside a dozen others that do
 BOOT_NAMESPACE = b"forebay"
 
 
@@ -137,11 +138,12 @@ def ensure(spec: OwnerSpec, namespace: str, replace_older: bool) -> Any:
     Raises:
         ProtocolMismatch: the running actor is older and `replace_older` is False, or it is newer.
     """
-    deadline = time.monotonic() + LOOKUP_TIMEOUT_S
+    deadline = time.monotonic() + CREATE_TIMEOUT_S
     while True:
         try:
             handle = _get_or_create(spec, namespace)
-            running = int(ray.get(handle.protocol.remote(), timeout=LOOKUP_TIMEOUT_S))
+            left_s = max(0.0, deadline - time.monotonic())
+            running = int(ray.get(handle.protocol.remote(), timeout=left_s))
         except (RayActorError, ValueError) as error:
             # A name outlives its actor for a moment; ask again until it points to a live one.
             if time.monotonic() > deadline:

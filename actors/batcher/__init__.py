@@ -1,0 +1,1 @@
+"""Texts of many callers, one provider call: gathered, sent, split again."""

@@ -1,0 +1,1 @@
+"""Answers that exist already, and answers that somebody is getting just now."""

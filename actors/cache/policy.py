@@ -1,0 +1,428 @@
+"""What a cached answer is called, how long and in how much room it is kept, and who computes what.
+
+Rule 1: a key is made of its scope; there is no way to build one without, and every look-up names
+        the scope again. A tenant's entry is not even searched in another's shelf.
+Rule 2: fields are length-prefixed and hashed in full, so no field can spell another one.
+Rule 3: of those who ask for one key at one time, exactly one leads. It leads while it is heard of;
+        when it falls silent, the next who asks leads.
+Rule 4: values are opaque bytes, whole and successful by the caller's promise.
+
+No clock and no event loop here: time is an argument.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import orjson
+
+ENTRY_OVERHEAD_BYTES = 350
+"""What an entry costs beside its value: key, record, and its places in the maps (measured)."""
+ENTRY_SHARE_MAX = 8
+"""No entry is larger than the cache divided by this."""
+FLIGHTS_MAX = 100_000
+OUTCOMES_MAX = 10_000
+OUTCOMES_BYTES_MAX = 32 * 1024 * 1024
+OUTCOMES_KEPT_S = 10.0
+
+TRANSPORT_FIELDS = frozenset(
+    {
+        "model",  # given to `key` as what the alias means
+        "stream",
+        "stream_options",
+        "encoding_format",
+        "user",
+        "safety_identifier",
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "timeout",
+        "request_timeout",
+    }
+)
+"""Fields that change how an answer travels or who is named with it, never what it says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Who may share an answer: one tenant, or everybody (None), which is only ever chosen."""
+
+    tenant: str | None
+
+    @property
+    def mark(self) -> str:
+        """The scope as a string: no tenant's name can make it another's, or everybody's."""
+        return "everybody" if self.tenant is None else f"tenant {self.tenant}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Scope, (self.tenant,))
+
+
+def key(scope: Scope, route: str, model: str, body: dict[str, Any]) -> bytes:
+    """32 bytes that name the answer to a request: BLAKE2b-256 (RFC 7693) of its canonical form.
+
+    `model` is what the alias stands for. Bodies that mean the same (field order, 1 and 1.0 and 1e0,
+    a null field and none) share a key, and every difference in meaning splits it. Text is taken as
+    it is: no Unicode normalisation. Raises TypeError or ValueError for what JSON cannot say.
+    """
+    digest = blake2b(digest_size=32, person=b"forebay.cache.1")
+    for text in (scope.mark, route, model):
+        field = text.encode("utf-8", "surrogatepass")
+        digest.update(len(field).to_bytes(8, "big"))
+        digest.update(field)
+    digest.update(canonical(body))
+    return digest.digest()
+
+
+def canonical(body: dict[str, Any]) -> bytes:
+    """JSON in the spirit of RFC 8785: keys sorted, one form for each number, no spaces."""
+    fields = {
+        name: _plain(value)
+        for name, value in body.items()
+        if value is not None and name not in TRANSPORT_FIELDS
+    }
+    try:
+        return b"o" + orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        # Integers beyond 64 bits and lone surrogates, which JSON lets through and orjson does not.
+        # The letter in front keeps the two forms apart.
+        return b"j" + json.dumps(fields, sort_keys=True, allow_nan=False).encode()
+
+
+def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind is str or kind is int:
+        return value
+    if kind is dict:
+        return {name: _plain(inner) for name, inner in value.items()}
+    if kind is list:
+        return [_plain(inner) for inner in value]
+    if kind is float:
+        if not math.isfinite(value):
+            raise ValueError("not a JSON number")
+        return int(value) if value.is_integer() and abs(value) < 2**63 else value
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One look-up: may a stored answer serve it (`read`), may it share a running call (`join`).
+
+    `flight` is minted by the asker and names its own call, should it lead. A leader not heard of
+    for `silence_s` seconds is taken for dead.
+    """
+
+    key: bytes
+    scope: Scope
+    flight: str
+    read: bool
+    join: bool
+    silence_s: float
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.key, self.scope, self.flight, self.read, self.join, self.silence_s)
+        return (Ask, fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A stored answer, `age_s` seconds old."""
+
+    value: bytes
+    age_s: float
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Hit, (self.value, self.age_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """Compute it, and land it whatever happens. Without a flight nobody waits for the outcome."""
+
+    key: bytes
+    scope: Scope
+    flight: str | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Lead, (self.key, self.scope, self.flight))
+
+
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """Somebody else computes it: wait for this flight."""
+
+    flight: str
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Nothing stored, and no flight: compute it alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """The end of a flight. A value is stored if it has a `ttl_s`; neither value nor error: lost."""
+
+    key: bytes
+    scope: Scope
+    flight: str | None
+    value: bytes | None
+    error: bytes | None
+    ttl_s: float | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.key, self.scope, self.flight, self.value, self.error, self.ttl_s)
+        return (Landing, fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """The leader's answer."""
+
+    value: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The leader's error, for those who waited with it. The next one who asks tries anew."""
+
+    error: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The leader is lost, or the flight unknown: ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Still in the air: go on following."""
+
+
+Answer = Hit | Lead | Follow | Miss
+Outcome = Landed | Failed | Gone
+
+
+@dataclass(slots=True)
+class _Stored:
+    value: bytes
+    stored_s: float
+    expires_s: float
+    bytes: int
+
+
+class _Shelf:
+    """One scope's entries, least recently used first."""
+
+    __slots__ = ("bytes", "entries")
+
+    def __init__(self) -> None:
+        self.entries: OrderedDict[bytes, _Stored] = OrderedDict()
+        self.bytes = 0
+
+
+class Entries:
+    """Owns stored answers: one shelf per scope, each with least-recently-used order.
+
+    Bounded by `bytes_max`, overhead included, and a scope by `scope_share` of it. A scope over its
+    own bound evicts its own entries. When the whole is full, the largest shelf gives way: a scope
+    that holds no more than an equal share is never evicted by others.
+    """
+
+    def __init__(self, bytes_max: int, scope_share: float = 1.0) -> None:
+        self.bytes_max = bytes_max
+        self.bytes = 0
+        self.evicted = 0
+        self._shelf_bytes_max = int(bytes_max * scope_share)
+        self._shelves: dict[str, _Shelf] = {}
+        # Shelves by size, largest first; each growth adds a record, stale ones are put right when
+        # they come up.
+        self._largest: list[tuple[int, str]] = []
+
+    def __len__(self) -> int:
+        return sum(len(shelf.entries) for shelf in self._shelves.values())
+
+    def scope_bytes(self, scope: Scope) -> int:
+        shelf = self._shelves.get(scope.mark)
+        return 0 if shelf is None else shelf.bytes
+
+    def get(self, key: bytes, scope: Scope, now: float) -> Hit | None:
+        shelf = self._shelves.get(scope.mark)
+        stored = None if shelf is None else shelf.entries.get(key)
+        if shelf is None or stored is None:
+            return None
+        if now >= stored.expires_s:
+            self._drop(scope.mark, shelf, key)
+            return None
+        shelf.entries.move_to_end(key)
+        return Hit(stored.value, now - stored.stored_s)
+
+    def put(self, key: bytes, scope: Scope, value: bytes, ttl_s: float, now: float) -> bool:
+        """False, and nothing is kept under the key, when the value is too large or dead already."""
+        size = len(value) + ENTRY_OVERHEAD_BYTES
+        shelf = self._shelves.get(scope.mark)
+        if shelf is not None and key in shelf.entries:
+            self._drop(scope.mark, shelf, key)
+        too_large = size > min(self.bytes_max // ENTRY_SHARE_MAX, self._shelf_bytes_max)
+        if too_large or ttl_s <= 0:
+            return False
+        while self._shelf_bytes(scope.mark) + size > self._shelf_bytes_max:
+            self._evict(scope.mark)
+        while self.bytes + size > self.bytes_max:
+            self._evict(self._largest_shelf())
+        shelf = self._shelves.setdefault(scope.mark, _Shelf())
+        shelf.entries[key] = _Stored(value, now, now + ttl_s, size)
+        shelf.bytes += size
+        self.bytes += size
+        self._note_growth(scope.mark, shelf)
+        return True
+
+    def _shelf_bytes(self, mark: str) -> int:
+        shelf = self._shelves.get(mark)
+        return 0 if shelf is None else shelf.bytes
+
+    def _evict(self, mark: str) -> None:
+        shelf = self._shelves[mark]
+        self._drop(mark, shelf, next(iter(shelf.entries)))
+        self.evicted += 1
+
+    def _drop(self, mark: str, shelf: _Shelf, key: bytes) -> None:
+        stored = shelf.entries.pop(key)
+        shelf.bytes -= stored.bytes
+        self.bytes -= stored.bytes
+        if not shelf.entries:
+            del self._shelves[mark]
+
+    def _note_growth(self, mark: str, shelf: _Shelf) -> None:
+        if len(self._largest) > 2 * len(self._shelves) + 64:
+            self._largest = [(-one.bytes, name) for name, one in self._shelves.items()]
+            heapq.heapify(self._largest)
+        else:
+            heapq.heappush(self._largest, (-shelf.bytes, mark))
+
+    def _largest_shelf(self) -> str:
+        while True:
+            record, mark = self._largest[0]
+            shelf = self._shelves.get(mark)
+            if shelf is None:
+                heapq.heappop(self._largest)
+            elif shelf.bytes != -record:
+                heapq.heapreplace(self._largest, (-shelf.bytes, mark))
+            else:
+                return mark
+
+
+@dataclass(slots=True)
+class _Flight:
+    id: str
+    place: tuple[str, bytes]
+    silence_s: float
+    silent_at_s: float
+    followed: bool = False
+
+
+class Flights:
+    """Owns who is computing what: one leader per scope and key.
+
+    Bounded by FLIGHTS_MAX; beyond, `join` answers Miss. The outcome of a flight that somebody was
+    told to follow is kept for OUTCOMES_KEPT_S, within OUTCOMES_MAX and OUTCOMES_BYTES_MAX, oldest
+    out first: who comes later for it finds it Gone.
+    """
+
+    def __init__(self) -> None:
+        self._by_place: dict[tuple[str, bytes], _Flight] = {}
+        self._by_id: dict[str, _Flight] = {}
+        self._silences: list[tuple[float, str]] = []
+        self._outcomes: OrderedDict[str, tuple[Outcome, float, int]] = OrderedDict()
+        self._outcome_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def join(self, ask: Ask, now: float) -> Lead | Follow | Miss:
+        """Lead, follow, or fly alone. The same ask again gets the same answer."""
+        place = (ask.scope.mark, ask.key)
+        running = self._by_place.get(place)
+        if running is not None and running.id == ask.flight:
+            running.silent_at_s = now + running.silence_s
+            return Lead(ask.key, ask.scope, ask.flight)
+        if running is not None:
+            running.followed = True
+            return Follow(running.id)
+        # An id that has landed is not opened again: it is an old message that comes twice.
+        if len(self._by_id) >= FLIGHTS_MAX or ask.flight in self._outcomes:
+            return Miss()
+        flight = _Flight(ask.flight, place, ask.silence_s, now + ask.silence_s)
+        self._by_place[place] = flight
+        self._by_id[flight.id] = flight
+        heapq.heappush(self._silences, (flight.silent_at_s, flight.id))
+        return Lead(ask.key, ask.scope, ask.flight)
+
+    def renew(self, flight: str, now: float) -> bool:
+        """The leader is alive. False when it leads no longer."""
+        running = self._by_id.get(flight)
+        if running is None:
+            return False
+        running.silent_at_s = now + running.silence_s
+        return True
+
+    def land(self, flight: str, outcome: Outcome, now: float) -> bool:
+        """Ends a flight. False when it was over already or never known here."""
+        running = self._by_id.pop(flight, None)
+        if running is None:
+            return False
+        del self._by_place[running.place]
+        size = ENTRY_OVERHEAD_BYTES
+        if not running.followed:
+            outcome = Gone()  # nobody was told to come for it; the id is all there is to remember
+        elif isinstance(outcome, Landed):
+            size += len(outcome.value)
+        elif isinstance(outcome, Failed):
+            size += len(outcome.error)
+        self._outcomes[flight] = (outcome, now, size)
+        self._outcome_bytes += size
+        self._forget(now)
+        return True
+
+    def lapse(self, now: float) -> list[str]:
+        """Ends the flights whose leaders are silent, and names them."""
+        gone = []
+        while self._silences and self._silences[0][0] <= now:
+            _, flight = heapq.heappop(self._silences)
+            running = self._by_id.get(flight)
+            if running is None:
+                continue
+            if running.silent_at_s > now:
+                heapq.heappush(self._silences, (running.silent_at_s, flight))
+            else:
+                self.land(flight, Gone(), now)
+                gone.append(flight)
+        self._forget(now)
+        return gone
+
+    def outcome(self, flight: str) -> Outcome | None:
+        """None while it is in the air; Gone when it is not known, or no more."""
+        if flight in self._by_id:
+            return None
+        found = self._outcomes.get(flight)
+        return Gone() if found is None else found[0]
+
+    def silent_in_s(self, flight: str, now: float) -> float:
+        """Seconds until the leader is taken for dead unless it is heard of."""
+        running = self._by_id.get(flight)
+        return 0.0 if running is None else max(0.0, running.silent_at_s - now)
+
+    def _forget(self, now: float) -> None:
+        while self._outcomes:
+            flight, (_, landed_s, size) = next(iter(self._outcomes.items()))
+            room = len(self._outcomes) <= OUTCOMES_MAX and self._outcome_bytes <= OUTCOMES_BYTES_MAX
+            if room and now - landed_s < OUTCOMES_KEPT_S:
+                return
+            del self._outcomes[flight]
+            self._outcome_bytes -= size

@@ -1,0 +1,1 @@
+"""Which upstream deployments may be called: one breaker for the whole cluster."""

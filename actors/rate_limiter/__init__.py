@@ -1,0 +1,1 @@
+"""Limits per tenant: requests per minute and hour, burst, and concurrent requests."""

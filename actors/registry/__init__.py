@@ -1,0 +1,1 @@
+"""The versioned configuration: durable, and pushed to everybody who obeys it."""

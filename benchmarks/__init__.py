@@ -1,0 +1,1 @@
+"""Measurements: each file is one question, one run, printed as ratios."""

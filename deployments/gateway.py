@@ -1,0 +1,251 @@
+"""The one deployment on the request path: ASGI for HTTP, plain methods for handles."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from starlette.types import ASGIApp
+
+from deployments import ingress
+from deployments.http import build_asgi
+from deployments.http.auth import Keys
+from deployments.http.service import Figures, HttpCall, Reply, StreamReply, Told
+from forebay.config import SystemConfig
+from forebay.errors import InvalidRequest, ModelNotFound
+from forebay.gateway import health_result
+from forebay.pipeline import Call, Facts, Route
+from forebay.routing import allows
+from forebay.secrets import key_secret
+from forebay.system import DEFAULT_TENANT, System, attach, create_owners
+
+CREATED_S = 1_700_000_000  # OpenAI's model objects carry a birthday; ours have none to tell
+
+
+class Gateway:
+    """One replica: a `System` of desks, and HTTP and handle calls through its pipeline.
+
+    Failure behaviour: the pipeline's. A replica that dies takes its in-flight requests with it;
+    Serve starts another. `check_health` fails only when this replica itself cannot serve: a
+    provider's outage must not restart the fleet.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, document: dict[str, Any], occasion: str, namespace: str, *models: Any
+    ) -> None:
+        """Attach, creating what is missing. `models` are here for Serve to start them.
+
+        `document` is published to the Registry once per `occasion`, a deployment's name for itself.
+
+        Raises:
+            ConfigurationError: the address is reachable from elsewhere and nobody needs a key.
+        """
+        config = SystemConfig.from_document(document)
+        loop = asyncio.get_running_loop()
+        host = await loop.run_in_executor(None, _serving_host)
+        ingress.require_keys_or_loopback(host, config.gateway.tenants)
+        boot = await loop.run_in_executor(None, create_owners, config, namespace)
+        self._system: System = await attach(boot, publish=(document, occasion))
+        self._secret = key_secret(os.environ, Path(boot.data_dir))
+        self._service = PipelineService(self._system, self._secret)
+        self._warming = loop.create_task(self._system.provider.warm())
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return build_asgi(self._service, echo_id=False)
+
+    async def check_health(self) -> None:
+        """Serve's probe: this replica's loop turns and its desks live."""
+
+    async def __del__(self) -> None:
+        await self._system.close()
+
+    # ------------------------------------------------------------------------------- handles
+
+    async def generate(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One chat answer. `request` holds OpenAI's chat parameters and, optionally, `tenant_id`.
+
+        Returns:
+            OpenAI's chat completion object.
+        """
+        result = await self._system.pipeline.answer(self._call("chat", request))
+        return result.answer.body
+
+    async def embed(
+        self,
+        texts: str | Sequence[str],
+        model: str | None = None,
+        tenant_id: str | None = None,
+        **parameters: Any,
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """Vectors for texts: float32 of shape (n, d), and the usage."""
+        body = {**parameters, "input": texts if isinstance(texts, str) else list(texts)}
+        if model is not None:
+            body["model"] = model
+        if tenant_id is not None:
+            body["tenant_id"] = tenant_id
+        result = await self._system.pipeline.answer(self._call("embedding", body))
+        assert result.answer.array is not None, "an embedding answer carries vectors"
+        return result.answer.array, dict(result.answer.usage or {})
+
+    async def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """One chat answer as OpenAI chunks. Call with `handle.options(stream=True)`."""
+        request = {name: value for name, value in request.items() if name != "stream"}
+        stream = await self._system.pipeline.stream(self._call("chat", request))
+        async for chunk in stream.chunks:
+            yield chunk
+
+    def _call(self, route: Route, request: Mapping[str, Any]) -> Call:
+        body = dict(request)
+        tenant = body.pop("tenant_id", None) or DEFAULT_TENANT
+        timeout_s = body.pop("timeout", None)
+        if not isinstance(tenant, str):
+            raise InvalidRequest.about("tenant_id", "tenant_id must be a string")
+        return Call(
+            route, body, tenant, f"req_{uuid.uuid4().hex}", timeout_s=timeout_s, may_wait=True
+        )
+
+
+class PipelineService:
+    """`deployments.http.service.Service` over this replica's pipeline."""
+
+    def __init__(self, system: System, secret: bytes) -> None:
+        self._system = system
+        self._secret = secret
+        self._keys = Keys((), secret)
+        system.on_change(self._rebuild_keys)
+
+    def _rebuild_keys(self, system: System) -> None:
+        self._keys = Keys(system.config.gateway.tenants, self._secret)
+
+    @property
+    def keys(self) -> Keys:
+        return self._keys
+
+    @property
+    def config_version(self) -> int:
+        return self._system.version
+
+    async def chat(self, call: HttpCall) -> Reply | StreamReply:
+        return await self._run("chat", call)
+
+    async def completion(self, call: HttpCall) -> Reply | StreamReply:
+        return await self._run("completion", call)
+
+    async def embedding(self, call: HttpCall) -> Reply:
+        reply = await self._run("embedding", call)
+        assert isinstance(reply, Reply), "embeddings are never streamed"
+        return reply
+
+    async def _run(self, route: Route, http: HttpCall) -> Reply | StreamReply:
+        control = http.cache_control or ""
+        call = Call(
+            route,
+            http.body,
+            http.tenant,
+            http.request_id,
+            timeout_s=http.timeout_s,
+            cache_read="no-cache" not in control and "no-store" not in control,
+            cache_write="no-store" not in control,
+            bulk=http.priority == "bulk",
+        )
+        if http.stream:
+            stream = await self._system.pipeline.stream(call)
+            told = self._told(stream.facts, http.tenant) | {"cost_nano": None}  # not known yet
+            return StreamReply(chunks=stream.chunks, **told)
+        result = await self._system.pipeline.answer(call)
+        answer = result.answer
+        return Reply(body=answer.body, array=answer.array, **self._told(result.facts, http.tenant))
+
+    def _told(self, facts: Facts, tenant: str) -> dict[str, Any]:
+        told = Told(
+            model_group=facts.group,
+            deployment=facts.deployment,
+            attempts=facts.attempts,
+            retries=facts.retries,
+            fallbacks=facts.fallbacks,
+            cache=facts.cache,
+            cost_nano=facts.cost_nano,
+            overhead_ms=facts.overhead_s * 1000,
+            config_version=facts.config_version,
+            figures=self.figures(tenant),
+            warnings=facts.warnings,
+        )
+        return {name: getattr(told, name) for name in Told.__slots__}
+
+    def models(self, tenant: str) -> list[dict[str, Any]]:
+        table = self._system.table
+        known = self._system.tenants.get(tenant)
+        allowed = None if known is None else known.models
+        return [_model(name) for name in table.names() if allows(allowed, name)]
+
+    def model(self, model_id: str, tenant: str) -> dict[str, Any]:
+        group = self._system.table.group(model_id)
+        known = self._system.tenants.get(tenant)
+        if not allows(None if known is None else known.models, model_id):
+            raise ModelNotFound(f"model {model_id!r} is not for this tenant", param="model")
+        return _model(group.name)
+
+    def figures(self, tenant: str) -> Mapping[str, Figures] | None:
+        figures = self._system.limiter.figures(tenant)
+        return None if figures is None else {"requests": figures}
+
+    def ready(self) -> tuple[bool, str]:
+        return True, "ready"
+
+    async def health(self, detail: bool) -> dict[str, Any]:
+        if not detail:
+            return {"status": "ok"}
+        return health_result(await self._system.health(), 0.0).model_dump(mode="json")
+
+    async def usage(
+        self,
+        *,
+        tenant: str | None,
+        group_by: Literal["model", "day", "tenant"] | None,
+        since_s: float | None,
+        until_s: float | None,
+    ) -> dict[str, Any]:
+        return await self._system.books.usage(
+            tenant=tenant, since_s=since_s, until_s=until_s, group_by=group_by
+        )
+
+    async def metrics(self) -> bytes:
+        return self._system.meter.render()
+
+    async def providers(self, tenant: str) -> list[dict[str, Any]]:
+        table = self._system.table
+        return [table.describe(name) for name in table.names()]
+
+    async def rate_limits(self, tenant: str) -> dict[str, Any]:
+        limits = self._system.limits_for(tenant)
+        figures = self._system.limiter.figures(tenant)
+        return {
+            "tenant": tenant,
+            "limited": limits is not None,
+            "limits": None if limits is None else _fields(limits),
+            "now": None if figures is None else _fields(figures),
+        }
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": CREATED_S, "owned_by": "forebay"}
+
+
+def _serving_host() -> str | None:
+    """The address that this Serve listens on."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None, "a replica has a Serve client"
+    host: str | None = client.http_config.host
+    return host

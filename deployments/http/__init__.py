@@ -1,0 +1,7 @@
+"""HTTP: from bytes to the service and back."""
+
+from deployments.http.app import build_asgi
+from deployments.http.auth import Keys, TenantIdentity
+from deployments.http.service import HttpCall, Reply, Service, StreamReply
+
+__all__ = ["HttpCall", "Keys", "Reply", "Service", "StreamReply", "TenantIdentity", "build_asgi"]

@@ -1,0 +1,91 @@
+"""The HTTP application: which handler answers on which path."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deployments.http import native, openai, ops
+from deployments.http.exchange import (
+    Endpoint,
+    Exchange,
+    Handler,
+    Shape,
+    openai_shape,
+    random_id,
+)
+from deployments.http.service import Service
+from forebay.errors import InvalidRequest
+
+PATHS: Mapping[str, Mapping[str, Handler]] = {
+    # The router tries them in this order: the busy ones come first.
+    "/v1/chat/completions": {"POST": openai.chat_completions},
+    "/v1/embeddings": {"POST": openai.embeddings},
+    "/v1/completions": {"POST": openai.completions},
+    "/api/v1/gateway/generate": {"POST": native.generate},
+    "/api/v1/gateway/generate/stream": {"POST": native.generate_stream},
+    "/api/v1/gateway/embeddings": {"POST": native.embeddings},
+    "/api/v1/gateway/providers": {"GET": native.providers},
+    "/api/v1/gateway/rate-limits": {"GET": native.rate_limits},
+    "/health": {"GET": ops.health},
+    "/health/ready": {"GET": ops.health_ready},
+    "/health/detail": {"GET": ops.health_detail},
+    "/metrics": {"GET": ops.metrics},
+    "/v1/models": {"GET": openai.list_models},
+    "/v1/models/{id:path}": {"GET": openai.one_model},
+    "/v1/usage": {"GET": ops.usage},
+    "/openapi.json": {"GET": ops.openapi},
+}
+NATIVE = "/api/v1/gateway/"
+
+
+def build_asgi(
+    service: Service,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    new_id: Callable[[], str] = random_id,
+    echo_id: bool = True,
+) -> ASGIApp:
+    """The ASGI app over `service`.
+
+    `clock` is monotonic seconds, for `HttpCall.arrived_s`; `new_id` names requests that come
+    without a usable `x-request-id`; `echo_id` is off where the server around the app answers with
+    `x-request-id` itself, as Ray Serve does.
+    """
+
+    def endpoint(handlers: Mapping[str, Handler], shape: Shape = openai_shape) -> Endpoint:
+        return Endpoint(service, handlers, clock=clock, new_id=new_id, echo_id=echo_id, shape=shape)
+
+    routes = [
+        Route(path, endpoint(handlers, _shape(path)), name=path) for path, handlers in PATHS.items()
+    ]
+    return Router(routes, redirect_slashes=False, default=_Unknown(endpoint))
+
+
+def _shape(path: str) -> Shape:
+    return native.error_envelope if path.startswith(NATIVE) else openai_shape
+
+
+class _Unknown:
+    """Every other path: 404 in OpenAI's shape; websockets are closed."""
+
+    def __init__(self, endpoint: Callable[[Mapping[str, Handler]], Endpoint]) -> None:
+        methods = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+        self._endpoint = endpoint(dict.fromkeys(methods, _unknown_path))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            await self._endpoint(scope, receive, send)
+
+
+async def _unknown_path(exchange: Exchange) -> None:
+    raise InvalidRequest(
+        f"Unknown path: {exchange.scope['method']} {exchange.scope['path'][:128]!r}.",
+        code="unknown_url",
+        status=404,
+    )

@@ -1,0 +1,385 @@
+"""One HTTP request and its answer, over bare ASGI.
+
+Rule 1: a body is read once, counted while it streams in, and only after the caller is known.
+Rule 2: every answer carries the request's id; every failure has its status and its shape, and
+        none has a stack trace.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, cast
+
+import orjson
+from starlette.types import Receive, Scope, Send
+
+from deployments.http.auth import TenantIdentity
+from deployments.http.service import HttpCall, Priority, Route, Service
+from forebay.body import too_large
+from forebay.errors import (
+    AuthenticationError,
+    BudgetExceeded,
+    GatewayError,
+    InvalidRequest,
+    RateLimitError,
+)
+from forebay.schemas import BODY_BYTES_MAX, parse_json
+
+Header = tuple[bytes, bytes]
+Handler = Callable[["Exchange"], Awaitable[None]]
+
+JSON: Header = (b"content-type", b"application/json")
+NO_SNIFFING: Header = (b"x-content-type-options", b"nosniff")
+IDEMPOTENCY_KEY_CHARS_MAX = 255
+
+log = logging.getLogger("forebay.http")
+
+_ID = re.compile(rb"[A-Za-z0-9._:/+=@~-]{1,128}")
+_KEY_LIKE = re.compile(
+    r"""(?ix)
+      (?: bearer\s+ | (?:api[-_]?key|token|secret|password|authorization)["']?\s*[:=]\s*["']? )
+      [^\s"',}]+
+    | \b (?:sk|pk|rk|gsk|xai|key|fb|AIza) [-_]? [\w-]{12,}
+    """
+)
+
+
+class ClientGone(Exception):
+    """The client hung up; there is nobody to answer."""
+
+
+class Exchange:
+    """A request being answered. Belongs to one task; `started` says that the status is out."""
+
+    __slots__ = (
+        "_echo_id",
+        "_receive",
+        "_send",
+        "arrived_s",
+        "headers",
+        "request_id",
+        "scope",
+        "service",
+        "started",
+        "tenant",
+    )
+
+    def __init__(
+        self,
+        service: Service,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        arrived_s: float,
+        new_id: Callable[[], str],
+        echo_id: bool = True,
+    ) -> None:
+        self._echo_id = echo_id
+        self.service = service
+        self.scope = scope
+        self._receive = receive
+        self._send = send
+        self.arrived_s = arrived_s
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = self.headers.get(b"x-request-id")
+        named = given is not None and _ID.fullmatch(given) is not None
+        self.request_id: str = given.decode() if given is not None and named else new_id()
+        self.tenant: str | None = None
+        self.started = False
+
+    # --- in -----------------------------------------------------------------------------------
+
+    def identify(self) -> TenantIdentity:
+        """The caller, or AuthenticationError. Call it before anything else is read."""
+        identity = self.service.keys.identify(self.headers)
+        self.tenant = identity.tenant
+        return identity
+
+    async def json_body(self) -> dict[str, Any]:
+        """The request's JSON object; 413, 415 or 400 when there is none."""
+        return parse_json(await self._body())
+
+    def call(self, route: Route, body: dict[str, Any], tenant: str, *, stream: bool) -> HttpCall:
+        """The call that body and headers make together."""
+        headers = self.headers
+        return HttpCall(
+            route=route,
+            body=body,
+            tenant=tenant,
+            request_id=self.request_id,
+            stream=stream,
+            timeout_s=_timeout(headers.get(b"x-forebay-timeout")),
+            priority=_priority(headers.get(b"x-forebay-priority")),
+            cache_control=_cache_control(headers.get(b"cache-control")),
+            idempotency_key=_idempotency_key(headers.get(b"idempotency-key")),
+            arrived_s=self.arrived_s,
+        )
+
+    def correlation_id(self) -> str:
+        """`X-Correlation-ID` as sent, or the request's id."""
+        given = self.headers.get(b"x-correlation-id", b"")
+        return given.decode() if _ID.fullmatch(given) else self.request_id
+
+    async def gone(self) -> None:
+        """Return when the client has hung up. Only after the body has been read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _body(self) -> bytes:
+        headers = self.headers
+        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+        if encoding not in (b"", b"identity"):
+            raise InvalidRequest.about(
+                "Content-Encoding",
+                "Compressed request bodies are not accepted.",
+                code="unsupported_content_encoding",
+                status=415,
+            )
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind.startswith(b"multipart/"):
+            raise InvalidRequest.about(
+                "Content-Type",
+                "The body must be application/json.",
+                code="unsupported_content_type",
+                status=415,
+            )
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > BODY_BYTES_MAX:
+            raise too_large()
+        return await self._read()
+
+    async def _read(self) -> bytes:
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            piece: bytes = message.get("body", b"")
+            size += len(piece)
+            if size > BODY_BYTES_MAX:
+                raise too_large()
+            if not message.get("more_body"):
+                return b"".join([*pieces, piece]) if pieces else bytes(piece)
+            pieces.append(piece)
+
+    # --- out ----------------------------------------------------------------------------------
+
+    async def start(self, status: int, headers: list[Header]) -> None:
+        """Send status and headers; the request's id is added, unless the server around us does."""
+        self.started = True
+        if self._echo_id:
+            headers.append((b"x-request-id", self.request_id.encode()))
+        headers.append(NO_SNIFFING)
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, body: bytes, *, more: bool) -> None:
+        """Send a part of the body."""
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def send(self, status: int, body: bytes, headers: list[Header] | None = None) -> None:
+        """Send a whole answer; JSON unless `headers` names another content type."""
+        headers = [JSON] if headers is None else headers
+        headers.append((b"content-length", b"%d" % len(body)))
+        await self.start(status, headers)
+        await self.write(b"" if self.scope["method"] == "HEAD" else body, more=False)
+
+    async def send_json(self, value: Any, status: int = 200) -> None:
+        await self.send(status, orjson.dumps(value, default=str))
+
+
+Shape = Callable[[Exchange, GatewayError], dict[str, Any]]
+"""How an API words an error."""
+
+
+def openai_shape(exchange: Exchange, error: GatewayError) -> dict[str, Any]:
+    """OpenAI's error body."""
+    return {"error": error.body()}
+
+
+class Endpoint:
+    """What answers on one path: a handler per method, and a shape for everything that goes wrong.
+
+    An ASGI app. Bounded by the server's own limits on connections. Failure behaviour: a
+    GatewayError becomes its status; anything else is logged and becomes a 500 that names nothing
+    but the request; once the status is out, the connection is cut instead.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        handlers: Mapping[str, Handler],
+        *,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+        echo_id: bool = True,
+        shape: Shape = openai_shape,
+    ) -> None:
+        self._echo_id = echo_id
+        self._service = service
+        self._handlers = dict(handlers)
+        if "GET" in handlers:
+            self._handlers.setdefault("HEAD", handlers["GET"])
+        self._clock = clock
+        self._new_id = new_id
+        self._shape = shape
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(
+            self._service,
+            scope,
+            receive,
+            send,
+            arrived_s=self._clock(),
+            new_id=self._new_id,
+            echo_id=self._echo_id,
+        )
+        try:
+            handler = self._handlers.get(scope["method"])
+            if handler is None:
+                raise _method_not_allowed(scope)
+            await handler(exchange)
+        except GatewayError as error:
+            await self._fail(exchange, error)
+        except ClientGone:
+            return
+        except Exception as error:  # noqa: BLE001 - the last line: it is logged and answered
+            log_failure(exchange, error)
+            await self._fail(exchange, internal_error(exchange))
+
+    async def _fail(self, exchange: Exchange, error: GatewayError) -> None:
+        if exchange.started:
+            raise error
+        headers = [JSON, *refusal_headers(exchange, error)]
+        if error.status == 405:
+            headers.append((b"allow", ", ".join(sorted(self._handlers)).encode()))
+        await exchange.send(error.status, orjson.dumps(self._shape(exchange, error)), headers)
+
+
+def internal_error(exchange: Exchange) -> GatewayError:
+    """What a client is told about a failure nobody foresaw."""
+    return GatewayError(
+        f"Internal error. Quote request id {exchange.request_id} when you report it.",
+        code="internal_error",
+    )
+
+
+def log_failure(exchange: Exchange, error: Exception) -> None:
+    """Log where an unforeseen failure came from, with anything that looks like a key cut out."""
+    trace = "".join(traceback.format_exception(error))
+    log.error("request %s failed\n%s", exchange.request_id, _KEY_LIKE.sub("[redacted]", trace))
+
+
+def refusal_headers(exchange: Exchange, error: GatewayError) -> list[Header]:
+    """When to come back, and what is left of the limits."""
+    headers: list[Header] = [
+        (b"x-litellm-call-id", exchange.request_id.encode()),
+        (b"x-forebay-config-version", b"%d" % exchange.service.config_version),
+    ]
+    if error.retry_after_s is not None and error.status in (429, 503):
+        wait_s = max(0.0, error.retry_after_s)
+        headers.append((b"retry-after", b"%d" % math.ceil(wait_s)))
+        headers.append((b"retry-after-ms", b"%d" % math.ceil(wait_s * 1000)))
+    if isinstance(error, BudgetExceeded):
+        headers.append((b"x-should-retry", b"false"))
+    if isinstance(error, AuthenticationError):
+        headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, RateLimitError) and exchange.tenant is not None:
+        headers += limit_headers(exchange.service.figures(exchange.tenant))
+    return headers
+
+
+def limit_headers(figures: Mapping[str, Any] | None) -> list[Header]:
+    """OpenAI's x-ratelimit headers. Remaining is rounded down, reset up: both can be relied on."""
+    headers: list[Header] = []
+    for kind, figure in (figures or {}).items():
+        name = kind.encode()
+        left = max(0, math.floor(figure.remaining))
+        headers += (
+            (b"x-ratelimit-limit-" + name, b"%d" % figure.limit),
+            (b"x-ratelimit-remaining-" + name, b"%d" % left),
+            (b"x-ratelimit-reset-" + name, duration(figure.reset_s)),
+        )
+    return headers
+
+
+def duration(seconds: float) -> bytes:
+    """Seconds as OpenAI writes them: 20ms, 1.5s, 6m0s. Rounded up to a millisecond.
+
+    >>> duration(0.0201), duration(1.5), duration(360)
+    (b'21ms', b'1.5s', b'6m0s')
+    """
+    ms = math.ceil(max(0.0, seconds) * 1000 - 1e-6)
+    if ms < 1000:
+        return b"%dms" % ms if ms else b"0s"
+    minutes, ms = divmod(ms, 60_000)
+    text = f"{ms / 1000:.3f}".rstrip("0").rstrip(".") + "s"
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60}m{text}".encode()
+    return (f"{minutes}m{text}" if minutes else text).encode()
+
+
+def random_id() -> str:
+    """A request id of 128 random bits."""
+    return f"req_{os.urandom(16).hex()}"
+
+
+# --- headers that steer a request -------------------------------------------------------------
+
+
+def _timeout(given: bytes | None) -> float | None:
+    if given is None:
+        return None
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise InvalidRequest.about(
+            "x-forebay-timeout", "x-forebay-timeout must be a positive number of seconds."
+        )
+    return timeout_s
+
+
+def _priority(given: bytes | None) -> Priority:
+    if given is None:
+        return "interactive"
+    priority = given.decode("latin-1").strip().lower()
+    if priority not in ("interactive", "bulk"):
+        raise InvalidRequest.about(
+            "x-forebay-priority", "x-forebay-priority must be interactive or bulk."
+        )
+    return cast("Priority", priority)
+
+
+def _cache_control(given: bytes | None) -> str | None:
+    if given is None:
+        return None
+    asked = {part.strip() for part in given.decode("latin-1").lower().split(",")}
+    return ", ".join(name for name in ("no-cache", "no-store") if name in asked) or None
+
+
+def _idempotency_key(given: bytes | None) -> str | None:
+    if given is None:
+        return None
+    key = given.decode("latin-1")
+    if not (0 < len(key) <= IDEMPOTENCY_KEY_CHARS_MAX and key.isascii() and key.isprintable()):
+        raise InvalidRequest.about(
+            "Idempotency-Key",
+            f"Idempotency-Key must be 1 to {IDEMPOTENCY_KEY_CHARS_MAX} printable characters.",
+        )
+    return key
+
+
+def _method_not_allowed(scope: Scope) -> InvalidRequest:
+    return InvalidRequest(
+        f"Not allowed to {scope['method'][:16]} on this path.",
+        code="method_not_allowed",
+        status=405,
+    )

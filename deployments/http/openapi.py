@@ -1,0 +1,260 @@
+"""The OpenAPI 3.1 description of every route, built once.
+
+A test holds it against the paths that are served, both ways.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import orjson
+
+from forebay.schemas import openapi_schemas
+
+Schema = dict[str, Any]
+
+_REF = "#/components/schemas/"
+_JSON = "application/json"
+_OPEN: list[dict[str, list[str]]] = []
+_KEY: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
+
+
+@cache
+def rendered() -> bytes:
+    """The document as JSON, made when it is first asked for."""
+    return orjson.dumps(document())
+
+
+def document() -> dict[str, Any]:
+    """The whole document."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Forebay",
+            "version": "1",
+            "description": "One gateway to many LLM providers: OpenAI's routes and Forebay's own.",
+        },
+        "security": _KEY,
+        "paths": {**_openai_paths(), **_native_paths(), **_ops_paths()},
+        "components": {
+            "schemas": {**openapi_schemas(), **_answers()},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+def _openai_paths() -> dict[str, Any]:
+    chat = _post(
+        "createChatCompletion",
+        "Chat",
+        "ChatRequest",
+        "ChatCompletion",
+        stream="ChatCompletionChunk",
+    )
+    completion = _post(
+        "createCompletion", "Completion", "CompletionRequest", "Completion", stream="Completion"
+    )
+    return {
+        "/v1/chat/completions": {"post": chat},
+        "/v1/completions": {"post": completion},
+        "/v1/embeddings": {
+            "post": _post("createEmbedding", "Embeddings", "EmbeddingRequest", "EmbeddingList")
+        },
+        "/v1/models": {"get": _get("listModels", "The models this key may use", _ref("ModelList"))},
+        "/v1/models/{id}": {
+            "get": _get("retrieveModel", "One model", _ref("Model"), [_parameter("id", "path")])
+        },
+    }
+
+
+def _native_paths() -> dict[str, Any]:
+    return {
+        "/api/v1/gateway/generate": {
+            "post": _post("generate", "Text", "GenerateRequest", "Envelope", native=True)
+        },
+        "/api/v1/gateway/generate/stream": {
+            "post": _post(
+                "generateStream",
+                "Text as events",
+                "GenerateRequest",
+                None,
+                stream="GenerateEvent",
+                native=True,
+            )
+        },
+        "/api/v1/gateway/embeddings": {
+            "post": _post("embed", "Vectors", "EmbedRequest", "Envelope", native=True)
+        },
+        "/api/v1/gateway/providers": {
+            "get": _get("providers", "What is configured", _ref("Envelope"))
+        },
+        "/api/v1/gateway/rate-limits": {
+            "get": _get("rateLimits", "The caller's limits", _ref("Envelope"))
+        },
+    }
+
+
+def _ops_paths() -> dict[str, Any]:
+    anything: Schema = {"type": "object"}
+    ready = _get("ready", "Whether requests can be served", anything, security=_OPEN)
+    ready["responses"]["503"] = _answer("Not yet", anything)
+    queries = [
+        _parameter("tenant", "query"),
+        _parameter("group_by", "query", {"enum": ["model", "day", "tenant"]}),
+        _parameter("start", "query"),
+        _parameter("end", "query"),
+    ]
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    metrics = _get("metrics", "Prometheus text", anything, security=_OPEN)
+    metrics["responses"]["200"]["content"] = text
+    return {
+        "/health": {"get": _get("health", "The process answers", anything, security=_OPEN)},
+        "/health/ready": {"get": ready},
+        "/health/detail": {"get": _get("healthDetail", "Owners, desks, breakers", anything)},
+        "/metrics": {"get": metrics},
+        "/v1/usage": {"get": _get("usage", "Requests, tokens and cost", anything, queries)},
+        "/openapi.json": {"get": _get("openapi", "This document", anything, security=_OPEN)},
+    }
+
+
+def _post(
+    operation: str,
+    summary: str,
+    request: str,
+    answer: str | None,
+    *,
+    stream: str | None = None,
+    native: bool = False,
+) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if answer is not None:
+        content[_JSON] = {"schema": _ref(answer)}
+    if stream is not None:
+        content["text/event-stream"] = {
+            "schema": {"type": "string", "description": f"`data:` lines of {stream}, then [DONE]."}
+        }
+    return {
+        "operationId": operation,
+        "summary": summary,
+        "parameters": [_parameter(name, "header") for name in _STEERING],
+        "requestBody": {"required": True, "content": {_JSON: {"schema": _ref(request)}}},
+        "responses": {
+            "200": {"description": "The answer", "content": content},
+            "4XX": _answer("Refused", _ref("ErrorEnvelope" if native else "Error")),
+            "5XX": _answer("Failed", _ref("ErrorEnvelope" if native else "Error")),
+        },
+    }
+
+
+_STEERING = (
+    "x-request-id",
+    "x-forebay-timeout",
+    "x-forebay-priority",
+    "cache-control",
+    "idempotency-key",
+)
+
+
+def _get(
+    operation: str,
+    summary: str,
+    schema: Schema,
+    parameters: list[dict[str, Any]] | None = None,
+    *,
+    security: list[dict[str, list[str]]] = _KEY,
+) -> dict[str, Any]:
+    return {
+        "operationId": operation,
+        "summary": summary,
+        "security": security,
+        "parameters": parameters or [],
+        "responses": {"200": _answer(summary, schema), "4XX": _answer("Refused", _ref("Error"))},
+    }
+
+
+def _answer(description: str, schema: Schema) -> dict[str, Any]:
+    return {"description": description, "content": {_JSON: {"schema": schema}}}
+
+
+def _parameter(name: str, where: str, schema: Schema | None = None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": where,
+        "required": where == "path",
+        "schema": {"type": "string", **(schema or {})},
+    }
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": _REF + name}
+
+
+def _object(required: tuple[str, ...] = (), **properties: Schema) -> Schema:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+def _list(item: Schema) -> Schema:
+    return {"type": "array", "items": item}
+
+
+def _answers() -> dict[str, Schema]:
+    """Schemas of the answers, as far as clients rely on them."""
+    string: Schema = {"type": "string"}
+    number: Schema = {"type": "number"}
+    integer: Schema = {"type": "integer"}
+    maybe: Schema = {"type": ["string", "null"]}
+    free: Schema = {"type": "object"}
+    choice = _object(index=integer, finish_reason=maybe)
+    error = _object(("message", "type"), message=string, type=string, param=maybe, code=maybe)
+    body = {"id": string, "created": integer, "model": string, "usage": _ref("Usage")}
+    kinds = {
+        "ChatCompletion": _with(choice, message=free),
+        "ChatCompletionChunk": _with(choice, delta=free),
+        "Completion": _with(choice, text=string),
+    }
+    vector: Schema = {"oneOf": [_list(number), {"type": "string", "format": "byte"}]}
+    datum = _object(("index", "embedding"), object=string, index=integer, embedding=vector)
+    envelope = {
+        "message": string,
+        "correlation_id": string,
+        "request_id": string,
+        "timestamp": {"type": "string", "format": "date-time"},
+        "metadata": free,
+    }
+    failure = _object(("code", "message"), code=string, message=string, details=free)
+    texts: Schema = {"oneOf": [string, _list(string)]}
+    return {
+        **{
+            name: _object(("choices",), object=string, choices=_list(item), **body)
+            for name, item in kinds.items()
+        },
+        "Usage": _object(prompt_tokens=integer, completion_tokens=integer, total_tokens=integer),
+        "EmbeddingList": _object(("data",), object=string, data=_list(datum), **body),
+        "Model": _object(("id", "object"), id=string, object=string, owned_by=string),
+        "ModelList": _object(("data",), object=string, data=_list(_ref("Model"))),
+        "Error": _object(("error",), error=error),
+        "Envelope": _object(("success", "data"), success={"const": True}, data=free, **envelope),
+        "ErrorEnvelope": _object(
+            ("success", "error"), success={"const": False}, error=failure, **envelope
+        ),
+        "GenerateRequest": {
+            **_object(prompt=string, model=string, messages=_list(_ref_message())),
+            "description": "`prompt` or `messages`, and any parameter of ChatRequest.",
+        },
+        "GenerateEvent": _object(
+            ("text", "done"), text=string, done={"type": "boolean"}, finish_reason=maybe
+        ),
+        "EmbedRequest": _object(("texts",), texts=texts, model=string, dimensions=integer),
+    }
+
+
+def _ref_message() -> Schema:
+    return {"$ref": _REF + "ChatRequest/properties/messages/items"}
+
+
+def _with(schema: Schema, **properties: Schema) -> Schema:
+    return {**schema, "properties": {**schema["properties"], **properties}}

@@ -1,0 +1,83 @@
+"""What operators ask: is it alive, is it ready, what is used, what is counted."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Literal, cast
+from urllib.parse import parse_qsl
+
+from deployments.http.exchange import Exchange
+from deployments.http.openapi import rendered
+from forebay.errors import InvalidRequest, PermissionDenied
+
+GROUPS = ("model", "day", "tenant")
+GroupBy = Literal["model", "day", "tenant"]
+
+
+async def health(exchange: Exchange) -> None:
+    """GET /health: the process answers. No key needed."""
+    await exchange.send_json(await exchange.service.health(False))
+
+
+async def health_ready(exchange: Exchange) -> None:
+    """GET /health/ready: 200 when requests can be served, else 503 and why. No key needed."""
+    ready, reason = exchange.service.ready()
+    answer = {"status": "ready" if ready else "starting", "message": reason}
+    await exchange.send_json(answer, 200 if ready else 503)
+
+
+async def health_detail(exchange: Exchange) -> None:
+    """GET /health/detail: owners, desks, breakers."""
+    exchange.identify()
+    await exchange.send_json(await exchange.service.health(True))
+
+
+async def metrics(exchange: Exchange) -> None:
+    """GET /metrics: Prometheus text. No key needed."""
+    text = await exchange.service.metrics()
+    await exchange.send(200, text, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
+
+
+async def usage(exchange: Exchange) -> None:
+    """GET /v1/usage: a tenant sees its own, an admin key any or all."""
+    identity = exchange.identify()
+    query = dict(parse_qsl(exchange.scope["query_string"].decode("latin-1")))
+    tenant = query.get("tenant")
+    if not identity.admin:
+        if tenant not in (None, identity.tenant):
+            raise PermissionDenied("A tenant sees only its own usage.", param="tenant")
+        tenant = identity.tenant
+    group_by = query.get("group_by")
+    if group_by is not None and group_by not in GROUPS:
+        raise InvalidRequest.about("group_by", f"group_by must be one of {', '.join(GROUPS)}.")
+    totals = await exchange.service.usage(
+        tenant=tenant,
+        group_by=cast("GroupBy | None", group_by),
+        since_s=_moment("start", query.get("start")),
+        until_s=_moment("end", query.get("end")),
+    )
+    await exchange.send_json(totals)
+
+
+async def openapi(exchange: Exchange) -> None:
+    """GET /openapi.json. No key needed."""
+    await exchange.send(200, rendered())
+
+
+def _moment(name: str, given: str | None) -> float | None:
+    """UTC epoch seconds of a date, a date and time (ISO 8601), or epoch seconds."""
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        try:
+            moment = datetime.fromisoformat(given)
+        except ValueError:
+            seconds = math.nan
+        else:
+            seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+    if not math.isfinite(seconds):
+        raise InvalidRequest.about(name, f"{name} must be an ISO 8601 date or epoch seconds.")
+    return seconds

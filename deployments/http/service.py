@@ -1,0 +1,146 @@
+"""What HTTP needs from the rest of Forebay, and what passes between the two.
+
+Rule 1: HTTP knows bytes, headers and status codes; the service knows models, limits and providers.
+Rule 2: a request becomes one `HttpCall`, an answer one `Reply` or `StreamReply`; a refusal is a
+        GatewayError, which knows its own status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from deployments.http.auth import Keys
+
+Route = Literal["chat", "completion", "embedding"]
+Priority = Literal["interactive", "bulk"]
+CacheOutcome = Literal["hit", "miss", "joined", "off"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpCall:
+    """One request, parsed and authenticated, its parameters not checked yet.
+
+    `body` holds the caller's JSON object verbatim. `timeout_s` may only shorten the configured
+    deadline. `cache_control` is None, "no-cache", "no-store" or "no-cache, no-store". `arrived_s`
+    is on the app's monotonic clock, so that overhead counts from the first byte.
+    """
+
+    route: Route
+    body: dict[str, Any]
+    tenant: str
+    request_id: str
+    stream: bool = False
+    timeout_s: float | None = None
+    priority: Priority = "interactive"
+    cache_control: str | None = None
+    idempotency_key: str | None = None
+    arrived_s: float = 0.0
+
+
+class Figures(Protocol):
+    """A limit as the caller sees it: how many per period, how many left, seconds until full."""
+
+    @property
+    def limit(self) -> float: ...
+    @property
+    def remaining(self) -> float: ...
+    @property
+    def reset_s(self) -> float: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Told:
+    """How an answer came to be; what the response headers tell.
+
+    `figures` is keyed "requests" and "tokens". `cost_nano` is integer nano-USD, None when the cost
+    is not known (yet). `clamped` is what `max_tokens` was lowered to.
+    """
+
+    model_group: str = ""
+    deployment: str = ""
+    attempts: int = 0
+    retries: int = 0
+    fallbacks: int = 0
+    cache: CacheOutcome = "off"
+    cost_nano: int | None = None
+    overhead_ms: float | None = None
+    config_version: int = 0
+    clamped: int | None = None
+    figures: Mapping[str, Figures] | None = None
+    warnings: Sequence[str] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Reply(Told):
+    """A whole answer: an OpenAI body, or its JSON bytes, which are sent as they are.
+
+    For embeddings `array` holds the vectors, float32 of shape (n, d), and `body` only `model` and
+    `usage`.
+    """
+
+    body: dict[str, Any] | bytes
+    array: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class StreamReply(Told):
+    """An answer in OpenAI chunks. The first one has been fetched: from here on the status is 200.
+
+    Closing `chunks` (`aclose`, where it has one) stops the provider. A GatewayError raised from it
+    becomes an error event.
+    """
+
+    chunks: AsyncIterator[dict[str, Any]]
+
+
+class Service(Protocol):
+    """Forebay, as HTTP sees it. Everything may raise GatewayError."""
+
+    @property
+    def keys(self) -> Keys:
+        """The key table in force; a new object whenever the configuration changes."""
+
+    @property
+    def config_version(self) -> int: ...
+
+    async def chat(self, call: HttpCall) -> Reply | StreamReply: ...
+    async def completion(self, call: HttpCall) -> Reply | StreamReply: ...
+    async def embedding(self, call: HttpCall) -> Reply: ...
+
+    def models(self, tenant: str) -> list[dict[str, Any]]:
+        """OpenAI model objects that `tenant` may use."""
+
+    def model(self, model_id: str, tenant: str) -> dict[str, Any]:
+        """One of them, or ModelNotFound."""
+
+    def figures(self, tenant: str) -> Mapping[str, Figures] | None:
+        """The tenant's limits right now, for the headers of a refusal."""
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether requests can be served, and if not, why."""
+
+    async def health(self, detail: bool) -> dict[str, Any]: ...
+
+    async def usage(
+        self,
+        *,
+        tenant: str | None,
+        group_by: Literal["model", "day", "tenant"] | None,
+        since_s: float | None,
+        until_s: float | None,
+    ) -> dict[str, Any]:
+        """Totals of one tenant, or of all (None). Times are UTC epoch seconds."""
+
+    async def metrics(self) -> bytes:
+        """Prometheus text for the whole system."""
+
+    async def providers(self, tenant: str) -> list[dict[str, Any]]:
+        """What is configured, as `/api/v1/gateway/providers` shows it; no secrets."""
+
+    async def rate_limits(self, tenant: str) -> dict[str, Any]:
+        """The tenant's limits and what is left of them."""

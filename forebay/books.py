@@ -1,0 +1,158 @@
+"""What goes into the ledger, said in the pipeline's words; and what comes out, in users' words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from actors.batcher.policy import Paid
+from actors.ledger.desk import LedgerDesk, OpenEntry
+from actors.ledger.policy import GroupBy, LedgerFull
+from actors.ref import OwnerUnavailable
+from forebay.codec import Answer
+from forebay.errors import GatewayError, Overloaded
+from forebay.routing import Deployment
+
+if TYPE_CHECKING:
+    from forebay.pipeline import Call, Facts
+
+CLIENT_CLOSED = 499  # nginx's status for a caller who went away; no answer carries it
+
+
+class Books:
+    """The ledger's desk, as the pipeline uses it. With `enabled` off nothing is written.
+
+    Failure behaviour: the desk's. `full` says that no further paid call may start.
+    """
+
+    def __init__(self, desk: LedgerDesk, *, enabled: bool) -> None:
+        self._desk = desk
+        self.enabled = enabled
+
+    @property
+    def full(self) -> bool:
+        return self.enabled and self._desk.full
+
+    def open_call(
+        self, call: Call, facts: Facts, deployment: Deployment, *, stream: bool = False
+    ) -> OpenEntry | None:
+        """The intent of one attempt, before its bytes leave. Raises `Overloaded` when full."""
+        if not self.enabled:
+            return None
+        try:
+            return self._desk.open(
+                request_id=call.request_id,
+                tenant=call.tenant,
+                route=call.route,
+                model=facts.group,
+                deployment=deployment.id,
+                attempt=facts.attempts,
+                stream=stream,
+            )
+        except LedgerFull as error:
+            raise Overloaded(str(error), retry_after_s=error.retry_after_s) from None
+
+    def post_call(
+        self, entry: OpenEntry | None, answer: Answer, error: GatewayError | None = None
+    ) -> None:
+        """The attempt was answered, at least in part."""
+        if entry is None:
+            return
+        usage = answer.usage or {}
+        self._desk.post(
+            entry,
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
+            cost_nano=answer.cost_nano,
+            estimated=answer.estimated or answer.usage is None,
+            error=None if error is None else _line(error),
+            http_status=200 if error is None else error.status,
+        )
+
+    def void_call(self, entry: OpenEntry | None, error: GatewayError | None) -> None:
+        """The attempt failed; None for `error` means that the caller went away."""
+        if entry is None:
+            return
+        if error is None:
+            self._desk.void(entry, "the caller went away", CLIENT_CLOSED)
+        else:
+            self._desk.void(entry, _line(error), error.status)
+
+    def fail_call(self, entry: OpenEntry | None, error: GatewayError) -> None:
+        """The attempt failed. What was paid all the same, for a part of a split list, is posted."""
+        paid: Paid | None = getattr(error, "paid", None)
+        if entry is None or paid is None:
+            self.void_call(entry, error)
+            return
+        self._desk.post(
+            entry,
+            prompt_tokens=paid.prompt_tokens,
+            cost_nano=paid.cost_nano,
+            error=_line(error),
+            http_status=error.status,
+        )
+
+    def free(self, call: Call, facts: Facts, took_s: float) -> None:
+        """An answer that cost nothing: from the cache, or from somebody else's call."""
+        if self.enabled:
+            self._desk.note(
+                "hit" if facts.cache == "hit" else "joined",
+                request_id=call.request_id,
+                tenant=call.tenant,
+                route=call.route,
+                model=facts.group,
+                latency_ms=int(took_s * 1000),
+            )
+
+    async def usage(
+        self,
+        *,
+        tenant: str | None = None,
+        since_s: float | None = None,
+        until_s: float | None = None,
+        group_by: GroupBy | None = None,
+    ) -> dict[str, Any]:
+        """Totals, in tokens and USD; times are UTC epoch seconds.
+
+        Raises:
+            Overloaded: the ledger cannot be asked now.
+        """
+        try:
+            totals = await self._desk.usage(tenant, _ms(since_s), _ms(until_s), group_by)
+        except OwnerUnavailable as error:
+            raise Overloaded(f"usage cannot be read now: {error}", retry_after_s=1.0) from None
+        result: dict[str, Any] = _in_usd(totals)
+        return result
+
+    async def cost(
+        self, *, tenant: str | None = None, since_s: float | None = None
+    ) -> dict[str, Any]:
+        """Cost in USD: the total, by model and by day."""
+        totals = await self.usage(tenant=tenant, since_s=since_s, group_by="day")
+        return {
+            "total_cost": totals["total_cost"],
+            "by_model": {name: part["total_cost"] for name, part in totals["by_model"].items()},
+            "by_day": {name: part["total_cost"] for name, part in totals["by_day"].items()},
+        }
+
+    def stats(self) -> dict[str, Any]:
+        return self._desk.stats()
+
+
+def _line(error: GatewayError) -> str:
+    return f"{type(error).__name__}: {error.message}"
+
+
+def _ms(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1000)
+
+
+def _in_usd(value: Any) -> Any:
+    """The same figures with `total_cost` in USD beside each `total_cost_nano`."""
+    if isinstance(value, dict):
+        told = {name: _in_usd(inner) for name, inner in value.items()}
+        if "total_cost_nano" in told:
+            told["total_cost"] = told["total_cost_nano"] / 1e9
+        return told
+    if isinstance(value, list):
+        return [_in_usd(inner) for inner in value]
+    return value

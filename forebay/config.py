@@ -1,0 +1,771 @@
+"""The configuration: what can be set, what it means, and where it comes from.
+
+Rule 1: YAML and the environment are read here and nowhere else.
+Rule 2: whatever is wrong raises `ConfigurationError`, naming the place, the field and the remedy;
+        no message holds a value that might be a secret.
+Rule 3: a setting that has no effect yet is refused (`not_built.py` lists them all).
+Rule 4: a configuration never changes. `replace` makes another one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
+
+from forebay import routing, secrets
+from forebay.defaults import USUAL, default_models, models_of
+from forebay.errors import ConfigurationError
+from forebay.faults import Fault, dotted, nearest, refusal, refuse, translated
+from forebay.model_list import (
+    ModelEntry,
+    ModelName,
+    Shape,
+    entry_faults,
+    hidden,
+)
+from forebay.not_built import not_built
+from forebay.routing import ModelTable
+from forebay.secrets import Vault, hash_key, is_malformed_reference, is_text, new_key
+from forebay.validation import ValidationLevel
+from forebay.yaml_lines import Lines, Unreadable
+
+__all__ = [
+    "CacheConfig",
+    "CircuitBreakerConfig",
+    "GatewayConfig",
+    "KeyConfig",
+    "Problem",
+    "RateLimitConfig",
+    "Replicas",
+    "ServerConfig",
+    "SystemConfig",
+    "TenantConfig",
+    "ValidationLevel",
+    "around",
+    "check",
+    "config_schema",
+    "data_dir",
+    "hash_key",
+    "load",
+    "nearest",
+    "new_key",
+    "show",
+    "shown",
+    "sqlite_path",
+    "with_default_models",
+]
+
+PREFIX = "FOREBAY_"
+SERVER_PREFIX = "FOREBAY_SERVER_"
+OTHER_VARIABLES = frozenset({"FOREBAY_CONFIG", "FOREBAY_KEY_SECRET", "FOREBAY_HAPROXY"})
+TENANTS_MAX = 100_000
+MODELS_MAX = 10_000
+BATCH_TEXTS_MAX = 100_000
+
+
+# ------------------------------------------------------------------------------------ vocabulary
+
+
+def _sqlite_url(url: str) -> str:
+    if url.startswith("postgres"):
+        return url
+    if not url.startswith("sqlite:///") or url in ("sqlite:///", "sqlite:///:memory:"):
+        raise ValueError("must be sqlite:///PATH; leave it out for the default")
+    return url
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:@-]+$")]
+LedgerUrl = Annotated[str, AfterValidator(_sqlite_url)]
+
+_BASE = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    hide_input_in_errors=True,
+    allow_inf_nan=False,
+    coerce_numbers_to_str=True,
+    validate_default=False,
+)
+
+
+# -------------------------------------------------------------------------------------- settings
+
+
+class Settings(BaseModel):
+    """The base of all parts: nothing unknown, nothing changed later, one kind of error."""
+
+    model_config = _BASE
+
+    def __init__(self, /, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise refusal(translated(error, type(self)._schema())) from None
+
+    # Pydantic then checks nested parts without calling `__init__`, and errors keep their place.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields:
+            raise ConfigurationError(
+                f"{name}: a configuration does not change; make another with "
+                f"config.replace({name}=…)",
+                param=name,
+            )
+        super().__setattr__(name, value)
+
+    @classmethod
+    def _schema(cls) -> dict[str, Any]:
+        return cls.model_json_schema()
+
+    def replace(self, **changes: Any) -> Self:
+        """The same with some fields changed, checked like a new one."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**given, **changes})
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[info.field_name or ""].annotation is not bool
+        ):
+            raise ValueError("must not be true or false")
+        return value
+
+    @model_validator(mode="after")
+    def _only_what_is_built(self) -> Self:
+        refuse(not_built(type(self).__name__, self.__dict__))
+        return self
+
+
+class RateLimitConfig(Settings):
+    """Limits of one tenant, or of every tenant that has none of its own. None = no such limit."""
+
+    requests_per_minute: Count | None = Field(
+        default=60, description="Admitted in any interval of t minutes: burst_size + t times this."
+    )
+    requests_per_hour: Count | None = Field(default=1000, description="In any 3,600 s.")
+    burst_size: Count = Field(default=10, description="Requests that may come at once.")
+    max_queue_size: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="Most requests that wait their turn; more are refused at once."
+    )
+    queue_timeout: Annotated[float, Field(ge=0, le=300)] = Field(
+        default=30.0, description="Longest wait, in seconds."
+    )
+    enable_queuing: bool = Field(
+        default=True, description="Wait where the caller agrees to, not refuse."
+    )
+    tokens_per_minute: Count | None = None
+    concurrent_requests: Count | None = Field(default=None, description="Most requests in flight.")
+    usd_per_day: Positive | None = Field(default=None, description="US dollars per UTC day.")
+    usd_per_month: Positive | None = Field(default=None, description="US dollars per UTC month.")
+    count_cache_hits: bool = Field(default=True, description="A cached answer counts as a request.")
+
+
+class CircuitBreakerConfig(Settings):
+    """When a deployment is taken out, and when it comes back."""
+
+    failure_threshold: Count = Field(default=5, description="Failures in a row that open.")
+    success_threshold: Count = Field(default=2, description="Probes in a row that close again.")
+    timeout: Annotated[float, Field(gt=0, le=3600)] = Field(
+        default=60.0, description="Seconds spent open."
+    )
+    window_s: Annotated[int, Field(ge=1, le=3600)] = Field(
+        default=10, description="Seconds over which failure_rate is taken."
+    )
+    failure_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="Share of failed calls that opens."
+    )
+    min_calls: Count = Field(default=20, description="Calls in the window before the rate counts.")
+    slow_call_s: Positive | None = None
+    slow_call_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class CacheConfig(Settings):
+    """Where answers are kept."""
+
+    backend: Literal["memory", "redis", "dragonfly"] = "memory"
+    redis_url: str | None = Field(default=None, repr=False)
+    dragonfly_url: str | None = Field(default=None, repr=False)
+    default_ttl: Count = Field(
+        default=300, description="Seconds; cache_ttl goes first when it is set."
+    )
+    max_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
+    namespace: Name = "forebay"
+    scope: Literal["tenant", "shared"] = Field(
+        default="tenant", description="Whether tenants see each other's cached answers."
+    )
+
+
+class KeyConfig(Settings):
+    """An API key, by its hash only: `forebay keys new` prints the key once."""
+
+    id: Name
+    hash: str
+
+    @field_validator("hash")
+    @classmethod
+    def _is_a_hash(cls, text: str) -> str:
+        if not re.fullmatch(r"hmac-sha256:[0-9a-f]{64}", text):
+            raise ValueError(
+                "must be hmac-sha256: and 64 hexadecimal digits, as `forebay keys new` prints it; "
+                "never the key itself"
+            )
+        return text
+
+
+class TenantConfig(Settings):
+    """Somebody who has keys, limits and a choice of models of their own."""
+
+    id: Name
+    keys: list[KeyConfig] = []
+    limits: RateLimitConfig | None = None
+    models: list[ModelName] | None = Field(
+        default=None, description="Groups it may use, patterns included; absent = all."
+    )
+    admin: bool = Field(default=False, description="May use /admin and see every tenant's usage.")
+
+
+class GatewayConfig(Settings):
+    """How requests are answered: models, retries, limits, and which concerns are on.
+
+    Raises:
+        ConfigurationError: on construction, for every unknown name and every wrong value.
+    """
+
+    model_list: Annotated[
+        list[Annotated[dict[str, Any], Shape(ModelEntry)]], Field(max_length=MODELS_MAX)
+    ] = Field(default=[], description="Deployments in LiteLLM's format. Empty = the defaults.")
+    fallbacks: list[str | dict[str, list[str]]] | None = Field(
+        default=None,
+        description="Groups to try instead: names for every group, or {group: [names]}.",
+    )
+    timeout: Annotated[float, Field(ge=1, le=300)] = Field(
+        default=60.0, description="Seconds a request may take, retries included."
+    )
+    max_retries: Annotated[int, Field(ge=0, le=10)] = 3
+    retry_delay: Annotated[float, Field(ge=0.1, le=60)] = Field(
+        default=1.0,
+        description="Seconds before the first retry of a deployment; doubled each time.",
+    )
+    enable_circuit_breaker: bool = True
+    enable_rate_limiting: bool = True
+    enable_request_deduplication: bool = True
+    enable_request_batching: bool = Field(
+        default=False,
+        description="Send embedding texts of different callers together. On under `forebay up`.",
+    )
+    enable_health_monitoring: bool = True
+    enable_llmops: bool = True
+    enable_validation: bool = True
+    enable_feedback_loop: bool = True
+    enable_caching: bool = False
+    cache_ttl: Count = Field(default=3600, description="Seconds.")
+    enable_kv_cache: bool = True
+    kv_cache_ttl: Count = Field(default=3600, description="Seconds.")
+    rate_limit_config: RateLimitConfig | None = None
+    circuit_breaker_config: CircuitBreakerConfig | None = None
+    validation_level: ValidationLevel = ValidationLevel.MODERATE
+    cache: SkipJsonSchema[Any] = Field(default=None, exclude=True)
+    cache_config: CacheConfig | None = None
+    batch_size: Annotated[int, Field(ge=1, le=BATCH_TEXTS_MAX)] | None = Field(
+        default=None,
+        description="Most texts in one provider call; absent = the provider's own cap.",
+    )
+    batch_timeout: Annotated[float, Field(ge=0, le=60)] | None = Field(
+        default=None, description="Longest time a text waits for company, in seconds."
+    )
+    default_model: ModelName | None = Field(
+        default=None, description="Group for requests that name none; absent = the first for chat."
+    )
+    default_embedding_model: ModelName | None = Field(
+        default=None, description="The same for embeddings; absent = the first for embeddings."
+    )
+    api_keys: dict[str, Any] = Field(
+        default={},
+        description="Provider → key, for its deployments that have no api_key of their own.",
+    )
+    tenants: Annotated[list[TenantConfig], Field(max_length=TENANTS_MAX)] = []
+    ledger_url: LedgerUrl | None = Field(default=None, repr=False)
+    redis_url: str | None = Field(default=None, repr=False)
+    retry_budget: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="Share of requests that may be retried."
+    )
+    routing: Literal["weighted", "least_busy", "latency", "cost", "prefix", "feedback"] = "weighted"
+
+    @classmethod
+    def for_providers(
+        cls,
+        providers: Sequence[str] | None,
+        *,
+        api_keys: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] | None = None,
+        **fields: Any,
+    ) -> GatewayConfig:
+        """A configuration with the usual models of these providers; None = as `GatewayConfig`.
+
+        Their keys come from `api_keys`, else from the environment.
+
+        Raises:
+            ConfigurationError: a provider is unknown or has no key, or as `GatewayConfig`.
+        """
+        keys = dict(api_keys or {})
+        if providers is None or fields.get("model_list"):
+            return cls(api_keys=keys, **fields)
+        names = [providers] if isinstance(providers, str) else providers
+        entries = models_of(names, keys, os.environ if environ is None else environ)
+        return cls(model_list=entries, api_keys=keys, **fields)
+
+    @property
+    def cache_ttl_s(self) -> int:
+        """Seconds a cached answer lives: `cache_ttl`, unless only `default_ttl` of `cache_config`
+        was set to something else than it is by default."""
+        if self.cache_config is None or self.cache_ttl != GatewayConfig().cache_ttl:
+            return self.cache_ttl
+        own_s = self.cache_config.default_ttl
+        return self.cache_ttl if own_s == CacheConfig().default_ttl else own_s
+
+    @field_validator("model_list", mode="after")
+    @classmethod
+    def _hide_secrets(cls, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        refuse(
+            fault.under(index)
+            for index, entry in enumerate(entries)
+            for fault in entry_faults(entry)
+        )
+        return [hidden(entry) for entry in entries]
+
+    @field_validator("api_keys", mode="after")
+    @classmethod
+    def _hide_keys(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        refuse(
+            Fault((name,), "must be the key as text, or os.environ/NAME")
+            for name, key in keys.items()
+            if not is_text(key) or is_malformed_reference(key)
+        )
+        return {name: secrets.hide(key, lambda *_: True) for name, key in keys.items()}
+
+    @field_validator("fallbacks", mode="before")
+    @classmethod
+    def _fallback_forms(cls, value: Any) -> Any:
+        """Two forms, not mixed: names, or LiteLLM's mappings of a group to names."""
+        if value is not None and not (_are_names(value) or _are_mappings_to_names(value)):
+            raise ValueError("must be a list of names, or a list of {group: [names]}")
+        return value
+
+    @field_validator("cache", mode="after")
+    @classmethod
+    def _is_a_cache(cls, cache: Any) -> Any:
+        if cache is not None and not all(callable(getattr(cache, n, None)) for n in ("get", "set")):
+            raise ValueError("must be an object with async get and set, or None")
+        return cache
+
+    @field_validator("tenants", mode="after")
+    @classmethod
+    def _tenants_differ(cls, tenants: list[TenantConfig]) -> list[TenantConfig]:
+        refuse(_tenant_faults(tenants))
+        return tenants
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        """With an empty `model_list` the names are checked once the defaults are filled in."""
+        if self.model_list:
+            table = ModelTable(self)
+            refuse([*table.faults(), *_provider_faults(self.api_keys, table)])
+        return self
+
+
+class Replicas(Settings):
+    """How many replicas answer HTTP; between the two, load decides."""
+
+    min: Count = 1
+    max: Count = 1
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max < self.min:
+            refuse([Fault(("max",), f"must be at least min, which is {self.min}")])
+        return self
+
+
+def _both_ends(value: Any) -> Any:
+    """`replicas: 2` means from 2 to 2."""
+    return {"min": value, "max": value} if isinstance(value, int | str) else value
+
+
+class ServerConfig(Settings):
+    """Where `forebay up` listens."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    replicas: Annotated[Replicas, BeforeValidator(_both_ends)] = Replicas()
+    lane: Literal["auto", "litellm", "relay"] = Field(
+        default="auto", description="The way to providers; auto chooses per deployment."
+    )
+
+
+class SystemConfig(Settings):
+    """A whole system: what a configuration file says.
+
+    A field of `gateway` may also stand at the top level, as `model_list` usually does.
+    """
+
+    gateway: GatewayConfig = GatewayConfig()
+    server: ServerConfig = ServerConfig()
+    data_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
+        default_factory=lambda: data_dir(os.environ),
+        description="Holds ledger, registry, key secret and vault.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gateway_at_top(cls, data: Any) -> Any:
+        moved, faults = _gathered(data)
+        refuse(faults)
+        return moved
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> SystemConfig:
+        """The configuration that `document` was made from, with references for its secrets.
+
+        Raises:
+            ConfigurationError: it is not such a document.
+        """
+        return cls(**document)
+
+    def document(self, vault: Vault | None = None) -> dict[str, Any]:
+        """This configuration as JSON-able values without a secret: literal ones go to the vault.
+
+        Equal configurations have equal documents, as long as they share the vault.
+
+        Raises:
+            ConfigurationError: there is a literal secret and no vault.
+        """
+        plain: dict[str, Any] = _plain(secrets.refer(self.model_dump(), vault))
+        return plain
+
+    @classmethod
+    def _schema(cls) -> dict[str, Any]:
+        return config_schema()
+
+    @property
+    def ledger_url(self) -> str | None:
+        """Where the ledger is; None = `ledger.db` in the data directory."""
+        return self.gateway.ledger_url
+
+
+# ------------------------------------------------------------------------- parts of the checking
+
+
+def _tenant_faults(tenants: Sequence[TenantConfig]) -> Iterator[Fault]:
+    """Two tenants of one id, two keys of one id in a tenant, one key for two."""
+    ids: set[str] = set()
+    hashes: set[str] = set()
+    for index, tenant in enumerate(tenants):
+        if tenant.id in ids:
+            yield Fault((index, "id"), f"two tenants have the id {tenant.id!r}")
+        ids.add(tenant.id)
+        key_ids: set[str] = set()
+        for place, key in enumerate(tenant.keys):
+            if key.id in key_ids:
+                yield Fault((index, "keys", place, "id"), f"two keys have the id {key.id!r}")
+            if key.hash in hashes:
+                yield Fault((index, "keys", place, "hash"), "this key is given twice")
+            key_ids.add(key.id)
+            hashes.add(key.hash)
+
+
+def _provider_faults(keys: Mapping[str, Any], table: ModelTable) -> Iterator[Fault]:
+    """Keys for providers that no deployment has and that nobody has heard of."""
+    used = {routing.family(deployment.provider) for deployment in table.deployments()}
+    for name in keys:
+        if routing.family(name) not in used | USUAL.keys() and "*" not in used:
+            close = nearest(name, used | USUAL.keys())
+            hint = f"did you mean {close!r}?" if close else "no deployment has this provider"
+            yield Fault(("api_keys", name), f"unknown provider; {hint}")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+def _are_mappings_to_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(item, dict)
+        and all(isinstance(group, str) and _are_names(names) for group, names in item.items())
+        for item in value
+    )
+
+
+def _gathered(data: Any) -> tuple[Any, list[Fault]]:
+    """A configuration with the gateway's fields under `gateway`, wherever they stood."""
+    if not isinstance(data, Mapping):
+        return data, []
+    gateway = data.get("gateway")
+    moved = {name: data[name] for name in data if name in GatewayConfig.model_fields}
+    rest = {name: value for name, value in data.items() if name not in moved}
+    if isinstance(gateway, GatewayConfig):
+        return {**rest, "gateway": gateway.replace(**moved) if moved else gateway}, []
+    if not isinstance(gateway, Mapping | None):
+        return dict(data), []
+    under = dict(gateway or {})
+    twice = [Fault((n,), "stands here and under gateway; keep one") for n in moved if n in under]
+    return {**rest, "gateway": {**under, **moved}}, twice
+
+
+def _plain(value: Any) -> Any:
+    """A copy of JSON-able values only."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+# ------------------------------------------------------------------------ what is said about it
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file."""
+    schema = SystemConfig.model_json_schema()
+    gateway = schema["$defs"]["GatewayConfig"]["properties"]
+    schema["properties"] = {**gateway, **schema["properties"]}
+    schema["title"] = "forebay.yaml"
+    return schema
+
+
+def shown(config: SystemConfig | GatewayConfig) -> dict[str, Any]:
+    """A configuration in the form of a file, JSON-able, with `***` for every secret."""
+    plain: dict[str, Any] = _plain(secrets.mask(config.model_dump()))
+    if "gateway" not in plain:
+        return plain
+    gateway = plain.pop("gateway")
+    top = ("model_list", "fallbacks", "tenants", "ledger_url")
+    return {**{name: gateway.pop(name) for name in top}, "gateway": gateway, **plain}
+
+
+def show(config: SystemConfig | GatewayConfig) -> str:
+    """`shown`, as YAML."""
+    text: str = yaml.safe_dump(shown(config), sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+# ------------------------------------------------------------------------------ where it is read
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong: in which file (or `environment`), on which line (0 = none), and what."""
+
+    file: str
+    line: int
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        line = f":{self.line}" if self.line else ""
+        field = f"{self.field}: " if self.field else ""
+        return f"{self.file}{line}: {field}{self.message}"
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> SystemConfig:
+    """The configuration of `forebay up`: the file, then the environment, then the defaults.
+
+    Without `path` the file is the one that FOREBAY_CONFIG names, if any. `FOREBAY_<FIELD>` sets a
+    field of the top level or of `gateway`, `FOREBAY_SERVER_<FIELD>` one of `server`; its value is
+    YAML, and an empty one counts as not set. Without models the default ones are filled in, as by
+    `with_default_models`.
+
+    Raises:
+        ConfigurationError: naming file, line and field, or the variable, one problem a line.
+    """
+    config, problems = _load(path, os.environ if environ is None else environ)
+    if config is None:
+        raise ConfigurationError("\n".join(map(str, problems)), param=problems[0].field or None)
+    return config
+
+
+def check(path: Path, environ: Mapping[str, str] | None = None) -> list[Problem]:
+    """Everything that `load` would complain of, in the order of the file's lines."""
+    _, problems = _load(path, os.environ if environ is None else environ)
+    return sorted(problems, key=lambda problem: problem.line)
+
+
+def around(config: GatewayConfig, environ: Mapping[str, str]) -> SystemConfig:
+    """The system of a Python user's configuration, default models filled in.
+
+    Raises:
+        ConfigurationError: a name in it exists in no group.
+    """
+    return SystemConfig(gateway=with_default_models(config, environ), data_dir=data_dir(environ))
+
+
+def with_default_models(config: GatewayConfig, environ: Mapping[str, str]) -> GatewayConfig:
+    """A configuration that has models: its own, or else the default ones.
+
+    The default ones are the usual models of every provider whose key is in `api_keys` or in the
+    environment, and after them the embedded models.
+
+    Raises:
+        ConfigurationError: a name in it exists in no group.
+    """
+    if config.model_list:
+        return config
+    return config.replace(model_list=default_models(config.api_keys, environ))
+
+
+def data_dir(environ: Mapping[str, str]) -> Path:
+    """FOREBAY_DATA_DIR, or `~/.local/share/forebay`. Nothing is created."""
+    return _absolute(Path(environ.get("FOREBAY_DATA_DIR") or "~/.local/share/forebay"))
+
+
+def sqlite_path(url: str | None) -> Path | None:
+    """The file of a `sqlite:///PATH` URL; `~` is the home directory, `sqlite:////` absolute."""
+    return None if url is None else _absolute(Path(url.removeprefix("sqlite:///")))
+
+
+class _Source:
+    """Where values came from: lines of a file, or variables by the place that they set."""
+
+    def __init__(self, file: str = "configuration", lines: Lines | None = None) -> None:
+        self._file = file
+        self._lines = lines
+        self.variables: dict[tuple[str | int, ...], str] = {}
+
+    def problem(self, fault: Fault) -> Problem:
+        path = fault.path
+        for length in range(len(path), 0, -1):
+            variable = self.variables.get(path[:length])
+            if variable is not None:
+                place = dotted((variable, *path[length:]))
+                return Problem("environment", 0, place, fault.message)
+        if self._lines is None:
+            return Problem(self._file, 0, dotted(path), fault.message)
+        if path[:1] == ("gateway",) and self._lines.has(path[1:2]) and path[1:]:
+            path = path[1:]  # it stands at the top level
+        return Problem(self._file, self._lines.line(path), dotted(path), fault.message)
+
+
+def _load(
+    path: Path | None, environ: Mapping[str, str]
+) -> tuple[SystemConfig | None, list[Problem]]:
+    """The configuration, or None and what is wrong."""
+    if path is None and environ.get("FOREBAY_CONFIG"):
+        path = Path(environ["FOREBAY_CONFIG"]).expanduser()
+    source, data = _Source(), {}
+    if path is not None:
+        lines, problems = _lines(path)
+        if lines is None:
+            return None, problems
+        source, data = _Source(str(path), lines), lines.values
+    data, faults = _gathered(data)
+    faults += _overlay(data, environ, source)
+    _fill_in(data, environ)
+    try:
+        config = _SYSTEM.validate_python(data)
+    except ValidationError as error:
+        faults += translated(error, config_schema())
+    if faults:
+        return None, [source.problem(fault) for fault in faults]
+    return config, []
+
+
+def _lines(path: Path) -> tuple[Lines | None, list[Problem]]:
+    """A file's YAML, or None and why it cannot be had."""
+    file = str(path)
+    try:
+        return Lines.of(path.read_text("utf-8")), []
+    except OSError as error:
+        return None, [Problem(file, 0, "", f"cannot be read: {error.strerror}")]
+    except UnicodeDecodeError:
+        return None, [Problem(file, 0, "", "is not text in UTF-8")]
+    except Unreadable as error:
+        return None, [Problem(file, *trouble) for trouble in error.troubles]
+
+
+def _fill_in(data: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """What `forebay up` takes where nothing is said."""
+    data.setdefault("data_dir", data_dir(environ))
+    gateway = data["gateway"]
+    if not isinstance(gateway, dict):
+        return  # a fault, and pydantic finds it
+    gateway.setdefault("enable_request_batching", True)
+    if gateway.get("model_list") in (None, []):
+        keys = gateway.get("api_keys")
+        gateway["model_list"] = default_models(keys if isinstance(keys, dict) else {}, environ)
+
+
+def _overlay(data: dict[str, Any], environ: Mapping[str, str], source: _Source) -> list[Fault]:
+    """Put `FOREBAY_…` variables over the file's values."""
+    places: dict[str, tuple[str | int, ...]] = {f"{PREFIX}DATA_DIR": ("data_dir",)}
+    for part, settings in (("gateway", GatewayConfig), ("server", ServerConfig)):
+        prefix = SERVER_PREFIX if part == "server" else PREFIX
+        places |= {f"{prefix}{n.upper()}": (part, n) for n in settings.model_fields if n != "cache"}
+    faults = []
+    for variable, text in environ.items():
+        # Kubernetes gives every pod FOREBAY_PORT=tcp://… and the like for a service `forebay`.
+        if not variable.startswith(PREFIX) or not text or text.startswith(("tcp://", "udp://")):
+            continue
+        place = places.get(variable)
+        if place is None:
+            faults += _stray(variable, places, source)
+            continue
+        source.variables[place] = variable
+        try:
+            _put(data, place, text if place == ("data_dir",) else yaml.safe_load(text))
+        except yaml.YAMLError:
+            faults.append(Fault(place, "is not valid YAML"))
+    return faults
+
+
+def _put(data: dict[str, Any], place: Sequence[str | int], value: Any) -> None:
+    part: Any = data
+    for step in place[:-1]:
+        part[step] = {} if part.get(step) is None else part[step]
+        part = part[step]
+    if isinstance(part, dict):  # if not, that is a fault of the file's, and pydantic finds it
+        part[place[-1]] = value
+
+
+def _stray(variable: str, places: Iterable[str], source: _Source) -> list[Fault]:
+    """A variable that is probably misspelt. Others may use our prefix for ends of their own."""
+    if variable in OTHER_VARIABLES or re.search(r"_SERVICE_(HOST|PORT)", variable):
+        return []
+    close = nearest(variable, places, 0.85)
+    if close is None:
+        return []
+    source.variables[(variable,)] = variable
+    return [Fault((variable,), f"unknown setting; did you mean {close!r}?")]
+
+
+_SYSTEM: TypeAdapter[SystemConfig] = TypeAdapter(SystemConfig)

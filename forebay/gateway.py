@@ -1,0 +1,410 @@
+"""`LiteLLMGateway`: one class for text and vectors from any provider.
+
+The class is a door, not a place: each method turns its arguments into a `Call`, sends it through
+the pipeline on the gateway's own loop, and shapes what comes back.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from forebay.config import GatewayConfig
+from forebay.errors import ConfigurationError, InvalidRequest
+from forebay.loop import LoopThread
+from forebay.pipeline import Call, Result, Route
+from forebay.schemas import (
+    EmbedResponse,
+    GenerateResponse,
+    HealthCheckResult,
+    HealthStatus,
+    Usage,
+)
+from forebay.system import DEFAULT_TENANT, System, choose_runtime, open_system
+
+T = TypeVar("T")
+Runtime = Literal["auto", "ray", "inline"]
+
+
+class LiteLLMGateway:
+    """Text and vectors from many providers, with the same limits, breakers, cache and ledger.
+
+    Args:
+        config: what to run with. None attaches to the Forebay system of this Ray cluster, if one
+            runs, else uses the embedded default (or the providers whose keys are in the
+            environment).
+        runtime: `"ray"` attaches to Ray and starts a local one if none runs, `"inline"` runs the
+            same owners in this process, `"auto"` is `"ray"` where Ray is initialised or
+            `RAY_ADDRESS` is set, else `"inline"`.
+        namespace: the Ray namespace of the Forebay system.
+
+    Raises:
+        ConfigurationError: the configuration is wrong or Ray cannot be reached.
+
+    Sync methods may be called from any thread, inside a Ray task, and inside a running event loop
+    (which they block; prefer the async ones there).
+
+    Example:
+        >>> with LiteLLMGateway() as gateway:
+        ...     print(gateway.generate("Say hello").text)
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig | None = None,
+        *,
+        runtime: Runtime = "auto",
+        namespace: str = "forebay",
+    ) -> None:
+        if config is not None and not isinstance(config, GatewayConfig):
+            raise ConfigurationError(
+                f"config must be a GatewayConfig, not {type(config).__name__}", param="config"
+            )
+        if runtime not in ("auto", "ray", "inline"):
+            raise ConfigurationError(
+                f"runtime must be 'auto', 'ray' or 'inline', not {runtime!r}", param="runtime"
+            )
+        self._given = (config, runtime, namespace)
+        self._loop = LoopThread("forebay-gateway")
+        try:
+            self._system: System = self._loop.run(
+                open_system(config, runtime=choose_runtime(runtime), namespace=namespace)
+            )
+        except BaseException:
+            self._loop.close()
+            raise
+
+    # -------------------------------------------------------------------------------- text
+
+    def generate(self, prompt: str | None = None, model: str | None = None, **keywords: Any) -> Any:
+        """Text for a prompt: a `GenerateResponse`, or with `stream=True` an iterator of str.
+
+        Args:
+            prompt: the user's message; `messages=` is sent verbatim in its place.
+            model: a model group's name; None takes the default one.
+            **keywords: `tenant_id`, `timeout` (seconds), `cache_ttl` (seconds), `metadata`, and
+                every OpenAI chat parameter (`temperature`, `max_tokens`, `tools`, …).
+
+        Raises:
+            GatewayError: every failure; see `forebay.errors`.
+        """
+        call = self._chat_call(prompt, model, keywords)
+        if call.body.pop("stream", False):
+            return self._stream_sync(call)
+        return _generated(self._loop.run(self._system.pipeline.answer(call)))
+
+    async def generate_async(
+        self, prompt: str | None = None, model: str | None = None, **keywords: Any
+    ) -> Any:
+        """As `generate`; with `stream=True` an async iterator of str."""
+        call = self._chat_call(prompt, model, keywords)
+        if call.body.pop("stream", False):
+            return self._stream(call)
+        return _generated(await self._loop.hand_over(self._system.pipeline.answer(call)))
+
+    def generate_stream(
+        self, prompt: str | None = None, model: str | None = None, **keywords: Any
+    ) -> AsyncIterator[str]:
+        """Text for a prompt, piece by piece as the provider sends it.
+
+        Raises:
+            GatewayError: before the first piece, or after a later one if the provider fails then.
+        """
+        call = self._chat_call(prompt, model, keywords)
+        call.body.pop("stream", None)
+        return self._stream(call)
+
+    stream_async = generate_stream
+    generate_stream_async = generate_stream
+
+    async def _stream(self, call: Call) -> AsyncIterator[str]:
+        stream = await self._loop.hand_over(self._system.pipeline.stream(call))
+        async for chunk in self._loop.iterate(stream.chunks):
+            text = _text_of(chunk)
+            if text:
+                yield text
+
+    def _stream_sync(self, call: Call) -> Iterator[str]:
+        stream = self._loop.run(self._system.pipeline.stream(call))
+        for chunk in self._loop.iterate_sync(stream.chunks):
+            text = _text_of(chunk)
+            if text:
+                yield text
+
+    # ----------------------------------------------------------------------------- vectors
+
+    def embed(
+        self,
+        text: str | Sequence[str] | None = None,
+        model: str | None = None,
+        **keywords: Any,
+    ) -> EmbedResponse:
+        """Vectors for one text or a list of them, in the order given.
+
+        Args:
+            text: str or list of str (`texts=` is accepted too).
+            model: a model group's name; None takes the default embedding one.
+            **keywords: `tenant_id`, `timeout` (seconds), `dimensions`, …
+
+        Returns:
+            `.array` is float32 of shape (n, d); `.embeddings` the same as lists.
+
+        Raises:
+            GatewayError: every failure; see `forebay.errors`.
+        """
+        call = self._embed_call(text, model, keywords)
+        return _embedded(self._loop.run(self._system.pipeline.answer(call)))
+
+    async def embed_async(
+        self,
+        text: str | Sequence[str] | None = None,
+        model: str | None = None,
+        **keywords: Any,
+    ) -> EmbedResponse:
+        """As `embed`."""
+        call = self._embed_call(text, model, keywords)
+        return _embedded(await self._loop.hand_over(self._system.pipeline.answer(call)))
+
+    # ------------------------------------------------------------------------------ health
+
+    def check_health(self) -> HealthCheckResult:
+        """How this gateway and the owners behind it are. Calls no provider."""
+        begun_s = time.monotonic()
+        details = self._loop.run(self._system.health())
+        return health_result(details, (time.monotonic() - begun_s) * 1000)
+
+    async def get_health(self) -> dict[str, Any]:
+        """As `check_health`, as a plain dict."""
+        begun_s = time.monotonic()
+        details = await self._loop.hand_over(self._system.health())
+        return health_result(details, (time.monotonic() - begun_s) * 1000).model_dump(mode="json")
+
+    def get_usage_stats(self, tenant_id: str | None = None) -> dict[str, Any]:
+        """Totals from the ledger, of one tenant or of all.
+
+        Returns:
+            `total_requests`, `total_cost` (USD), `total_tokens`, `success_rate` (0 to 1),
+            `cache_hits`, `by_model`, and what they are made of.
+        """
+        return self._loop.run(self._system.books.usage(tenant=tenant_id))
+
+    def get_llmops_metrics(
+        self, tenant_id: str | None = None, time_range_hours: float = 24
+    ) -> dict[str, Any]:
+        """`get_usage_stats` over the last `time_range_hours`."""
+        since = time.time() - time_range_hours * 3600
+        return self._loop.run(self._system.books.usage(tenant=tenant_id, since_s=since))
+
+    def get_cost_summary(
+        self, tenant_id: str | None = None, time_range_hours: float = 24
+    ) -> dict[str, Any]:
+        """Cost in USD over the last `time_range_hours`: the total, by model and by day."""
+        since = time.time() - time_range_hours * 3600
+        return self._loop.run(self._system.books.cost(tenant=tenant_id, since_s=since))
+
+    # --------------------------------------------------------------------------- the desks
+
+    @property
+    def config(self) -> GatewayConfig:
+        """The configuration in force."""
+        return self._system.config.gateway
+
+    @property
+    def router(self) -> Any:
+        """The model table: groups, deployments, fallbacks."""
+        return self._system.table
+
+    @property
+    def circuit_breaker(self) -> Any:
+        """The breaker's desk, None where `enable_circuit_breaker` is off."""
+        return self._system.breaker if self.config.enable_circuit_breaker else None
+
+    @property
+    def rate_limiters(self) -> Any:
+        """The limiter's desk, None where `enable_rate_limiting` is off."""
+        return self._system.limiter if self.config.enable_rate_limiting else None
+
+    @property
+    def deduplicator(self) -> Any:
+        """The cache's desk, which joins identical requests; None where that is off."""
+        return self._system.cache if self.config.enable_request_deduplication else None
+
+    @property
+    def batcher(self) -> Any:
+        """The Batcher's desk, None where `enable_request_batching` is off."""
+        return self._system.batcher if self.config.enable_request_batching else None
+
+    @property
+    def cache(self) -> Any:
+        """The cache's desk, None where `enable_caching` is off."""
+        return self._system.cache if self.config.enable_caching else None
+
+    @property
+    def llmops(self) -> Any:
+        """The ledger's desk, None where `enable_llmops` is off."""
+        return self._system.books if self.config.enable_llmops else None
+
+    # ------------------------------------------------------------------------------- an end
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """A coroutine's result, run on the gateway's own loop and waited for here."""
+        return self._loop.run(work)
+
+    def close(self) -> None:
+        """Hand in what is buffered and let go. Idempotent. Shared owners go on."""
+        if self._loop.alive:
+            self._loop.run(self._system.close())
+            self._loop.close()
+
+    async def aclose(self) -> None:
+        """As `close`."""
+        if self._loop.alive:
+            await self._loop.hand_over(self._system.close())
+            self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        state = self._system.runtime if self._loop.alive else "closed"
+        return f"<LiteLLMGateway {state}: {', '.join(self._system.table.names())}>"
+
+    def __reduce__(self) -> Any:
+        config, runtime, namespace = self._given
+        if config is not None:
+            raise TypeError(
+                "a LiteLLMGateway with a configuration of its own does not travel to another "
+                "process, since its keys must not; construct it there"
+            )
+        return (_attach, (runtime, namespace))
+
+    # ----------------------------------------------------------------------------------------
+
+    def _chat_call(
+        self, prompt: str | None, model: str | None, keywords: Mapping[str, Any]
+    ) -> Call:
+        body = dict(keywords)
+        if body.get("messages") is None:
+            body.pop("messages", None)
+            if not isinstance(prompt, str) or not prompt:
+                raise InvalidRequest.about("prompt", "prompt must be a non-empty string")
+            body["messages"] = [{"role": "user", "content": prompt}]
+        return self._call("chat", model, body)
+
+    def _embed_call(
+        self, text: str | Sequence[str] | None, model: str | None, keywords: Mapping[str, Any]
+    ) -> Call:
+        body = dict(keywords)
+        texts = body.pop("texts", None)
+        given = text if texts is None else texts
+        if given is None:
+            raise InvalidRequest.about("text", "text must be a string or a list of strings")
+        body["input"] = given if isinstance(given, str) else list(given)
+        return self._call("embedding", model, body)
+
+    def _call(self, route: Route, model: str | None, body: dict[str, Any]) -> Call:
+        tenant = body.pop("tenant_id", None) or DEFAULT_TENANT
+        timeout_s = body.pop("timeout", None)
+        cache_ttl_s = body.pop("cache_ttl", None)
+        for name, seconds in (("timeout", timeout_s), ("cache_ttl", cache_ttl_s)):
+            if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+                raise InvalidRequest.about(name, f"{name} must be a positive number of seconds")
+        if not isinstance(tenant, str):
+            raise InvalidRequest.about("tenant_id", "tenant_id must be a string")
+        body = {name: value for name, value in body.items() if value is not None}
+        if model is not None:
+            body["model"] = model
+        return Call(
+            route,
+            body,
+            tenant,
+            request_id=f"req_{uuid.uuid4().hex}",
+            timeout_s=timeout_s,
+            cache_ttl_s=cache_ttl_s,
+            may_wait=True,
+        )
+
+
+def _attach(runtime: Runtime, namespace: str) -> LiteLLMGateway:
+    return LiteLLMGateway(runtime=runtime, namespace=namespace)
+
+
+def _generated(result: Result) -> GenerateResponse:
+    answer, facts = result.answer, result.facts
+    choice = (answer.body.get("choices") or [{}])[0]
+    message = choice.get("message") or {}
+    return GenerateResponse(
+        text=message.get("content") or "",
+        model=answer.model,
+        usage=None if answer.usage is None else Usage(answer.usage),
+        finish_reason=choice.get("finish_reason"),
+        raw_response=answer.body,
+        id=answer.body.get("id") or "",
+        cached=facts.cache == "hit",
+        cost_usd=(facts.cost_nano or 0) / 1e9,
+        warnings=list(facts.warnings),
+    )
+
+
+def _embedded(result: Result) -> EmbedResponse:
+    answer, facts = result.answer, result.facts
+    array = answer.array
+    assert array is not None, "an embedding answer carries vectors"
+    return EmbedResponse(
+        array=array,
+        model=answer.model,
+        usage=None if answer.usage is None else Usage(answer.usage),
+        cost_usd=(facts.cost_nano or 0) / 1e9,
+        cached=len(array) if facts.cache == "hit" else 0,
+    )
+
+
+def _text_of(chunk: Mapping[str, Any]) -> str:
+    choices = chunk.get("choices") or []
+    if not choices:
+        return ""
+    return (choices[0].get("delta") or {}).get("content") or ""
+
+
+def health_result(details: dict[str, Any], took_ms: float) -> HealthCheckResult:
+    """What `System.health` tells, judged."""
+    away = [name for name, owner in details["owners"].items() if not owner["reachable"]]
+    open_breakers = details["open_breakers"]
+    if len(away) == len(details["owners"]):
+        status, message = HealthStatus.UNHEALTHY, "no owner can be reached"
+    elif away:
+        status, message = HealthStatus.DEGRADED, f"unreachable: {', '.join(away)}"
+    elif open_breakers:
+        status, message = HealthStatus.DEGRADED, f"breakers open: {', '.join(open_breakers)}"
+    else:
+        status, message = HealthStatus.HEALTHY, "all owners answer, all breakers are closed"
+    return HealthCheckResult(
+        status=status,
+        details=details,
+        message=message,
+        timestamp=datetime.now(UTC),
+        response_time_ms=took_ms,
+    )

@@ -1,0 +1,160 @@
+"""What is counted, under the names of the contract, in this process's own Prometheus registry.
+
+Bounded: label values come from the configuration (models, deployments) or are folded into `other`
+(tenants beyond TENANTS_MAX), so that no client can mint time series.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from actors.ref import OwnerRef
+
+TENANTS_MAX = 200
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+OVERHEAD_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+
+
+class _OwnerMessages(Collector):
+    """Messages sent to each owner, by method, read off the lines when somebody asks."""
+
+    def __init__(self, refs: Callable[[], Iterable[OwnerRef]]) -> None:
+        self._refs = refs
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(
+            "forebay_owner_messages",
+            "Messages that desks of this process sent to owners.",
+            labels=["owner", "method"],
+        )
+        for ref in self._refs():
+            for method, count in ref.sent.items():
+                family.add_metric([ref.name, method], count)
+        yield family
+
+
+class Meter:
+    """This process's counters. Incrementing one costs about a microsecond."""
+
+    def __init__(self, refs: Callable[[], Iterable[OwnerRef]]) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self._requests = Counter(
+            "forebay_requests",
+            "Requests by outcome.",
+            ["route", "model", "tenant", "status"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "forebay_request_seconds",
+            "From the first step of the pipeline to the last.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._overhead = Histogram(
+            "forebay_overhead_seconds",
+            "A request's time less what the provider took.",
+            ["route"],
+            buckets=OVERHEAD_SECONDS,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "forebay_time_to_first_token_seconds",
+            "Streams only.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._tokens = Counter("forebay_tokens", "Tokens used.", ["kind"], registry=registry)
+        self._cost = Counter("forebay_cost_usd", "Cost of posted calls.", registry=registry)
+        self._cache = Counter("forebay_cache", "Look-ups.", ["outcome"], registry=registry)
+        self._coalesced = Counter(
+            "forebay_coalesced_texts",
+            "Texts that shared a provider call with another caller's.",
+            registry=registry,
+        )
+        self._calls = Counter(
+            "forebay_provider_calls",
+            "Provider calls by outcome.",
+            ["deployment", "outcome"],
+            registry=registry,
+        )
+        self._limited = Counter(
+            "forebay_rate_limited", "Refusals.", ["tenant", "kind"], registry=registry
+        )
+        self._queue = Histogram(
+            "forebay_queue_seconds", "Waiting for a limit.", buckets=SECONDS, registry=registry
+        )
+        self._breaker = Gauge(
+            "forebay_breaker_state",
+            "0 closed, 1 half open, 2 open.",
+            ["deployment"],
+            registry=registry,
+        )
+        registry.register(_OwnerMessages(refs))
+        self._tenants: set[str] = set()
+        self._request_children: dict[tuple[str, str, str, str], Counter] = {}
+
+    def request(
+        self, route: str, model: str, tenant: str, status: str, total_s: float, provider_s: float
+    ) -> None:
+        """One request came to its end."""
+        labels = (route, model, self._tenant(tenant), status)
+        child = self._request_children.get(labels)
+        if child is None:
+            child = self._request_children[labels] = self._requests.labels(*labels)
+        child.inc()
+        self._seconds.labels(route).observe(total_s)
+        self._overhead.labels(route).observe(max(0.0, total_s - provider_s))
+
+    def usage(self, prompt_tokens: int, completion_tokens: int, cost_nano: int | None) -> None:
+        """A provider call was posted."""
+        self._tokens.labels("prompt").inc(prompt_tokens)
+        self._tokens.labels("completion").inc(completion_tokens)
+        if cost_nano:
+            self._cost.inc(cost_nano / 1e9)
+
+    def first_token(self, route: str, seconds: float) -> None:
+        """A stream's first chunk was handed over."""
+        self._first_token.labels(route).observe(seconds)
+
+    def cache(self, outcome: str) -> None:
+        """A look-up ended as `hit`, `miss` or `joined`."""
+        self._cache.labels(outcome).inc()
+
+    def coalesced(self, texts: int) -> None:
+        """That many texts of a caller travelled with somebody else's."""
+        self._coalesced.inc(texts)
+
+    def provider_call(self, deployment: str, outcome: str) -> None:
+        """A provider call ended with this verdict."""
+        self._calls.labels(deployment, outcome).inc()
+
+    def limited(self, tenant: str, kind: str) -> None:
+        """A limit refused a request."""
+        self._limited.labels(self._tenant(tenant), kind).inc()
+
+    def queued(self, seconds: float) -> None:
+        """A request waited for a limit before it went on."""
+        self._queue.observe(seconds)
+
+    def breaker(self, deployment: str, level: int) -> None:
+        """A breaker changed: 0 closed, 1 half open, 2 open."""
+        self._breaker.labels(deployment).set(level)
+
+    def render(self) -> bytes:
+        """Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def _tenant(self, tenant: str) -> str:
+        if tenant in self._tenants:
+            return tenant
+        if len(self._tenants) >= TENANTS_MAX:
+            return "other"
+        self._tenants.add(tenant)
+        return tenant

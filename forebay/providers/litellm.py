@@ -1,0 +1,505 @@
+"""The lane to every provider that LiteLLM knows. This is the only place that imports it.
+
+LiteLLM is used bare: one attempt, no Router, no callbacks, no cache. What it would do on top of a
+call (retries, fallbacks, budgets) belongs to the pipeline and its desks.
+
+Rule 1: LiteLLM is imported on first use, in a thread: it takes 3–4 s and 250 MB.
+Rule 2: where a provider is and as whom it is called comes from the deployment's `params` and from
+        nowhere else; a body that names such a thing is refused.
+Rule 3: `timeout_s` is kept by a clock of ours. LiteLLM is given a coarser one: its client pools are
+        keyed by it, and an exact one would make a new pool for every call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from actors.batcher.policy import Vectors
+from forebay import schemas
+from forebay.errors import GatewayError, InvalidRequest, ResponseValidationError
+from forebay.providers import shapes
+from forebay.providers.base import Answer, Resolve
+from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
+from forebay.providers.failures import error_of
+from forebay.providers.prices import Prices, is_price
+from forebay.providers.redaction import secrets_in
+from forebay.providers.streams import LiteLLMChunks, Opened
+from forebay.providers.vectors import decoded
+
+if TYPE_CHECKING:
+    from forebay.providers.local import LocalModels
+    from forebay.routing import Deployment
+
+Route = Literal["chat", "completion"]
+
+FLOATS_ONLY_MAX = 1_000  # deployments known to spoil base64; above it all are asked again
+BYTES_PER_TOKEN = 4  # an estimate, for providers that do not say how many tokens there were
+
+TIMEOUTS_S = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1800.0, 7200.0)
+
+BASE64_PROVIDERS = frozenset(
+    {"openai", "azure", "hosted_vllm", "infinity", "voyage", "openrouter", "nvidia_nim"}
+)
+"""Those that mean little-endian float32 by `encoding_format: base64`. Others mean quantised
+vectors by it (Bedrock, Cohere, Perplexity) or refuse it (Gemini)."""
+
+NOT_HANDED_ON = frozenset(
+    {
+        # the Router's, and ours
+        *("model", "weight", "order", "rpm", "tpm", "max_parallel_requests", "model_info", "tags"),
+        *("timeout", "stream_timeout", "max_retries", "num_retries", "cooldown_time"),
+        *("allowed_params", "encoding_format", "max_budget", "budget_duration"),
+        *("fallbacks", "context_window_fallback_dict", "retry_policy", "model_list", "stream"),
+        # what is off here
+        *("cache", "caching", "ttl", "callbacks", "success_callback", "failure_callback"),
+    }
+)
+"""Names of `litellm_params` that LiteLLM's own functions are not given; nor are prices."""
+
+SAY_END = frozenset(
+    {
+        *("openai", "azure", "azure_ai", "text-completion-openai", "hosted_vllm", "openrouter"),
+        *("anthropic", "gemini", "vertex_ai", "bedrock", "mistral", "groq", "deepseek", "xai"),
+        *("together_ai", "fireworks_ai", "perplexity", "cerebras", "nvidia_nim"),
+    }
+)
+"""Providers whose streams end with a finish reason that LiteLLM passes on. (Cohere's does, too,
+but LiteLLM does not find it.)"""
+
+MANY_PROMPTS = frozenset({"azure_text", LOCAL})
+"""Providers that take several prompts at once; for all others LiteLLM would melt them into one."""
+
+
+def prepare_environment(environ: MutableMapping[str, str]) -> None:
+    """Set what LiteLLM reads when it is imported; to be called before that.
+
+    No retries of its own (on the embedding path 0 retries mean 2 unless the default is 0), no
+    price list or headers from the network, and no `.env` file read into this process.
+    """
+    environ["DEFAULT_MAX_RETRIES"] = "0"
+    for name in ("MODEL_COST_MAP", "ANTHROPIC_BETA_HEADERS", "BLOG_POSTS"):
+        environ.setdefault(f"LITELLM_LOCAL_{name}", "True")
+    environ.setdefault("LITELLM_MODE", "PRODUCTION")
+
+
+class LiteLLMProvider:
+    """Calls providers through LiteLLM.
+
+    Owns what it has learnt about deployments: prices, and which of them spoil base64 (bounded by
+    FLOATS_ONLY_MAX). Connections are LiteLLM's, pooled per process and event loop. `environ` is
+    where `prepare_environment` writes, just before the import.
+
+    Failure behaviour: every failure is a GatewayError that says whether a provider answered. A
+    cancelled call and a closed stream close their upstream connection. Usable from several event
+    loops.
+    """
+
+    def __init__(self, models: LocalModels, environ: MutableMapping[str, str] = os.environ) -> None:
+        self._models = models
+        self._environ = environ
+        self._litellm: Any = None
+        self._is_internal: Any = None
+        self._prices = Prices()
+        self._floats_only: set[str] = set()
+
+    async def warm(self) -> None:
+        """Import LiteLLM, off the event loop."""
+        if self._litellm is None:
+            litellm = await asyncio.to_thread(_imported, self._environ)
+            register(litellm, self._models)
+            self._prices.litellm = litellm
+            self._is_internal = _internal_call()
+            self._litellm = litellm
+
+    async def close(self) -> None:
+        """Let go of the embedded models. LiteLLM's connections end with their event loop."""
+        await self._models.close()
+
+    async def chat(
+        self,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> Answer:
+        """One chat completion.
+
+        Raises:
+            GatewayError: see `failures`.
+        """
+        return await self._answer("chat", deployment, body, timeout_s, resolve)
+
+    async def completion(
+        self,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> Answer:
+        """One text completion. Where a provider has only chat, LiteLLM makes a chat of it.
+
+        Raises:
+            GatewayError: see `failures`.
+        """
+        return await self._answer("completion", deployment, body, timeout_s, resolve)
+
+    def chat_stream(
+        self,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> LiteLLMChunks:
+        """One chat completion, in OpenAI's chunks; usage in the last, if `stream_options` ask.
+
+        Raises (from `anext`):
+            GatewayError: see `failures`.
+        """
+        return self._stream("chat", deployment, body, timeout_s, resolve)
+
+    def completion_stream(
+        self,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> LiteLLMChunks:
+        """One text completion, in chunks; as `chat_stream`."""
+        return self._stream("completion", deployment, body, timeout_s, resolve)
+
+    async def embed(
+        self,
+        deployment: Deployment,
+        texts: Sequence[str],
+        params: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> Vectors:
+        """One embedding call. `params` are OpenAI's without `input` and `encoding_format`.
+
+        Raises:
+            ResponseValidationError: vectors are missing, doubled, of the wrong length or not
+                finite.
+            GatewayError: see `failures`.
+        """
+        encoding = self._encoding(deployment)
+        try:
+            return await self._embed(deployment, texts, params, timeout_s, resolve, encoding)
+        except (ResponseValidationError, InvalidRequest) as error:
+            spoilt = isinstance(error, ResponseValidationError) or "encoding_format" in str(error)
+            if encoding != "base64" or not spoilt:
+                raise
+        # It does not mean float32 by base64, or does not know the word: floats, from now on.
+        vectors = await self._embed(deployment, texts, params, timeout_s, resolve, "float")
+        if len(self._floats_only) >= FLOATS_ONLY_MAX:
+            self._floats_only.clear()
+        self._floats_only.add(deployment.id)
+        return vectors
+
+    def price(
+        self,
+        deployment: Deployment,
+        usage: Mapping[str, Any] | None,
+        *,
+        model: str | None = None,
+    ) -> int | None:
+        """What `usage` costs, in nano-USD; None when no price is known.
+
+        `model` is the name that the provider reported; it prices deployments whose own name does
+        not tell the model.
+        """
+        return self._prices.of_usage(deployment, usage, model)
+
+    # ----------------------------------------------------------------------------------------
+
+    async def _answer(
+        self,
+        route: Route,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> Answer:
+        await self.warm()
+        call = _Call(deployment, resolve(deployment.params), timeout_s, "timeout")
+        asked = call.asked(body)
+        beside = self._beside(deployment, asked)
+        with self._bare(beside), call.errors():
+            async with asyncio.timeout(call.limit_s):
+                response = await self._function(route)(**self._keywords(route, call, asked))
+        if beside is not None and beside.answer is not None:
+            told = beside.answer
+        else:
+            told = shapes.plain_chat(response) if route == "chat" else shapes.plain_text(response)
+        if not told.get("choices"):
+            raise ResponseValidationError(
+                f"{deployment.provider} answered without choices",
+                model=deployment.group,
+                provider=deployment.provider,
+            )
+        usage, model = told.get("usage"), told.get("model") or deployment.model
+        cost_nano = self._prices.of_answer(deployment, usage, model, _usd(response))
+        return Answer(told, usage, cost_nano, model)
+
+    def _stream(
+        self,
+        route: Route,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> LiteLLMChunks:
+        async def begin() -> Opened:
+            await self.warm()
+            call = _Call(deployment, resolve(deployment.params), timeout_s, "stream_timeout")
+            asked = call.asked(body)
+            asked["stream"] = True
+            if body.get("stream_options") is not None:
+                asked["stream_options"] = body["stream_options"]
+            beside = self._beside(deployment, asked)
+            with self._bare(beside), call.errors():
+                async with asyncio.timeout(call.limit_s):
+                    stream = await self._function(route)(**self._keywords(route, call, asked))
+            if beside is not None and beside.chunks is not None:
+                return Opened(beside.chunks, None, call.error)
+            plain = shapes.plain_chat_chunk if route == "chat" else shapes.plain_text_chunk
+            return Opened(stream, plain, call.error, deployment.provider in SAY_END)
+
+        return LiteLLMChunks(begin, timeout_s, deployment.provider, deployment.group)
+
+    async def _embed(
+        self,
+        deployment: Deployment,
+        texts: Sequence[str],
+        params: Mapping[str, Any],
+        timeout_s: float,
+        resolve: Resolve,
+        encoding: str | None,
+    ) -> Vectors:
+        await self.warm()
+        call = _Call(deployment, resolve(deployment.params), timeout_s, "timeout")
+        asked = call.asked({**params, "input": list(texts)})
+        asked.pop("encoding_format", None)
+        dimensions = asked.get("dimensions")
+        beside = self._beside(deployment, dict(asked))
+        if beside is not None:
+            asked = {"input": asked["input"]}  # LiteLLM refuses a custom provider all parameters
+        elif encoding is not None:
+            asked["encoding_format"] = encoding
+        if dimensions is not None and deployment.provider == "openai":
+            # LiteLLM knows of OpenAI's own models only; whoever speaks its language decides.
+            asked["allowed_openai_params"] = ["dimensions"]
+        with self._bare(beside), call.errors():
+            async with asyncio.timeout(call.limit_s):
+                response = await self._litellm.aembedding(**call.keywords(asked))
+            if beside is not None and beside.vectors is not None:
+                array, tokens = beside.vectors
+            else:
+                array = decoded(response.data, len(texts), dimensions)
+                tokens = int(getattr(response.usage, "prompt_tokens", 0) or 0)
+        estimated = tokens == 0 and any(texts)
+        if estimated:
+            tokens = -(-sum(len(text.encode()) for text in texts) // BYTES_PER_TOKEN)
+        model = response.model or deployment.model
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        usd = None if estimated else _usd(response)
+        cost_nano = self._prices.of_answer(deployment, usage, model, usd)
+        return Vectors(array, tokens, cost_nano, model, estimated)
+
+    def _encoding(self, deployment: Deployment) -> str | None:
+        """The `encoding_format` to ask a deployment for; None to ask for nothing."""
+        if deployment.id in self._floats_only:
+            return "float"
+        own = deployment.params.get("encoding_format")
+        if own in ("float", "base64"):
+            return str(own)
+        return "base64" if deployment.provider in BASE64_PROVIDERS else None
+
+    def _function(self, route: Route) -> Callable[..., Awaitable[Any]]:
+        function: Callable[..., Awaitable[Any]] = (
+            self._litellm.acompletion if route == "chat" else self._litellm.atext_completion
+        )
+        return function
+
+    def _keywords(self, route: Route, call: _Call, asked: Mapping[str, Any]) -> dict[str, Any]:
+        keywords = call.keywords(asked)
+        # Tools are the provider's business; LiteLLM would need the package `mcp` to look at them,
+        # and would run those of type "mcp" itself.
+        keywords["_skip_mcp_handler"] = True
+        if route == "completion" and call.is_native_text:
+            # For texts LiteLLM would make a client, and connect anew, for every call.
+            keywords["client"] = self._litellm.main.openai_chat_completions.get_openai_client(
+                is_async=True,
+                api_key=keywords.get("api_key"),
+                api_base=keywords.get("api_base") or keywords.get("base_url"),
+                timeout=keywords["timeout"],
+                max_retries=0,
+                organization=keywords.get("organization"),
+            )
+        return keywords
+
+    def _beside(self, deployment: Deployment, asked: dict[str, Any]) -> Beside | None:
+        return Beside(self._models, asked) if deployment.provider == LOCAL else None
+
+    @contextmanager
+    def _bare(self, beside: Beside | None) -> Iterator[None]:
+        """A LiteLLM call without its success and failure logging, which costs 13 % of the call."""
+        internal = self._is_internal
+        marked = internal.set(True) if internal is not None else None
+        placed = BESIDE.set(beside)
+        try:
+            yield
+        finally:
+            BESIDE.reset(placed)
+            if internal is not None:
+                internal.reset(marked)
+
+
+class _Call:
+    """One call in LiteLLM's words: a deployment, its resolved `params`, and how long it may take.
+
+    `patience` names the parameter by which a deployment may shorten the time.
+    """
+
+    def __init__(
+        self, deployment: Deployment, params: dict[str, Any], timeout_s: float, patience: str
+    ) -> None:
+        self._deployment = deployment
+        self._params = params
+        own = params.get(patience, params.get("timeout"))
+        own_s = float(own) if isinstance(own, int | float | str) and _is_number(own) else timeout_s
+        self.limit_s = min(timeout_s, own_s)
+
+    def asked(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The caller's parameters, without those that are not for the provider.
+
+        Raises:
+            InvalidRequest: one says where or as whom the provider is to be called, or LiteLLM
+                would answer something else than was asked.
+        """
+        asked = {name: value for name, value in body.items() if value is not None}
+        for name in asked:
+            if schemas.connects(name):
+                raise InvalidRequest.about(name, f"{name} may not be set by a caller")
+        for name in ("model", "stream", "stream_options"):
+            asked.pop(name, None)
+        # LiteLLM takes `metadata` for its own; OpenAI wants it only with what it is to store.
+        metadata = asked.pop("metadata", None)
+        if metadata and asked.get("store") and self._deployment.provider in ("openai", "azure"):
+            asked["extra_body"] = {"metadata": metadata}
+        prompts = asked.get("prompt")
+        many = self.is_native_text or self._deployment.provider in MANY_PROMPTS
+        if isinstance(prompts, list) and not many:
+            if len(prompts) != 1:
+                raise InvalidRequest.about(
+                    "prompt",
+                    f"{self._deployment.group} takes one prompt per request",
+                    model=self._deployment.group,
+                    provider=self._deployment.provider,
+                )
+            asked["prompt"] = prompts[0]
+        return asked
+
+    def keywords(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """What LiteLLM's function is called with; the caller's parameters over the deployment's."""
+        own = {
+            name: value
+            for name, value in self._params.items()
+            if name not in NOT_HANDED_ON and not is_price(name)
+        }
+        allowed = own.pop("allowed_openai_params", None)
+        if allowed and "allowed_openai_params" in asked:
+            asked = {**asked, "allowed_openai_params": [*allowed, *asked["allowed_openai_params"]]}
+        elif allowed:
+            own["allowed_openai_params"] = allowed
+        timeout_s = next((t for t in TIMEOUTS_S if t > self.limit_s), self.limit_s)
+        return {
+            **own,
+            **asked,
+            "model": self._deployment.model,
+            "timeout": timeout_s,
+            "num_retries": 0,
+            "max_retries": 0,
+        }
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Whatever fails in here becomes an error of ours."""
+        outer = sys.exception()
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
+            raise self.error(error, outer) from None
+
+    def error(self, error: BaseException, outer: BaseException | None = None) -> GatewayError:
+        return error_of(
+            error,
+            provider=self._deployment.provider,
+            model=self._deployment.group,
+            secrets=secrets_in(self._params),
+            outer=outer,
+        )
+
+    @property
+    def is_native_text(self) -> bool:
+        """Whether LiteLLM asks OpenAI's own route for texts, and does not make a chat of them."""
+        provider, model = self._deployment.provider, self._deployment.model
+        chats = sys.modules["litellm"].open_ai_chat_completion_models
+        return provider == "text-completion-openai" or (
+            provider == "openai" and model.removeprefix("openai/") not in chats
+        )
+
+
+def _imported(environ: MutableMapping[str, str]) -> Any:
+    """LiteLLM's module, imported and set up for bare calls."""
+    prepare_environment(environ)
+    litellm: Any = importlib.import_module("litellm")
+    litellm.DEFAULT_MAX_RETRIES = 0  # for a process that had imported it before
+    litellm.suppress_debug_info = True
+    litellm.disable_streaming_logging = True
+    litellm.telemetry = False
+    # LiteLLM's models of answers say list[float] where base64 is a str; that is how it is meant.
+    warnings.filterwarnings(
+        "ignore", "Pydantic serializer warnings", UserWarning, module=r"pydantic\.main"
+    )
+    # What LiteLLM and openai would otherwise import in the middle of the first call: 1.5 s.
+    importlib.import_module("openai.resources")
+    greeting = [{"role": "user", "content": "hello"}]
+    for _ in litellm.completion("openai/gpt-4o", greeting, mock_response="hello", stream=True):
+        pass
+    return litellm
+
+
+def _internal_call() -> Any:
+    """LiteLLM's context variable for calls that are not to be logged; None if it has gone."""
+    try:
+        module = importlib.import_module("litellm._internal_context")
+    except ImportError:
+        return None
+    return getattr(module, "is_internal_call", None)
+
+
+def _usd(response: Any) -> float | None:
+    """What LiteLLM says a response cost."""
+    hidden = getattr(response, "_hidden_params", None)  # a dict, or a model with `get`
+    usd = hidden.get("response_cost") if hidden is not None else None
+    return float(usd) if isinstance(usd, int | float) else None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return 0.0 < float(value) < float("inf")
+    except ValueError:
+        return False

@@ -1,0 +1,195 @@
+"""A stream of LiteLLM's as a stream of OpenAI chunk dicts, which can be closed at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from types import AsyncGeneratorType
+from typing import Any
+
+import httpx
+
+from forebay.errors import GatewayError, GatewayTimeout, ProviderConnectionError
+
+LAYERS_MAX = 16
+CLOSE_S = 0.5
+
+_IN_GENERATORS = ("streamwrapper", "response", "iterator", "self")
+_IN_OBJECTS = (
+    *("completion_stream", "streaming_response", "async_response_iterator"),
+    *("response_iterator", "http_response", "response"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A stream that has been opened.
+
+    `plain` makes a chunk dict of what it gives (None: it gives such dicts), `error` an error of
+    ours of what it raises. `says_end`: its provider ends every answer with a finish reason.
+    """
+
+    stream: AsyncIterator[Any]
+    plain: Callable[[Any], dict[str, Any]] | None
+    error: Callable[[BaseException], GatewayError]
+    says_end: bool = False
+
+
+class LiteLLMChunks:
+    """One streamed answer; the first `anext` makes the call.
+
+    Owns the upstream connection. Bounded by `timeout_s` from the first `anext` to the end.
+
+    Failure behaviour: what goes wrong is raised once, as a GatewayError, and the stream is over. A
+    provider that is known to give a finish reason, and does not, has broken off; LiteLLM makes up
+    a "stop". Usage that LiteLLM made up is marked `"estimated": true`. `aclose` ends the upstream
+    connection at once, whoever is waiting.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[], Awaitable[Opened]],
+        timeout_s: float,
+        provider: str,
+        model: str,
+    ) -> None:
+        self._begin = begin
+        self._timeout_s = timeout_s
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiting: asyncio.Task[Any] | None = None
+        self._expired = False
+        self._provider = provider
+        self._model = model
+        self._opened: Opened | None = None
+        self._stream: AsyncIterator[Any] | None = None
+        self._over = False
+
+    def __aiter__(self) -> LiteLLMChunks:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        if self._over:
+            raise StopAsyncIteration
+        task = asyncio.current_task()
+        assert task is not None
+        if self._timer is None:
+            # One timer for the stream: one per chunk would cost as much as the chunk's own JSON.
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._timeout_s, self._expire)
+        cancelling = task.cancelling()
+        self._waiting = task
+        try:
+            return await self._next()
+        except BaseException as error:
+            await self.aclose()
+            cancelled = isinstance(error, asyncio.CancelledError)
+            if not (self._expired and cancelled and task.uncancel() <= cancelling):
+                raise
+            raise self._late() from None
+        finally:
+            self._waiting = None
+
+    async def aclose(self) -> None:
+        self._over = True
+        if self._timer is not None:
+            self._timer.cancel()
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            await _close(stream)
+
+    def _expire(self) -> None:
+        """The deadline: whoever waits for a chunk gets a timeout, else the next one who comes."""
+        self._expired = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _late(self) -> GatewayTimeout:
+        return GatewayTimeout(
+            f"{self._provider} did not end its answer within {self._timeout_s:g} s",
+            provider=self._provider,
+            model=self._model,
+        )
+
+    async def _next(self) -> dict[str, Any]:
+        if self._expired:
+            raise self._late()
+        if self._opened is None:
+            self._opened = await self._begin()
+            self._stream = self._opened.stream
+            if self._over:  # closed meanwhile
+                await self.aclose()
+                raise StopAsyncIteration
+        opened = self._opened
+        try:
+            chunk = await anext(opened.stream)
+        except (StopAsyncIteration, GatewayError):
+            raise
+        except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
+            raise opened.error(error) from None
+        if opened.plain is None:
+            told: dict[str, Any] = chunk
+            return told
+        told = opened.plain(chunk)
+        if opened.says_end and any(choice.get("finish_reason") for choice in told["choices"]):
+            self._check_finished(opened.stream)
+        usage = told.get("usage")
+        if usage is not None and not _reported(opened.stream):
+            usage["estimated"] = True
+        return told
+
+    def _check_finished(self, stream: Any) -> None:
+        """LiteLLM ends every stream with a finish reason; did the provider give one?"""
+        for layer in _layers(stream):
+            if hasattr(layer, "received_finish_reason"):
+                given = layer.received_finish_reason or layer.intermittent_finish_reason
+                if given is None:
+                    raise ProviderConnectionError(
+                        f"{self._provider} broke off its answer",
+                        provider=self._provider,
+                        model=self._model,
+                    )
+                return
+
+
+def _reported(stream: Any) -> bool:
+    """Whether the provider itself said what it used; where it did not, LiteLLM counts words."""
+    for layer in _layers(stream):
+        chunks = getattr(layer, "chunks", None)
+        if isinstance(chunks, list):
+            return any(getattr(chunk, "usage", None) is not None for chunk in reversed(chunks))
+    return True
+
+
+def _layers(stream: Any) -> list[Any]:
+    """A stream and what it reads from, down to the HTTP response that has the connection.
+
+    LiteLLM's wrappers close what is just below them, if at all; below that are iterators and
+    generators that keep the response to themselves.
+    """
+    found: list[Any] = []
+    waiting = [stream]
+    while waiting and len(found) < LAYERS_MAX:
+        layer = waiting.pop(0)
+        if layer is None or any(layer is known for known in found):
+            continue
+        found.append(layer)
+        if isinstance(layer, AsyncGeneratorType):
+            held = {} if layer.ag_frame is None else layer.ag_frame.f_locals
+            waiting += [held.get(name) for name in _IN_GENERATORS]
+        elif not isinstance(layer, httpx.Response):
+            waiting += [getattr(layer, name, None) for name in _IN_OBJECTS]
+    return found
+
+
+async def _close(stream: Any) -> None:
+    """Close what has the connection first, then what read from it."""
+    for layer in reversed(_layers(stream)):
+        close = getattr(layer, "aclose", None)
+        if close is None:
+            continue
+        # What fails here was thrown away already.
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CLOSE_S):
+                await close()

@@ -1,0 +1,5 @@
+"""Where the seed document imports `RateLimitConfig` from."""
+
+from forebay.config import RateLimitConfig
+
+__all__ = ["RateLimitConfig"]

@@ -1,0 +1,491 @@
+"""Model group → the deployments to try, in order.
+
+Rule 1: everything here is decided in memory, from the configuration and the breaker's view.
+Rule 2: names and patterns match as LiteLLM's do, but a pattern must match the whole name.
+Rule 3: no secret is looked at; a deployment's `params` keep their references.
+
+A *group* is all entries of `model_list` with one `model_name`. A *pattern* is a group whose name
+has a `*`; what the star stands for in the name asked for is filled into the deployment's model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from pydantic import SecretStr
+
+from forebay.errors import ModelNotFound
+from forebay.faults import Fault, nearest, refusal
+from forebay.secrets import is_reference
+
+if TYPE_CHECKING:
+    from actors.circuit_breaker.policy import Standing
+    from forebay.config import GatewayConfig
+
+NAMES_SHOWN_MAX = 20
+NAMES_COMPARED_MAX = 200  # likeness costs some 10 µs a name, and anybody may misspell
+NAME_COMPARED_MAX = 64
+CHAT_MODES = frozenset({"chat", "completion", "responses"})
+OURS = frozenset({"model", "weight", "order", "rpm", "tpm", "allowed_params"})
+
+# What a model's name says about it when `model_info.mode` is silent.
+_EMBEDS = re.compile(r"embed|wordllama|voyage-\d|minilm|nomic|(^|[/-])(bge|gte|e5)-", re.I)
+_NO_CHAT = re.compile(r"whisper|transcri|tts|dall-e|image|moderation|rerank|realtime|sora", re.I)
+
+# Providers of model names without a prefix, as LiteLLM infers them.
+_PROVIDER_OF = (
+    (re.compile(r"text-embedding-|gpt-|chatgpt-|o[134](-|$)|ft:|dall-e|whisper-|tts-"), "openai"),
+    (re.compile(r"(omni|text)-moderation-|davinci-|babbage-"), "openai"),
+    (re.compile(r"claude-"), "anthropic"),
+    (re.compile(r"gemini-"), "vertex_ai"),
+    (re.compile(r"command-"), "cohere_chat"),
+    (re.compile(r"(embed|rerank)-"), "cohere"),
+)
+_FAMILY = {"cohere_chat": "cohere", "google": "gemini", "text-completion-openai": "openai"}
+_CALLABLE_NAME = re.compile(r"[A-Za-z0-9_.:@/+\-]{1,256}")
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One upstream endpoint that a group may be answered by.
+
+    `id` is `model_info.id` if given, else a hash of the unresolved `litellm_params`: the same in
+    every process, and the same for two groups that share an upstream. Literal secrets count only
+    by being different, never by their value. A pattern's deployment that was filled in for a name
+    has the name after its id. `params` are `litellm_params` without `model` and
+    without what routing uses; they hold references and `SecretStr`s, for `secrets.resolve`.
+
+    `rpm` and `tpm` are weights here, as in LiteLLM's simple shuffle; they are not limits yet.
+    """
+
+    id: str
+    group: str
+    model: str
+    provider: str
+    params: dict[str, Any] = field(default_factory=dict)
+    weight: float | None = None
+    order: int | None = None
+    rpm: int | None = None
+    tpm: int | None = None
+    allowed_params: frozenset[str] = frozenset()
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The deployments behind a name. `pattern` is its name in the configuration.
+
+    `allowed_params` are those that every deployment of the group takes beside OpenAI's.
+    """
+
+    name: str
+    pattern: str
+    mode: str
+    deployments: tuple[Deployment, ...]
+
+    @property
+    def allowed_params(self) -> frozenset[str]:
+        return frozenset.intersection(*(d.allowed_params for d in self.deployments))
+
+
+class ModelTable:
+    """The models of one configuration: immutable, made anew for every version.
+
+    Bounded by the configuration. Failure behaviour: none; it reads nothing and asks nobody.
+    """
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
+        self._groups: dict[str, Group] = {}
+        for group in _groups(config.model_list, config.api_keys):
+            self._groups[group.name] = group
+        self._by_id = {d.id: d for group in self._groups.values() for d in group.deployments}
+        # The longest pattern is the most specific one: LiteLLM's rule.
+        self._patterns = sorted(
+            ((_regex(name), group) for name, group in self._groups.items() if "*" in name),
+            key=lambda pair: len(pair[0].pattern),
+            reverse=True,
+        )
+        self._general, self._special = _fallback_lists(config.fallbacks)
+        self.default_chat: str | None = config.default_model or self._first(CHAT_MODES)
+        self.default_embedding: str | None = config.default_embedding_model or self._first(
+            frozenset({"embedding"})
+        )
+
+    @classmethod
+    def build(cls, config: GatewayConfig) -> ModelTable:
+        """The table of a configuration whose names all exist.
+
+        Raises:
+            ConfigurationError: a fallback, default or permitted model that no group has, or two
+            different deployments with one id.
+        """
+        table = cls(config)
+        faults = table.faults()
+        if faults:
+            raise refusal(faults)
+        return table
+
+    def faults(self) -> list[Fault]:
+        """Every name in the configuration that names nothing, and ids that name two things."""
+        config = self._config
+        found = list(_shared_ids(self._groups.values()))
+        for path, name in _fallback_names(config.fallbacks):
+            found += self._unknown(path, name)
+        for setting in ("default_model", "default_embedding_model"):
+            name = getattr(config, setting)
+            if name is not None:
+                found += self._unknown((setting,), name)
+        for index, tenant in enumerate(config.tenants):
+            for place, name in enumerate(tenant.models or ()):
+                if not any(_regex(name).fullmatch(known) for known in self._groups):
+                    found += self._unknown(("tenants", index, "models", place), name)
+        return found
+
+    def group(self, name: str) -> Group:
+        """The group that a name stands for.
+
+        Raises:
+            ModelNotFound: no group has this name and no pattern matches it.
+        """
+        found = self._groups.get(name)
+        if found is not None and "*" not in name:
+            return found
+        found = self._by_pattern(name)
+        if found is None:
+            raise self._not_found(name)
+        return found
+
+    def names(self) -> list[str]:
+        """Names of all groups that can be asked for, in the order of the configuration."""
+        return [name for name in self._groups if "*" not in name]
+
+    def patterns(self) -> list[str]:
+        """Names of the groups with a `*`, in the order of the configuration."""
+        return [name for name in self._groups if "*" in name]
+
+    def deployment(self, deployment_id: str) -> Deployment:
+        """A deployment by its id, one that a pattern was filled in for included.
+
+        Raises:
+            ModelNotFound: this configuration has no such deployment.
+        """
+        found = self._by_id.get(deployment_id)
+        if found is not None:
+            return found
+        for _, group in self._patterns:
+            for pattern in group.deployments:
+                name = deployment_id.removeprefix(f"{pattern.id}:")
+                filled = None if name == deployment_id else self._by_pattern(name)
+                for deployment in filled.deployments if filled else ():
+                    if deployment.id == deployment_id:
+                        return deployment
+        raise ModelNotFound(f"no deployment has the id {deployment_id[:400]!r}")
+
+    def deployments(self) -> list[Deployment]:
+        """Every deployment once, in the order of the configuration."""
+        return list(self._by_id.values())
+
+    def fallbacks(self, group: str) -> list[str]:
+        """Names of the groups to try when this one cannot answer, in order."""
+        names = self._special.get(group)
+        if names is None and group not in self._groups:
+            matched = self._by_pattern(group)
+            names = None if matched is None else self._special.get(matched.pattern)
+        if names is None:
+            names = self._special.get("*", self._general)
+        return [name for name in dict.fromkeys(names) if name != group]
+
+    def default(self, route: str) -> str:
+        """The model of a request that names none; `route` is chat, completion or embedding.
+
+        Raises:
+            ModelNotFound: the configuration has no model for this route.
+        """
+        name = self.default_embedding if route == "embedding" else self.default_chat
+        if name is None:
+            setting = "default_embedding_model" if route == "embedding" else "default_model"
+            raise ModelNotFound(
+                f"no model is named, and none of the configured ones is for {route}; "
+                f"name one, or set {setting}",
+                param="model",
+            )
+        return name
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """A model as `GET /v1/models` shows it, patterns included.
+
+        Raises:
+            ModelNotFound: no group has this name and no pattern matches it.
+        """
+        group = self._groups.get(name) or self.group(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": group.deployments[0].provider,
+            "mode": group.mode,
+        }
+
+    def _by_pattern(self, name: str) -> Group | None:
+        if not is_callable_name(name):
+            return None
+        for text in (name, f"{provider_of(name)}/{name}"):  # LiteLLM's order, too
+            for regex, group in self._patterns:
+                match = regex.fullmatch(text)
+                if match is not None:
+                    return self._filled(group, name, match)
+            if "/" in name:
+                break
+        return None
+
+    def _filled(self, group: Group, name: str, match: re.Match[str]) -> Group:
+        keys = self._config.api_keys
+        filled = tuple(_fill(d, name, match, keys) for d in group.deployments)
+        return replace(group, name=name, deployments=filled)
+
+    def _first(self, modes: Collection[str]) -> str | None:
+        names = (n for n, group in self._groups.items() if "*" not in n and group.mode in modes)
+        return next(names, None)
+
+    def _unknown(self, path: tuple[str | int, ...], name: str) -> list[Fault]:
+        if (name in self._groups and "*" not in name) or self._by_pattern(name) is not None:
+            return []
+        return [Fault(path, f"no model is named {name[:100]!r}; {self._hint(name)}")]
+
+    def _not_found(self, name: str) -> ModelNotFound:
+        shown = name[:100]
+        message = f"the model {shown!r} does not exist; {self._hint(name)}"
+        return ModelNotFound(message, param="model", model=shown)
+
+    def _hint(self, name: str) -> str:
+        close = nearest(name[:NAME_COMPARED_MAX], islice(self._groups, NAMES_COMPARED_MAX))
+        if close is None:
+            return f"the models are {self._shown()}"
+        return f"did you mean {close!r}? The models are {self._shown()}"
+
+    def _shown(self) -> str:
+        names = list(self._groups)
+        more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
+        return (", ".join(names[:NAMES_SHOWN_MAX]) or "none (model_list is empty)") + more
+
+
+def order(group: Group, standing: Callable[[str], Standing], random: Random) -> list[Deployment]:
+    """A group's deployments in the order to try them, each once.
+
+    Lower `order` first, and those without one last; shuffled by weight within one order. What the
+    breaker holds back comes at the very end, soonest first: asked for a pass, it says when to
+    come back. One that may be probed keeps its place.
+    """
+    standings = [(standing(deployment.id), deployment) for deployment in group.deployments]
+    free = [deployment for stands, deployment in standings if stands.callable]
+    held = [(stands.retry_after_s, d) for stands, d in standings if not stands.callable]
+    ranked = [d for tier in _tiers(free) for d in shuffled(tier, random)]
+    ranked += [d for _, d in sorted(held, key=lambda pair: pair[0] or math.inf)]
+    return list({d.id: d for d in ranked}.values())
+
+
+def shuffled(deployments: Sequence[Deployment], random: Random) -> list[Deployment]:
+    """LiteLLM's simple shuffle, repeated on what is left.
+
+    Each pick goes by `weight` if any of those left has one above 0, else by `rpm`, else by `tpm`,
+    else all are alike; one without the figure in use comes after all that have it.
+    """
+    left, picked = list(deployments), []
+    while len(left) > 1:
+        weights = _weights(left)
+        index = random.choices(range(len(left)), weights)[0]
+        picked.append(left.pop(index))
+    return picked + left
+
+
+def allows(models: Collection[str] | None, name: str) -> bool:
+    """Whether a tenant's list of models, which may hold patterns, has this name. None has all."""
+    return models is None or name in models or any(_regex(m).fullmatch(name) for m in models)
+
+
+def provider_of(model: str) -> str:
+    """LiteLLM's name of a model's provider: `openai/gpt-4o` and `gpt-4o` → `openai`."""
+    if "/" in model:
+        return model.partition("/")[0]
+    return next((name for regex, name in _PROVIDER_OF if regex.match(model)), "unknown")
+
+
+def family(provider: str) -> str:
+    """The name under which a provider's key is given: `cohere_chat` → `cohere`."""
+    return _FAMILY.get(provider, provider)
+
+
+def is_callable_name(name: str) -> bool:
+    """Whether a name may be filled into a pattern: no star, no URL, no way up a path."""
+    odd = "//" in name or ".." in name or name.endswith("/")
+    return bool(_CALLABLE_NAME.fullmatch(name)) and not odd
+
+
+def _groups(entries: Sequence[dict[str, Any]], keys: Mapping[str, Any]) -> Iterator[Group]:
+    """Groups in order of first appearance."""
+    seen: dict[str, list[tuple[str, ...]]] = {}
+    groups: dict[str, list[Deployment]] = {}
+    for entry in entries:
+        deployment = _deployment(entry, keys, seen)
+        groups.setdefault(deployment.group, []).append(deployment)
+    for name, members in groups.items():
+        yield Group(name, name, _mode(name, members[0]), tuple(members))
+
+
+def _deployment(
+    entry: dict[str, Any], keys: Mapping[str, Any], seen: dict[str, list[tuple[str, ...]]]
+) -> Deployment:
+    given = entry["litellm_params"]
+    info = dict(entry.get("model_info") or {})
+    # LiteLLM's place is `litellm_params`; older files have these beside it, or in `model_info`.
+    ours = {k: given.get(k, entry.get(k, info.get(k))) for k in ("weight", "order", "rpm", "tpm")}
+    allowed = {*entry.get("allowed_params", ()), *(given.get("allowed_params") or ())}
+    model = given["model"]
+    provider = given.get("custom_llm_provider") or provider_of(model)
+    params = _with_key({k: v for k, v in given.items() if k not in OURS}, provider, keys)
+    explicit = info.get("id")
+    return Deployment(
+        id=_hash_id(model, params, seen) if explicit is None else str(explicit),
+        group=entry["model_name"],
+        model=model,
+        provider=provider,
+        params=params,
+        allowed_params=frozenset(allowed),
+        info=info,
+        **ours,
+    )
+
+
+def _with_key(params: dict[str, Any], provider: str, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """`params` with the provider's key from `api_keys`, if they have none of their own."""
+    if params.get("api_key") is not None or "*" in provider:
+        return params
+    for name, key in keys.items():
+        if family(name) == family(provider):
+            return {**params, "api_key": key}
+    return params
+
+
+def _hash_id(model: str, params: dict[str, Any], seen: dict[str, list[tuple[str, ...]]]) -> str:
+    """A hash of everything but secrets; a number tells apart those that differ only in them."""
+    secrets: list[str] = []
+    shape = json.dumps([model, _masked(params, secrets)], sort_keys=True, default=str)
+    digest = hashlib.blake2b(shape.encode(), digest_size=8).hexdigest()
+    variants = seen.setdefault(digest, [])
+    if tuple(secrets) not in variants:
+        variants.append(tuple(secrets))
+    number = variants.index(tuple(secrets))
+    return f"{digest}-{number + 1}" if number else digest
+
+
+def _masked(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, SecretStr):
+        secrets.append(value.get_secret_value())
+        return "*"
+    if isinstance(value, str) and value.startswith("secret/") and is_reference(value):
+        secrets.append(value)
+        return "*"
+    if isinstance(value, Mapping):
+        return {str(key): _masked(value[key], secrets) for key in sorted(value, key=str)}
+    if isinstance(value, list | tuple):
+        return [_masked(item, secrets) for item in value]
+    return value
+
+
+def _shared_ids(groups: Iterable[Group]) -> Iterator[Fault]:
+    first: dict[str, Deployment] = {}
+    for deployment in (d for group in groups for d in group.deployments):
+        other = first.setdefault(deployment.id, deployment)
+        if (other.model, other.params) != (deployment.model, deployment.params):
+            message = f"two different deployments have model_info.id {deployment.id!r}"
+            yield Fault(("model_list",), f"{message}; give each its own")
+
+
+def _mode(name: str, deployment: Deployment) -> str:
+    said = deployment.info.get("mode")
+    if isinstance(said, str) and said:
+        return said
+    text = f"{name} {deployment.model}"
+    if _EMBEDS.search(text):
+        return "embedding"
+    return "other" if _NO_CHAT.search(text) else "chat"
+
+
+def _fill(
+    deployment: Deployment, name: str, match: re.Match[str], keys: Mapping[str, Any]
+) -> Deployment:
+    """A pattern's deployment for one name: LiteLLM's rules for what the stars become."""
+    model = deployment.model
+    if "*" in model:
+        parts = match.groups()
+        if len(parts) > model.count("*"):
+            model = match.string
+        else:
+            for part in parts:
+                model = model.replace("*", part, 1)
+    provider = deployment.params.get("custom_llm_provider") or provider_of(model)
+    params = _with_key(deployment.params, provider, keys)
+    return replace(
+        deployment,
+        id=f"{deployment.id}:{name}",
+        group=name,
+        model=model,
+        provider=provider,
+        params=params,
+    )
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", "(.*)"))
+
+
+def _fallback_lists(
+    fallbacks: list[str | dict[str, list[str]]] | None,
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The list for every group, and the lists of single groups."""
+    general = [item for item in fallbacks or () if isinstance(item, str)]
+    special: dict[str, list[str]] = {}
+    for item in fallbacks or ():
+        if not isinstance(item, str):
+            for name, names in item.items():
+                special.setdefault(name, []).extend(names)
+    return general, special
+
+
+def _fallback_names(
+    fallbacks: list[str | dict[str, list[str]]] | None,
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Every name in `fallbacks`, with its place."""
+    for index, item in enumerate(fallbacks or ()):
+        if isinstance(item, str):
+            yield ("fallbacks", index), item
+            continue
+        for name, names in item.items():
+            yield from ((("fallbacks", index, name, n), text) for n, text in enumerate(names))
+            if "*" not in name:
+                yield ("fallbacks", index, name), name
+
+
+def _tiers(deployments: Sequence[Deployment]) -> list[list[Deployment]]:
+    tiers: dict[float, list[Deployment]] = {}
+    for deployment in deployments:
+        rank = math.inf if deployment.order is None else deployment.order
+        tiers.setdefault(rank, []).append(deployment)
+    return [tiers[rank] for rank in sorted(tiers)]
+
+
+def _weights(deployments: Sequence[Deployment]) -> list[float]:
+    for figure in ("weight", "rpm", "tpm"):
+        weights = [float(getattr(d, figure) or 0) for d in deployments]
+        if any(weights):
+            return weights
+    return [1.0] * len(deployments)

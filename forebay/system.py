@@ -1,0 +1,578 @@
+"""The composition root: which owners exist, with what arguments, and how a process reaches them.
+
+Rule 1: owners and desks are put together here and nowhere else; nothing looks anything up.
+Rule 2: what crosses to an owner's constructor (`Boot`) is plain, small and free of secrets.
+Rule 3: ray is imported only where the runtime is `ray`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from actors.batcher.desk import BatcherDesk
+from actors.batcher.owner import Batcher
+from actors.batcher.policy import Caps, Lane, Vectors
+from actors.cache.desk import CacheDesk
+from actors.cache.owner import Cache
+from actors.circuit_breaker.desk import CircuitBreakerDesk
+from actors.circuit_breaker.owner import CircuitBreaker
+from actors.circuit_breaker.policy import Refusal as BreakerRefusal
+from actors.circuit_breaker.policy import Rules, State, Verdict
+from actors.ledger.desk import LedgerDesk
+from actors.ledger.owner import Ledger
+from actors.rate_limiter.desk import RateLimiterDesk
+from actors.rate_limiter.owner import RateLimiter
+from actors.rate_limiter.policy import Limits
+from actors.ref import Clock, InlineRef, OwnerRef, OwnerUnavailable, holder_id
+from actors.registry.desk import RegistryDesk
+from actors.registry.owner import Registry
+from forebay import config as configuration
+from forebay import routing, running, secrets
+from forebay.books import Books
+from forebay.config import (
+    CacheConfig,
+    CircuitBreakerConfig,
+    GatewayConfig,
+    RateLimitConfig,
+    SystemConfig,
+    TenantConfig,
+)
+from forebay.errors import CircuitBreakerOpenError, ConfigurationError, GatewayError, Overloaded
+from forebay.metrics import Meter
+from forebay.pipeline import Pipeline
+from forebay.providers.base import Provider, verdict_of
+from forebay.providers.litellm import LiteLLMProvider
+from forebay.providers.local import InProcessModels, LocalModels
+from forebay.routing import Deployment, ModelTable
+from forebay.secrets import Vault
+
+DEFAULT_TENANT = "default"
+NAMESPACE = "forebay"
+LIMITS_REMEMBERED_MAX = 100_000
+LIMITER_SHARDS = 1
+STATS_TIMEOUT_S = 2.0
+ATTACH_TIMEOUT_S = 30.0
+
+RuntimeName = Literal["ray", "inline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What it takes to create this system's owners again, wherever that becomes necessary."""
+
+    namespace: str = NAMESPACE
+    data_dir: str = ""
+    registry_path: str | None = None
+    ledger_path: str | None = None
+    limiter_shards: int = LIMITER_SHARDS
+    cache_bytes_max: int = 256 * 1024 * 1024
+
+    @classmethod
+    def of(cls, config: SystemConfig, namespace: str, *, durable: bool) -> Boot:
+        """The boot of a configuration. Not `durable`: everything in memory unless asked for."""
+        gateway = config.gateway
+        cache = gateway.cache_config or CacheConfig()
+        data_dir = Path(config.data_dir).expanduser()
+        ledger = configuration.sqlite_path(config.ledger_url or gateway.ledger_url)
+        if ledger is None and durable:
+            ledger = data_dir / "ledger.db"
+        return cls(
+            namespace=namespace,
+            data_dir=str(data_dir),
+            registry_path=str(data_dir / "registry.db") if durable else None,
+            ledger_path=None if ledger is None else str(ledger),
+            cache_bytes_max=cache.max_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatcherCalls:
+    """The Batcher's way out: picklable, and opened inside the actor on first use."""
+
+    boot: Boot
+
+    def __call__(self) -> EmbedCalls:
+        return EmbedCalls(self.boot)
+
+
+class EmbedCalls:
+    """Provider calls for the Batcher, from a system of its own that attaches on first use."""
+
+    def __init__(self, boot: Boot) -> None:
+        self._boot = boot
+        self._opening: asyncio.Task[System] | None = None
+
+    async def __call__(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        if self._opening is None:
+            self._opening = asyncio.create_task(attach(self._boot))
+        try:
+            system = await asyncio.shield(self._opening)
+        except GatewayError:
+            self._opening = None
+            raise
+        return await system.embed_call(lane, texts, timeout_s)
+
+    async def close(self) -> None:
+        if self._opening is not None:
+            await (await self._opening).close()
+
+
+def owners(boot: Boot) -> dict[str, tuple[type, dict[str, Any]]]:
+    """Every owner by actor name: its class and its arguments."""
+    shards = [f"rate-limiter-{shard}" for shard in range(boot.limiter_shards)]
+    return {
+        **{shard: (RateLimiter, {}) for shard in shards},
+        "registry": (Registry, {"path": boot.registry_path}),
+        "circuit-breaker": (CircuitBreaker, {}),
+        "cache": (Cache, {"max_bytes": boot.cache_bytes_max}),
+        "batcher": (Batcher, {"factory": BatcherCalls(boot)}),
+        "ledger": (Ledger, {"path": boot.ledger_path}),
+    }
+
+
+class System:
+    """One process's desks, its view of the configuration, and the pipeline over them.
+
+    Bound to one event loop. Bounded by its desks. Failure behaviour: each desk's own; a
+    configuration that cannot be applied is reported and the last good one stays in force.
+    """
+
+    def __init__(
+        self,
+        config: SystemConfig,
+        refs: Mapping[str, OwnerRef],
+        *,
+        runtime: RuntimeName,
+        holder: str,
+        private: bool,
+        models: LocalModels,
+        clock: Clock = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.runtime = runtime
+        self.holder = holder
+        self.clock = clock
+        self.rng = rng or random.Random()
+        self.version = 0
+        self._refs = dict(refs)
+        self._private = private
+        self._models = models
+        self._vault = Vault(Path(config.data_dir))
+        self.meter = Meter(self._refs.values)
+        self.provider: Provider = LiteLLMProvider(models)
+        limiter_refs = [ref for name, ref in refs.items() if name.startswith("rate-limiter")]
+        self.limiter = RateLimiterDesk(limiter_refs, holder, clock)
+        self.breaker = CircuitBreakerDesk(refs["circuit-breaker"], holder, clock)
+        self.cache = CacheDesk(refs["cache"], holder, clock)
+        self.batcher = BatcherDesk(refs["batcher"], holder)
+        self._own_batcher = BatcherDesk(
+            InlineRef("own-batcher", Batcher(factory=lambda: self.embed_call)), holder
+        )
+        self._ledger = LedgerDesk(refs["ledger"], holder, clock)
+        self.registry = RegistryDesk(refs["registry"], self._configured)
+        self.pipeline = Pipeline(self)
+        self.problem: str | None = None
+        self._listeners: list[Callable[[System], None]] = []
+        self._apply(config)
+
+    # ------------------------------------------------------------------- the configuration
+
+    def _apply(self, config: SystemConfig) -> None:
+        table = ModelTable.build(config.gateway)
+        self.config = config
+        self.table = table
+        self.tenants: dict[str, TenantConfig] = {t.id: t for t in config.gateway.tenants}
+        self._limits: dict[str, tuple[Limits, RateLimitConfig] | None] = {}
+        self.books = Books(self._ledger, enabled=config.gateway.enable_llmops)
+        if not self._private or self.runtime == "inline":
+            self.breaker.set_rules(_rules(config.gateway), self.version)
+        for listener in self._listeners:
+            listener(self)
+
+    def _configured(self, version: int, document: Mapping[str, Any]) -> None:
+        """The Registry has a new version."""
+        self.version = version
+        if self._private or not document:
+            return
+        try:
+            self._apply(SystemConfig.from_document(dict(document)))
+            self.problem = None
+        except ConfigurationError as error:
+            self.problem = f"configuration version {version} was not applied: {error}"
+
+    def on_change(self, listener: Callable[[System], None]) -> None:
+        """Call `listener` now and after each change of the configuration."""
+        self._listeners.append(listener)
+        listener(self)
+
+    def resolve(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A deployment's parameters with its secrets in place of the references to them."""
+        resolved: dict[str, Any] = secrets.resolve(params, os.environ, self._vault)
+        return resolved
+
+    # ------------------------------------------------------------------------------- limits
+
+    def limits_for(self, tenant: str) -> Limits | None:
+        """The tenant's limits, None where nothing limits it."""
+        found = self._limits_of(tenant)
+        return None if found is None else found[0]
+
+    def queue_for(self, tenant: str) -> tuple[float, int]:
+        """Longest wait in seconds, and how many may wait, for callers that agree to wait."""
+        found = self._limits_of(tenant)
+        if found is None or not found[1].enable_queuing:
+            return 0.0, 0
+        return found[1].queue_timeout, found[1].max_queue_size
+
+    def count_cache_hits(self, tenant: str) -> bool:
+        found = self._limits_of(tenant)
+        return found is None or found[1].count_cache_hits
+
+    def _limits_of(self, tenant: str) -> tuple[Limits, RateLimitConfig] | None:
+        try:
+            return self._limits[tenant]
+        except KeyError:
+            pass
+        if len(self._limits) >= LIMITS_REMEMBERED_MAX:
+            self._limits.clear()
+        gateway = self.config.gateway
+        known = self.tenants.get(tenant)
+        limits = (known.limits if known is not None else None) or gateway.rate_limit_config
+        found = None
+        if limits is not None and gateway.enable_rate_limiting:
+            found = (
+                Limits(
+                    requests_per_minute=limits.requests_per_minute,
+                    burst=limits.burst_size,
+                    requests_per_hour=limits.requests_per_hour,
+                    concurrent=limits.concurrent_requests,
+                    version=self.version,
+                ),
+                limits,
+            )
+        self._limits[tenant] = found
+        return found
+
+    # ------------------------------------------------------------------------------ routing
+
+    def order(self, group: str) -> list[Deployment]:
+        """The group's deployments in the order to try them now."""
+        standing = self.breaker.standing
+        return routing.order(self.table.group(group), standing, self.rng)
+
+    def batcher_for(self, deployment: Deployment, coalesce: bool) -> BatcherDesk:
+        """The shared Batcher, or this process's own.
+
+        Its own where nothing is to be shared, or where the shared one does not know the
+        deployment: one with a configuration of our own, and keys that do not leave this process.
+        """
+        return self.batcher if coalesce and not self._private else self._own_batcher
+
+    def caps_for(self, deployment: Deployment) -> Caps:
+        """Most texts per provider call."""
+        return Caps(items_max=self.config.gateway.batch_size or Caps().items_max)
+
+    async def embed_call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        """One provider call for a lane, judged once however many callers share it."""
+        deployment = self.table.deployment(lane.deployment)
+        admitted = None
+        if self.config.gateway.enable_circuit_breaker:
+            passed = await self.breaker.admit(deployment.id)
+            if isinstance(passed, BreakerRefusal):
+                raise CircuitBreakerOpenError(
+                    f"circuit breaker is OPEN for {deployment.id}",
+                    model=deployment.group,
+                    retry_after_s=passed.retry_after_s,
+                )
+            admitted = passed
+        verdict, retry_after_s = Verdict.IGNORED, None
+        try:
+            vectors = await self.provider.embed(
+                deployment, texts, dict(lane.params), timeout_s=timeout_s, resolve=self.resolve
+            )
+            verdict = Verdict.SUCCESS
+            return vectors
+        except GatewayError as error:
+            verdict, retry_after_s = verdict_of(error), error.retry_after_s
+            raise
+        finally:
+            if admitted is not None:
+                self.breaker.judge(admitted, verdict, retry_after_s)
+
+    # ------------------------------------------------------------------------ start and end
+
+    async def start(self) -> None:
+        """Connect the desks. Raises `Overloaded` when an owner that must answer does not."""
+        try:
+            await self.registry.start()
+            await self.breaker.start()
+        except OwnerUnavailable as error:
+            raise Overloaded(f"cannot attach: {error}", retry_after_s=1.0) from None
+        for desk in self._desks()[2:]:
+            await desk.start()
+
+    async def close(self) -> None:
+        """Hand in what the desks hold, then let go. Owners that are Ray actors go on."""
+        desks = self._desks()
+        for desk in reversed(desks):
+            await desk.close()
+        await self.provider.close()
+        await self._models.close()
+        for ref in self._refs.values():
+            if isinstance(ref, InlineRef):
+                await ref.owner.close()  # type: ignore[attr-defined]
+
+    def _desks(self) -> list[Any]:
+        return [
+            self.registry,
+            self.breaker,
+            self.limiter,
+            self.cache,
+            self.batcher,
+            self._own_batcher,
+            self._ledger,
+        ]
+
+    async def health(self) -> dict[str, Any]:
+        """Who answers, which breakers are open, and what each desk holds."""
+        names = list(self._refs)
+        answers = await asyncio.gather(*(self._stats_of(name) for name in names))
+        deployments = self.table.deployments()
+        closed = (State.CLOSED, State.FORCED_CLOSED)
+        return {
+            "runtime": self.runtime,
+            "config_version": self.version,
+            "problem": self.problem,
+            "models": self.table.names(),
+            "owners": dict(zip(names, answers, strict=True)),
+            "open_breakers": [
+                d.id for d in deployments if self.breaker.standing(d.id).state not in closed
+            ],
+            "desks": {
+                "rate_limiter": self.limiter.stats(),
+                "circuit_breaker": self.breaker.stats(),
+                "cache": self.cache.stats(),
+                "batcher": self.batcher.stats(),
+                "ledger": self.books.stats(),
+                "registry": self.registry.stats(),
+            },
+        }
+
+    async def _stats_of(self, name: str) -> dict[str, Any]:
+        try:
+            stats = await self._refs[name].ask("stats", timeout_s=STATS_TIMEOUT_S)
+        except OwnerUnavailable as error:
+            return {"reachable": False, "reason": error.reason}
+        return {"reachable": True, **stats}
+
+
+# --------------------------------------------------------------------------------------------
+
+
+def _rules(gateway: GatewayConfig) -> Rules:
+    told = gateway.circuit_breaker_config or CircuitBreakerConfig()
+    return Rules(
+        failure_threshold=told.failure_threshold,
+        success_threshold=told.success_threshold,
+        open_s=told.timeout,
+        window_s=told.window_s,
+        failure_rate=told.failure_rate,
+        min_calls=told.min_calls,
+    )
+
+
+def ray_is_near(environ: Mapping[str, str]) -> bool:
+    """Whether Ray is initialised in this process, or an address says where one runs."""
+    ray = sys.modules.get("ray")
+    return bool((ray is not None and ray.is_initialized()) or environ.get("RAY_ADDRESS"))
+
+
+def choose_runtime(runtime: Literal["auto", "ray", "inline"]) -> RuntimeName:
+    """`auto` is ray where Ray is initialised or `RAY_ADDRESS` is set, else inline."""
+    if runtime != "auto":
+        return runtime
+    return "ray" if ray_is_near(os.environ) else "inline"
+
+
+async def open_system(
+    config: GatewayConfig | None, *, runtime: RuntimeName, namespace: str
+) -> System:
+    """The system of a `LiteLLMGateway`: attached, started, or inside this process."""
+    if runtime == "inline":
+        return await open_inline(_system_config(config))
+    ray_ready(None, namespace)
+    from actors import spawn
+
+    loop = asyncio.get_running_loop()
+    left = await loop.run_in_executor(None, spawn.read_boot, namespace)
+    if left is not None:
+        return await attach(
+            Boot(**left), private=None if config is None else _system_config(config)
+        )
+    whole = _system_config(config)
+    boot = await loop.run_in_executor(None, create_owners, whole, namespace)
+    if config is not None:
+        return await attach(boot, private=whole)
+    document = whole.document(Vault(Path(whole.data_dir)))
+    return await attach(boot, publish=(document, f"attached by {holder_id(namespace)}"))
+
+
+def _system_config(config: GatewayConfig | None) -> SystemConfig:
+    if config is None:
+        return configuration.load(None, os.environ)
+    return configuration.around(config, os.environ)
+
+
+async def open_inline(config: SystemConfig) -> System:
+    """A whole system in this process: the same owners and desks, without Ray."""
+    boot = Boot.of(config, NAMESPACE, durable=False)
+    refs: dict[str, OwnerRef] = {}
+    for name, (cls, arguments) in owners(boot).items():
+        if cls is RateLimiter:
+            arguments = {**arguments, "fresh": True}
+        if cls is not Batcher:
+            refs[name] = InlineRef(name, cls(**arguments))
+    # The Batcher calls providers through the very system that it is a part of.
+    calls: list[System] = []
+
+    async def call(lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        return await calls[0].embed_call(lane, texts, timeout_s)
+
+    refs["batcher"] = InlineRef("batcher", Batcher(factory=lambda: call))
+    system = System(
+        config,
+        refs,
+        runtime="inline",
+        holder=holder_id("local"),
+        private=True,
+        models=InProcessModels(),
+    )
+    calls.append(system)
+    await system.start()
+    return system
+
+
+async def attach(
+    boot: Boot,
+    *,
+    private: SystemConfig | None = None,
+    publish: tuple[dict[str, Any], str] | None = None,
+) -> System:
+    """The desks of this process over the Ray actors that `boot` describes.
+
+    `private` is a configuration of this process's own; without it the Registry's is followed.
+    `publish` is a document and the name of the occasion: each occasion publishes once, so that a
+    process that restarts does not undo what was configured since.
+
+    Raises:
+        Overloaded: an owner that must answer does not.
+    """
+    import ray
+
+    from actors import spawn
+    from forebay.providers.served import ServedModels
+
+    refs = {
+        name: spawn.RayRef(spawn.OwnerSpec(name, cls, arguments), boot.namespace)
+        for name, (cls, arguments) in owners(boot).items()
+    }
+    config, version = private, 0
+    try:
+        if publish is not None:
+            document, occasion = publish
+            await refs["registry"].ask(
+                "put", document, occasion, None, occasion, timeout_s=ATTACH_TIMEOUT_S
+            )
+        if config is None:
+            version, document = await refs["registry"].ask("current", timeout_s=ATTACH_TIMEOUT_S)
+            config = SystemConfig.from_document(document)
+    except OwnerUnavailable as error:
+        raise Overloaded(f"cannot attach: {error}", retry_after_s=1.0) from None
+    system = System(
+        config,
+        refs,
+        runtime="ray",
+        holder=holder_id(ray.get_runtime_context().get_node_id()[:12]),
+        private=private is not None,
+        models=ServedModels(),
+    )
+    system.version = version
+    await system.start()
+    return system
+
+
+def create_owners(config: SystemConfig, namespace: str) -> Boot:
+    """Create the owners that are missing, replace those of an older protocol. Blocking."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from actors import spawn
+
+    boot = Boot.of(config, namespace, durable=True)
+    Path(boot.data_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+    specs = [spawn.OwnerSpec(name, *made) for name, made in owners(boot).items()]
+    first = spawn.read_boot(namespace) is None
+    spawn.write_boot(namespace, asdict(boot))
+    with ThreadPoolExecutor(len(specs)) as threads:
+        try:
+            handles = list(threads.map(lambda spec: spawn.ensure(spec, namespace, True), specs))
+        except (OwnerUnavailable, spawn.ProtocolMismatch) as error:
+            raise Overloaded(str(error), retry_after_s=1.0) from None
+    if first:
+        for spec, handle in zip(specs, handles, strict=True):
+            if spec.cls is RateLimiter:
+                handle.vouch.remote()
+    return boot
+
+
+def remove_owners(boot: Boot) -> None:
+    """End this system's owners for good and forget it. What is durable stays on disk. Blocking."""
+    from actors import spawn
+
+    for name, made in owners(boot).items():
+        spawn.remove(spawn.OwnerSpec(name, *made), boot.namespace)
+    spawn.erase_boot(boot.namespace)
+
+
+def ray_ready(address: str | None, namespace: str, *, alone: bool = False, **options: Any) -> bool:
+    """Make sure that Ray is initialised in this process. True if this call started a local Ray.
+
+    Without an address the Ray of this machine is joined, if one runs, unless `alone` asks for one
+    of our own.
+
+    Raises:
+        ConfigurationError: `address` (or `RAY_ADDRESS`) names a Ray that cannot be reached.
+    """
+    running.prepare_ray(os.environ, configuration.data_dir(os.environ))
+    import ray
+
+    if ray.is_initialized():
+        return False
+    wanted = address or os.environ.get("RAY_ADDRESS")
+    options = {"namespace": namespace, "log_to_driver": False, **options}
+    try:
+        if wanted is not None:
+            ray.init(address=wanted, namespace=namespace, log_to_driver=False)
+            return False
+        if not alone:
+            try:
+                ray.init(address="auto", namespace=namespace, log_to_driver=False)
+                return False
+            except ConnectionError:
+                pass  # none runs here: start one
+        ray.init(address="local", **options)
+        return True
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        raise ConfigurationError(
+            f"Ray cannot be reached at {wanted or 'a local address'}: {reason}. Start it "
+            "(`ray start --head`) or leave the address out to have one started.",
+            param="address",
+        ) from None

@@ -1,0 +1,1 @@
+"""Four wire formats over one question (`Ask`) and one answer (`Reply`)."""

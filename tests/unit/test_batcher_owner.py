@@ -1,0 +1,465 @@
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.batcher import owner as owner_module
+from actors.batcher.owner import Batcher
+from actors.batcher.policy import BadVectors, BatcherFull, Caps, Lane, Share, Vectors
+
+LANE = Lane("d1")
+
+
+class Refused(Exception):
+    def __init__(self, upstream_status: int) -> None:
+        super().__init__(upstream_status)
+        self.upstream_status = upstream_status
+
+
+def vector_of(text: str) -> list[float]:
+    return [float(len(text)), float(sum(map(ord, text)) % 997), 1.0]
+
+
+class Provider:
+    """Embeds texts, logs every call, refuses `poison`, and answers when the gate is open."""
+
+    def __init__(self, *, poison: str = "poison", status: int = 400) -> None:
+        self.log: list[tuple[Lane, list[str]]] = []
+        self.timeouts_s: list[float] = []
+        self.poison = poison
+        self.status = status
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.tokens = 0
+        self.cost_nano = 0
+        self.opened = 0
+        self.closed = False
+
+    def __call__(self) -> Any:
+        self.opened += 1
+        return self
+
+    async def call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        self.log.append((lane, texts))
+        self.timeouts_s.append(timeout_s)
+        await self.gate.wait()
+        if self.poison in texts:
+            raise Refused(self.status)
+        tokens = sum(len(text) + 1 for text in texts)
+        self.tokens += tokens
+        self.cost_nano += 7 * tokens
+        array = np.array([vector_of(text) for text in texts], dtype=np.float32)
+        return Vectors(array, tokens, 7 * tokens, "model")
+
+    @property
+    def sent(self) -> list[list[str]]:
+        return [texts for _, texts in self.log]
+
+
+class Opened:
+    """What the factory makes: the provider's call, with a close."""
+
+    def __init__(self, provider: Provider) -> None:
+        self._provider = provider
+
+    async def __call__(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        return await self._provider.call(lane, texts, timeout_s)
+
+    async def close(self) -> None:
+        self._provider.closed = True
+
+
+def make(provider: Provider) -> Batcher:
+    def factory() -> Opened:
+        provider.opened += 1
+        return Opened(provider)
+
+    return Batcher(factory)
+
+
+minted = 0
+
+
+async def embed(
+    batcher: Batcher,
+    texts: list[str],
+    *,
+    lane: Lane = LANE,
+    call_id: str | None = None,
+    timeout_s: float = 60.0,
+    coalesce: bool = True,
+    caps: Caps | None = None,
+) -> Share:
+    global minted
+    minted += 1
+    caps = caps or Caps()
+    call_id = call_id or f"c{minted}"
+    return await batcher.embed(call_id, lane, texts, "me", timeout_s, coalesce, caps)
+
+
+def check(share: Share, texts: list[str]) -> None:
+    assert share.array.tolist() == [vector_of(text) for text in texts]
+    assert share.array.dtype == np.float32
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_what_arrives_in_one_tick_in_one_lane_travels_together() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    lists = [["a", "b"], ["b", "c", "b"], ["d"]]
+    shares = await asyncio.gather(*(embed(batcher, texts) for texts in lists))
+    assert provider.sent == [["a", "b", "c", "d"]]
+    for share, texts in zip(shares, lists, strict=True):
+        check(share, texts)
+        assert share.texts_in_call == 4
+        assert share.model == "model"
+    assert sum(share.prompt_tokens for share in shares) == provider.tokens
+    assert sum(share.cost_nano or 0 for share in shares) == provider.cost_nano
+    assert batcher.stats()["texts_queued"] == 0
+
+
+async def test_a_single_text_on_an_idle_lane_leaves_when_the_tick_ends() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    task = asyncio.create_task(embed(batcher, ["a"]))
+    await asyncio.sleep(0)  # the caller's own tick
+    assert provider.sent == []
+    await asyncio.sleep(0)  # the next one
+    assert provider.sent == [["a"]]
+    check(await task, ["a"])
+
+
+async def test_without_coalescing_a_list_leaves_in_the_callers_own_tick_and_alone() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    tasks = [asyncio.create_task(embed(batcher, [t], coalesce=False)) for t in "ab"]
+    await asyncio.sleep(0)
+    assert provider.sent == [["a"], ["b"]]
+    for task, text in zip(tasks, "ab", strict=True):
+        share = await task
+        check(share, [text])
+        assert share.texts_in_call == 1
+
+
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_a_list_over_the_caps_is_split_over_calls_and_put_together_again(
+    coalesce: bool,
+) -> None:
+    provider = Provider()
+    texts = [f"text {n % 9}" for n in range(25)]
+    share = await embed(make(provider), texts, coalesce=coalesce, caps=Caps(items_max=4))
+    check(share, texts)
+    assert [len(sent) for sent in provider.sent] == [4, 4, 1]
+    assert (share.calls, share.texts_in_call) == (3, 9)
+    assert share.prompt_tokens == provider.tokens
+
+
+async def test_lanes_do_not_mix() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    other = Lane("d1", (("dimensions", 64),))
+    await asyncio.gather(embed(batcher, ["a"]), embed(batcher, ["a"], lane=other))
+    assert provider.log == [(LANE, ["a"]), (other, ["a"])]
+
+
+async def test_a_bad_text_fails_only_its_caller() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    lists = [["a"], ["b", "poison"], ["c"], ["d", "a"]]
+    answers = await asyncio.gather(
+        *(embed(batcher, texts) for texts in lists), return_exceptions=True
+    )
+    assert isinstance(answers[1], Refused)
+    for n in (0, 2, 3):
+        share = answers[n]
+        assert isinstance(share, Share)
+        check(share, lists[n])
+    paid = sum(share.prompt_tokens for share in answers if isinstance(share, Share))
+    assert paid == provider.tokens
+
+
+async def test_one_bad_caller_among_many_is_found_in_few_calls() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    callers = [embed(batcher, [f"t{n}" if n != 77 else "poison"]) for n in range(256)]
+    answers = await asyncio.gather(*callers, return_exceptions=True)
+    assert [n for n, answer in enumerate(answers) if isinstance(answer, Refused)] == [77]
+    assert len(provider.sent) == 17
+
+
+@pytest.mark.parametrize("status", [401, 429, 500])
+async def test_other_failures_go_to_everybody_and_are_not_sent_again(status: int) -> None:
+    provider = Provider(status=status)
+    batcher = make(provider)
+    answers = await asyncio.gather(
+        embed(batcher, ["a"]), embed(batcher, ["poison"]), return_exceptions=True
+    )
+    assert all(isinstance(answer, Refused) for answer in answers)
+    assert len(provider.sent) == 1
+
+
+async def test_a_list_that_fails_in_part_says_what_it_has_cost() -> None:
+    provider = Provider()
+    with pytest.raises(Refused) as caught:
+        await embed(make(provider), ["a", "b", "poison"], caps=Caps(items_max=2))
+    assert caught.value.paid.prompt_tokens == provider.tokens == 4  # type: ignore[attr-defined]
+    assert caught.value.paid.cost_nano == provider.cost_nano  # type: ignore[attr-defined]
+
+
+async def test_a_caller_that_has_left_is_not_sent_again() -> None:
+    provider = Provider()
+    provider.gate.clear()
+    batcher = make(provider)
+    leaver, bad, stayer = (
+        asyncio.create_task(embed(batcher, [text])) for text in ("mine", "poison", "yours")
+    )
+    await settle()
+    leaver.cancel()
+    await settle()
+    provider.gate.set()
+    check(await stayer, ["yours"])
+    with pytest.raises(Refused):
+        await bad
+    assert provider.sent == [["mine", "poison", "yours"], ["poison"], ["yours"]]
+    assert batcher.stats()["texts_queued"] == 0
+
+
+async def test_a_caller_that_leaves_during_the_call_does_not_disturb_the_others() -> None:
+    provider = Provider()
+    provider.gate.clear()
+    batcher = make(provider)
+    leaver = asyncio.create_task(embed(batcher, ["mine"]))
+    stayer = asyncio.create_task(embed(batcher, ["yours"]))
+    await settle()
+    leaver.cancel()
+    await settle()
+    provider.gate.set()
+    share = await stayer
+    check(share, ["yours"])
+    assert share.prompt_tokens + batcher.stats()["unclaimed_tokens"] == provider.tokens
+
+
+async def test_a_dropped_call_is_not_sent() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    task = asyncio.create_task(embed(batcher, ["a"], call_id="x"))
+    await asyncio.sleep(0)
+    batcher.drop("x")
+    batcher.drop("x")
+    batcher.drop("never heard of")
+    with pytest.raises(TimeoutError):
+        await task
+    await settle()
+    assert provider.sent == []
+
+
+async def test_cancelling_an_uncoalesced_call_cancels_the_provider_call() -> None:
+    provider = Provider()
+    provider.gate.clear()
+    batcher = make(provider)
+    task = asyncio.create_task(embed(batcher, ["a"], coalesce=False, call_id="x"))
+    await settle()
+    repeated = asyncio.create_task(embed(batcher, ["a"], coalesce=False, call_id="x"))
+    await settle()
+    task.cancel()
+    with pytest.raises(TimeoutError):
+        await repeated
+    assert batcher.stats()["texts_queued"] == batcher.stats()["calls_under_way"] == 0
+
+
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_a_message_that_comes_twice_is_sent_and_paid_once(coalesce: bool) -> None:
+    provider = Provider()
+    provider.gate.clear()
+    batcher = make(provider)
+    twins = [
+        asyncio.create_task(embed(batcher, ["a"], coalesce=coalesce, call_id="x")) for _ in range(2)
+    ]
+    await settle()
+    provider.gate.set()
+    for task in twins:
+        check(await task, ["a"])
+    check(await embed(batcher, ["a"], call_id="x"), ["a"])
+    assert provider.sent == [["a"]]
+
+
+async def test_answers_are_kept_for_repetition_within_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(owner_module, "FINISHED_MAX", 2)
+    provider = Provider()
+    batcher = make(provider)
+    for call_id in ("x", "y", "z"):
+        await embed(batcher, ["a"], call_id=call_id)
+    await embed(batcher, ["a"], call_id="z")
+    assert len(provider.sent) == 3
+    await embed(batcher, ["a"], call_id="x")
+    assert len(provider.sent) == 4
+    assert len(batcher._calls) == 2
+
+
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_a_call_that_takes_too_long_times_out(coalesce: bool) -> None:
+    provider = Provider()
+    provider.gate.clear()
+    batcher = make(provider)
+    with pytest.raises(TimeoutError):
+        await embed(batcher, ["a"], timeout_s=0.0, coalesce=coalesce)
+    assert batcher.stats()["texts_queued"] == 0
+
+
+async def test_a_call_may_take_as_long_as_its_most_patient_caller() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    await asyncio.gather(
+        embed(batcher, ["a"], timeout_s=5.0), embed(batcher, ["b"], timeout_s=50.0)
+    )
+    assert 49 < provider.timeouts_s[0] <= 50
+
+
+async def test_a_full_batcher_refuses_and_says_when_to_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(owner_module, "TEXTS_QUEUED_MAX", 3)
+    provider = Provider()
+    provider.gate.clear()
+    batcher = make(provider)
+    first = asyncio.create_task(embed(batcher, ["a", "b"]))
+    await settle()
+    with pytest.raises(BatcherFull) as caught:
+        await embed(batcher, ["c", "d"])
+    assert caught.value.retry_after_s > 0
+    provider.gate.set()
+    await first
+    check(await embed(batcher, ["a", "b", "c", "d"]), ["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize(
+    "array", [np.ones((1, 3)), np.ones(2), np.array([[1.0, 2.0], [float("nan"), 0.0]])]
+)
+async def test_vectors_that_do_not_fit_the_texts_are_an_error(array: Any) -> None:
+    async def call(lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        return Vectors(array, 9, 5, "m")
+
+    batcher = Batcher(lambda: call)
+    with pytest.raises(BadVectors):
+        await embed(batcher, ["a", "b"])
+    assert batcher.stats()["unclaimed_tokens"] == 9
+
+
+async def test_an_unknown_price_stays_unknown_and_an_estimate_stays_flagged() -> None:
+    async def call(lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        return Vectors(np.ones((len(texts), 2), np.float32), 3, None, "m", estimated=True)
+
+    share = await embed(Batcher(lambda: call), ["a", "b"], caps=Caps(items_max=1))
+    assert (share.cost_nano, share.prompt_tokens, share.estimated) == (None, 6, True)
+
+
+async def test_a_provider_that_cannot_be_opened_fails_the_call_and_is_opened_again() -> None:
+    provider = Provider()
+    attempts = 0
+
+    def factory() -> Opened:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise RuntimeError("no such model")
+        return Opened(provider)
+
+    batcher = Batcher(factory)
+    with pytest.raises(RuntimeError, match="no such model"):
+        await embed(batcher, ["a"])
+    check(await embed(batcher, ["a"]), ["a"])
+
+
+async def test_the_provider_is_opened_by_the_first_call_and_closed_with_the_batcher() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    assert provider.opened == 0
+    await embed(batcher, ["a"])
+    await embed(batcher, ["b"])
+    assert provider.opened == 1
+    await batcher.close()
+    assert provider.closed
+    with pytest.raises(BatcherFull):
+        await embed(batcher, ["c"])
+
+
+async def test_an_empty_list_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no texts"):
+        await embed(make(Provider()), [])
+
+
+async def test_a_callers_vectors_do_not_keep_the_whole_calls_alive() -> None:
+    batcher = make(Provider())
+    shares = await asyncio.gather(embed(batcher, ["a"]), embed(batcher, ["b"]))
+    assert all(share.array.base is None for share in shares)
+
+
+def test_a_batcher_is_made_without_an_event_loop() -> None:
+    assert Batcher(lambda: None).protocol() == 1  # type: ignore[arg-type, return-value]
+
+
+@given(
+    lists=st.lists(
+        st.lists(
+            st.sampled_from(["a", "bb", "ccc", "日本", "poison", *"defghij"]),
+            min_size=1,
+            max_size=8,
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    seed=st.integers(0, 2**32),
+    items_max=st.integers(1, 5),
+)
+@settings(max_examples=150, deadline=None)
+def test_whoever_fails_leaves_or_shares_the_tokens_add_up(
+    lists: list[list[str]], seed: int, items_max: int
+) -> None:
+    async def session() -> None:
+        dice = random.Random(seed)
+        provider = Provider(status=dice.choice([400, 429]))
+        batcher = make(provider)
+        tasks = []
+        for texts in lists:
+            coalesce = dice.random() < 0.8
+            caps = Caps(items_max=items_max)
+            tasks.append(asyncio.create_task(embed(batcher, texts, coalesce=coalesce, caps=caps)))
+            if dice.random() < 0.3:
+                await asyncio.sleep(0)
+            if dice.random() < 0.2:
+                dice.choice(tasks).cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        await batcher.close()
+        told = cost = 0
+        for answer, texts in zip(answers, lists, strict=True):
+            if isinstance(answer, Share):
+                check(answer, texts)
+                assert "poison" not in texts
+                told, cost = told + answer.prompt_tokens, cost + (answer.cost_nano or 0)
+            elif isinstance(answer, Refused):
+                assert "poison" in texts or provider.status == 429
+                paid = getattr(answer, "paid", None)
+                if paid is not None:
+                    told, cost = told + paid.prompt_tokens, cost + paid.cost_nano
+            else:
+                assert isinstance(answer, asyncio.CancelledError)
+        stats = batcher.stats()
+        assert told + stats.get("unclaimed_tokens", 0) == provider.tokens
+        assert cost + stats.get("unclaimed_nano", 0) == provider.cost_nano
+        assert all(len(sent) <= items_max for sent in provider.sent)
+        assert all(len(sent) == len(set(sent)) for sent in provider.sent)
+        assert stats["texts_queued"] == stats["calls_under_way"] == 0
+
+    asyncio.run(session())

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from actors.cache import owner as owner_module
+from actors.cache.owner import Cache
+from actors.cache.policy import (
+    ENTRY_OVERHEAD_BYTES,
+    Ask,
+    Failed,
+    Follow,
+    Gone,
+    Hit,
+    Landed,
+    Landing,
+    Lead,
+    Miss,
+    Scope,
+    Waiting,
+)
+
+ACME = Scope("acme")
+KEY = b"k" * 32
+
+
+class Now:
+    def __init__(self) -> None:
+        self.s = 0.0
+
+    def __call__(self) -> float:
+        return self.s
+
+
+@pytest.fixture
+def now() -> Now:
+    return Now()
+
+
+@pytest.fixture
+def cache(now: Now) -> Cache:
+    return Cache(1_000_000, clock=now, random=lambda: 0.5)
+
+
+def ask(flight: str, *, key: bytes = KEY, read: bool = True, join: bool = True) -> Ask:
+    return Ask(key, ACME, flight, read, join, 2.0)
+
+
+def landing(
+    flight: str | None,
+    value: bytes | None = b"v",
+    error: bytes | None = None,
+    ttl_s: float | None = 60,
+) -> Landing:
+    return Landing(KEY, ACME, flight, value, error, ttl_s)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_a_landed_value_is_a_hit_for_the_next(cache: Cache, now: Now) -> None:
+    assert cache.lookup([ask("a")]) == [Lead(KEY, ACME, "a")]
+    cache.land([landing("a")])
+    now.s = 5
+    assert cache.lookup([ask("b")]) == [Hit(b"v", 5)]
+
+
+def test_lifetimes_are_cut_by_a_little_and_never_prolonged(cache: Cache, now: Now) -> None:
+    cache.land([landing(None, ttl_s=100)])
+    now.s = 94.9
+    assert isinstance(cache.lookup([ask("a")])[0], Hit)
+    now.s = 95
+    assert isinstance(cache.lookup([ask("b")])[0], Lead)
+
+
+def test_who_must_not_read_leads_and_who_must_not_join_flies_alone(cache: Cache) -> None:
+    cache.land([landing(None)])
+    assert cache.lookup([ask("a", read=False)]) == [Lead(KEY, ACME, "a")]
+    assert cache.lookup([ask("b", read=False)]) == [Follow("a")]
+    assert cache.lookup([ask("c", read=False, join=False)]) == [Miss()]
+    assert cache.lookup([ask("d", join=False)]) == [Hit(b"v", 0)]
+
+
+def test_answers_come_in_the_order_of_the_asks(cache: Cache) -> None:
+    other = b"o" * 32
+    asks = [ask("a"), ask("b", key=other), ask("c"), ask("d", join=False)]
+    assert cache.lookup(asks) == [Lead(KEY, ACME, "a"), Lead(other, ACME, "b"), Follow("a"), Miss()]
+
+
+def test_a_message_that_comes_twice_changes_nothing(cache: Cache) -> None:
+    assert cache.lookup([ask("a")]) == cache.lookup([ask("a")])
+    cache.land([landing("a")])
+    stats = cache.stats()
+    cache.land([landing("a")])
+    assert (stats["entries"], stats["bytes"]) == (1, ENTRY_OVERHEAD_BYTES + 1)
+    assert cache.stats()["bytes"] == stats["bytes"]
+
+
+async def test_followers_get_the_leaders_value_even_if_it_is_not_stored(cache: Cache) -> None:
+    cache.lookup([ask("a"), ask("b"), ask("c")])
+    early = [asyncio.create_task(cache.follow("a", 60)) for _ in range(2)]
+    await settle()
+    cache.land([landing("a", ttl_s=None)])
+    assert [await task for task in early] == [Landed(b"v")] * 2
+    assert await cache.follow("a", 60) == Landed(b"v")
+    assert cache.stats()["entries"] == 0
+
+
+async def test_followers_of_a_failed_leader_get_its_error_and_the_next_tries_anew(
+    cache: Cache,
+) -> None:
+    cache.lookup([ask("a"), ask("b")])
+    follower = asyncio.create_task(cache.follow("a", 60))
+    await settle()
+    cache.land([landing("a", None, b"500", None)])
+    assert await follower == Failed(b"500")
+    assert cache.lookup([ask("c")]) == [Lead(KEY, ACME, "c")]
+
+
+async def test_a_leader_that_gives_up_leaves_the_lead_to_one_follower(cache: Cache) -> None:
+    cache.lookup([ask("a"), ask("b"), ask("c")])
+    followers = [asyncio.create_task(cache.follow("a", 60)) for _ in range(2)]
+    await settle()
+    cache.land([landing("a", None, None, None)])
+    assert [await task for task in followers] == [Gone()] * 2
+    assert cache.lookup([ask("b2"), ask("c2")]) == [Lead(KEY, ACME, "b2"), Follow("b2")]
+
+
+async def test_a_leader_that_falls_silent_is_gone(cache: Cache, now: Now) -> None:
+    cache.lookup([ask("a"), ask("b")])
+    follower = asyncio.create_task(cache.follow("a", 60))
+    await settle()
+    now.s = 1.5
+    assert cache.renew(["a", "nobody"]) == ["nobody"]
+    now.s = 3
+    cache.renew([])
+    await settle()
+    assert not follower.done()
+    now.s = 3.5
+    cache.renew([])
+    assert await follower == Gone()
+    assert cache.stats()["leaders_lost"] == 1
+
+
+async def test_a_follower_is_told_to_go_on_waiting_after_its_time(cache: Cache, now: Now) -> None:
+    cache.lookup([ask("a"), ask("b")])
+    assert await cache.follow("a", 0) == Waiting()
+    assert await cache.follow("never heard of", 60) == Gone()
+
+
+async def test_too_many_followers_are_sent_away(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner_module, "FOLLOWS_MAX", 1)
+    cache.lookup([ask("a"), ask("b")])
+    follower = asyncio.create_task(cache.follow("a", 60))
+    await settle()
+    assert await cache.follow("a", 60) == Gone()
+    await cache.close()
+    assert await follower == Gone()
+
+
+async def test_a_follower_that_leaves_does_not_disturb_the_others(cache: Cache) -> None:
+    cache.lookup([ask("a"), ask("b")])
+    leaver, stayer = (asyncio.create_task(cache.follow("a", 60)) for _ in range(2))
+    await settle()
+    leaver.cancel()
+    await settle()
+    cache.land([landing("a")])
+    assert await stayer == Landed(b"v")
+    assert cache.stats()["followers"] == 0
+
+
+def test_an_owner_that_was_restarted_stores_what_lands_from_before(cache: Cache) -> None:
+    cache.land([landing("from another life")])
+    assert cache.lookup([ask("a")]) == [Hit(b"v", 0)]
+
+
+def test_a_cache_is_made_without_an_event_loop() -> None:
+    assert Cache().protocol() == 1

@@ -1,0 +1,427 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from actors.file_lock import FileLock
+from actors.ledger import store
+from actors.ledger.owner import Ledger
+from actors.ledger.policy import STATUSES, Entry, StoreFailed, fold
+from actors.ledger.store import OTHERS
+
+DAY_MS = 86_400_000
+
+
+def entry(number: int, **fields: Any) -> Entry:
+    return Entry(
+        **{
+            "id": f"e{number}",
+            "request_id": f"r{number}",
+            "attempt": 1,
+            "tenant": "acme",
+            "route": "chat",
+            "model": "small",
+            "deployment": "d1",
+            "status": "posted",
+            "prompt_tokens": 10,
+            "completion_tokens": 5,
+            "cost_nano": 300 + number,
+            "unpriced": False,
+            "estimated": False,
+            "stream": False,
+            "latency_ms": 12,
+            "at_ms": number,
+            "error": None,
+            "http_status": 200,
+            **fields,
+        }
+    )
+
+
+def numbered(draws: list[dict[str, Any]]) -> list[Entry]:
+    return [entry(number, **fields) for number, fields in enumerate(draws)]
+
+
+entry_lists = st.lists(
+    st.fixed_dictionaries(
+        {
+            "attempt": st.integers(1, 3),
+            "tenant": st.sampled_from(["acme", "zenith", "ünïcode"]),
+            "model": st.sampled_from(["small", "large", "embed"]),
+            "status": st.sampled_from(STATUSES),
+            "prompt_tokens": st.integers(0, 10**9),
+            "completion_tokens": st.integers(0, 10**9),
+            "cost_nano": st.integers(0, 10**13),
+            "unpriced": st.booleans(),
+            "estimated": st.booleans(),
+            "stream": st.booleans(),
+            "error": st.sampled_from([None, "boom"]),
+            "at_ms": st.integers(0, 3 * DAY_MS),
+        }
+    ),
+    max_size=25,
+).map(numbered)
+
+
+async def with_ledger(work: Callable[[Ledger], Any], path: str | None = None) -> Any:
+    ledger = Ledger(path, lock_wait_s=0)
+    try:
+        return await work(ledger)
+    finally:
+        await ledger.close()
+
+
+async def test_an_entry_is_recorded_once_however_often_it_is_sent() -> None:
+    async def work(ledger: Ledger) -> None:
+        some = [entry(1), entry(2)]
+        assert await ledger.append("h", 1, some) == 2
+        assert await ledger.append("h", 1, some) == 2
+        assert await ledger.append("h", 2, [entry(2, cost_nano=9), entry(3)]) == 2
+        assert await ledger.count() == 3
+        assert await ledger.entries("r2") == [entry(2)]
+        assert ledger.stats()["rows_known"] == 3
+
+    await with_ledger(work)
+
+
+@given(some=entry_lists)
+@settings(max_examples=60, deadline=None)
+def test_the_stores_totals_are_the_fold_of_its_entries(some: list[Entry]) -> None:
+    async def work(ledger: Ledger) -> None:
+        await ledger.append("h", 1, some)
+        usage = await ledger.usage(group_by="tenant")
+        by_day = (await ledger.usage(group_by="day"))["by_day"]
+        parts = {"by_model": usage.pop("by_model"), "by_tenant": usage.pop("by_tenant")}
+        assert usage == fold(some).as_dict()
+        for name, groups in parts.items():
+            keys = {getattr(e, name.removeprefix("by_")) for e in some}
+            assert set(groups) == keys
+            for key, figures in groups.items():
+                mine = [e for e in some if getattr(e, name.removeprefix("by_")) == key]
+                assert figures == fold(mine).as_dict()
+        for day in range(3):
+            mine = [e for e in some if e.at_ms // DAY_MS == day]
+            if mine:
+                assert by_day[f"1970-01-0{day + 1}"] == fold(mine).as_dict()
+
+    asyncio.run(with_ledger(work))
+
+
+async def test_usage_takes_a_tenant_and_a_half_open_range() -> None:
+    async def work(ledger: Ledger) -> None:
+        await ledger.append("h", 1, [entry(n) for n in range(10)] + [entry(10, tenant="zenith")])
+        assert (await ledger.usage(tenant="acme"))["total_requests"] == 10
+        assert (await ledger.usage("acme", 3, 6))["total_cost_nano"] == 303 + 304 + 305
+        assert (await ledger.usage("nobody"))["total_requests"] == 0
+        assert (await ledger.usage("nobody"))["by_model"] == {}
+
+    await with_ledger(work)
+
+
+async def test_an_unknown_grouping_is_an_error() -> None:
+    async def work(ledger: Ledger) -> None:
+        with pytest.raises(ValueError, match="group_by is one of"):
+            await ledger.usage(group_by="colour")  # type: ignore[arg-type]
+        with pytest.raises(StoreFailed, match="Overflow"):
+            await ledger.usage(since_ms=2**70)
+        assert await ledger.count() == 0
+
+    await with_ledger(work)
+
+
+async def test_groups_beyond_the_bound_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "GROUPS_MAX", 2)
+
+    async def work(ledger: Ledger) -> None:
+        await ledger.append("h", 1, [entry(n, model=f"m{n}") for n in range(5)])
+        by_model = (await ledger.usage())["by_model"]
+        assert set(by_model) == {"m0", "m1", OTHERS}
+        assert by_model[OTHERS]["total_requests"] == 3
+        assert sum(m["total_cost_nano"] for m in by_model.values()) == 5 * 300 + 10
+
+    await with_ledger(work)
+
+
+class Deliveries(RuleBasedStateMachine):
+    """Messages are sent, doubled, lost and sent again, and the ledger is closed and reopened."""
+
+    @initialize()
+    def start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = os.path.join(self.folder.name, "ledger.db")
+        self.loop = asyncio.new_event_loop()
+        self.ledger = Ledger(self.path, lock_wait_s=0)
+        self.acknowledged: dict[str, Entry] = {}
+        self.waiting: list[list[Entry]] = []
+        self.delivered: list[list[Entry]] = []
+        self.number = 0
+
+    def run(self, awaitable: Any) -> Any:
+        return self.loop.run_until_complete(awaitable)
+
+    def deliver(self, batch: list[Entry]) -> None:
+        assert self.run(self.ledger.append("h", len(self.delivered), batch)) == len(batch)
+        self.delivered.append(batch)
+
+    @rule(size=st.integers(0, 5), cost_nano=st.integers(0, 10**12))
+    def post(self, size: int, cost_nano: int) -> None:
+        batch = [entry(self.number + n, cost_nano=cost_nano) for n in range(size)]
+        self.number += size
+        self.waiting.append(batch)
+
+    @rule()
+    def answer_arrives(self) -> None:
+        if self.waiting:
+            batch = self.waiting.pop(0)
+            self.deliver(batch)
+            self.acknowledged.update({e.id: e for e in batch})
+
+    @rule()
+    def answer_is_lost(self) -> None:
+        if self.waiting:
+            self.deliver(self.waiting[0])
+
+    @rule(which=st.integers(0, 100))
+    def an_old_message_comes_again(self, which: int) -> None:
+        if self.delivered:
+            self.deliver(self.delivered[which % len(self.delivered)])
+
+    @rule()
+    def several_messages_share_a_commit(self) -> None:
+        batches, self.waiting = self.waiting, []
+
+        async def all_at_once() -> None:
+            await asyncio.gather(*(self.ledger.append("h", 0, b) for b in [*batches, *batches]))
+
+        self.run(all_at_once())
+        self.acknowledged.update({e.id: e for batch in batches for e in batch})
+
+    @rule()
+    def the_owner_is_replaced(self) -> None:
+        self.run(self.ledger.close())
+        self.ledger = Ledger(self.path, lock_wait_s=0)
+
+    @invariant()
+    def money_is_conserved(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        sent = {e.id: e for batch in self.delivered for e in batch} | self.acknowledged
+        usage = self.run(self.ledger.usage())
+        assert usage["total_cost_nano"] == sum(e.cost_nano for e in sent.values())
+        assert usage["entries"] == self.run(self.ledger.count()) == len(sent)
+
+    def teardown(self) -> None:
+        if hasattr(self, "ledger"):
+            self.run(self.ledger.close())
+            self.loop.close()
+            self.folder.cleanup()
+
+
+TestDeliveries = Deliveries.TestCase
+TestDeliveries.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+
+
+async def test_closing_and_opening_again_keeps_all_that_was_acknowledged(tmp_path: Path) -> None:
+    path = str(tmp_path / "deep" / "ledger.db")
+    some = [entry(n, error="e" if n % 2 else None, unpriced=n % 3 == 0) for n in range(50)]
+
+    async def write(ledger: Ledger) -> None:
+        await ledger.append("h", 1, some)
+
+    async def read(ledger: Ledger) -> list[Entry]:
+        return [(await ledger.entries(e.request_id))[0] for e in some]
+
+    await with_ledger(write, path)
+    assert await with_ledger(read, path) == some
+    assert stat.S_IMODE((tmp_path / "deep").stat().st_mode) == 0o700
+
+
+async def test_a_copy_taken_after_the_acknowledgement_holds_the_entry(tmp_path: Path) -> None:
+    # What a killed process leaves behind: the files as they are, nothing closed.
+    async def work(ledger: Ledger) -> None:
+        await ledger.append("h", 1, [entry(1)])
+        for suffix in ("", "-wal"):
+            (tmp_path / f"copy.db{suffix}").write_bytes((tmp_path / f"l.db{suffix}").read_bytes())
+
+    await with_ledger(work, str(tmp_path / "l.db"))
+    assert await with_ledger(lambda ledger: ledger.count(), str(tmp_path / "copy.db")) == 1
+
+
+WRITER = """
+import asyncio, sys
+from actors.ledger.owner import Ledger
+from tests.unit.test_ledger_owner import entry
+
+async def main():
+    ledger = Ledger(sys.argv[1])
+    for number in range(10**6):
+        await ledger.append("h", number, [entry(number)])
+        print(number, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_what_a_killed_process_had_acknowledged_is_there(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.db")
+    arguments = [sys.executable, "-c", WRITER, path]
+    root = Path(__file__).parents[2]
+    writer = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, cwd=root)
+    assert writer.stdout is not None
+    for line in writer.stdout:
+        if int(line) == 50:
+            break
+    writer.kill()
+    acknowledged = int((["50", *writer.stdout.read().split("\n")[:-1]])[-1])
+    # Its lock is free as soon as the kernel has buried it; until then the next owner waits.
+    ledger = Ledger(path)
+    assert await ledger.count() in (acknowledged + 1, acknowledged + 2)
+    await ledger.close()
+    writer.wait()
+
+
+async def test_a_ledger_file_has_one_owner_at_a_time(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.db")
+
+    async def work(first: Ledger) -> None:
+        await first.append("h", 1, [entry(1)])
+        second = Ledger(path, lock_wait_s=0)
+        with pytest.raises(StoreFailed, match=rf"in use by process {os.getpid()}"):
+            await second.append("h", 1, [entry(2)])
+        await first.close()
+        assert await second.append("h", 1, [entry(2)]) == 1
+        assert await second.count() == 2
+        await second.close()
+
+    await with_ledger(work, path)
+
+
+async def test_an_owner_waits_for_the_one_it_replaces_to_let_go(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.db")
+    old = FileLock(path)
+    old.acquire(0)
+    looked = 0
+
+    def clock() -> float:  # the old process dies at the third look
+        nonlocal looked
+        looked += 1
+        if looked == 3:
+            old.release()
+        return float(looked)
+
+    ledger = Ledger(path, clock=clock, lock_wait_s=10)
+    assert await ledger.append("h", 1, [entry(1)]) == 1
+    await ledger.close()
+
+
+async def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    other = sqlite3.connect(path)
+    other.execute("CREATE TABLE precious (x)")
+    other.commit()
+    other.close()
+
+    async def work(ledger: Ledger) -> None:
+        with pytest.raises(StoreFailed, match="not a ledger"):
+            await ledger.count()
+
+    await with_ledger(work, str(path))
+
+
+async def test_a_failing_store_acknowledges_nothing_and_recovers(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "ledger.db"
+    path.parent.write_text("a file where the folder should be")
+
+    async def work(ledger: Ledger) -> None:
+        with pytest.raises(StoreFailed, match="Exists"):
+            await ledger.append("h", 1, [entry(1)])
+        path.parent.unlink()
+        assert await ledger.append("h", 1, [entry(1)]) == 1
+        assert ledger.stats()["failures"] == 1
+
+    await with_ledger(work, str(path))
+
+
+async def test_a_message_that_cannot_be_stored_fails_alone() -> None:
+    async def work(ledger: Ledger) -> None:
+        bad = entry(1, prompt_tokens=2**70)
+        answers = await asyncio.gather(
+            ledger.append("h", 1, [entry(2)]),
+            ledger.append("h", 2, [bad, entry(3)]),
+            ledger.append("h", 3, [entry(4)]),
+            return_exceptions=True,
+        )
+        assert [answers[0], answers[2]] == [1, 1]
+        assert isinstance(answers[1], StoreFailed)
+        assert await ledger.count() == 2
+
+    await with_ledger(work)
+
+
+async def test_text_that_is_not_unicode_is_stored_escaped() -> None:
+    async def work(ledger: Ledger) -> None:
+        await ledger.append("h", 1, [entry(1, model="bad \ud800 model", tenant="nul \0 ok")])
+        (stored,) = await ledger.entries("r1")
+        assert stored.model == "bad \\ud800 model"
+        assert stored.tenant == "nul \0 ok"
+        assert (await ledger.usage(tenant="nul \0 ok"))["total_requests"] == 1
+
+    await with_ledger(work)
+
+
+async def test_many_messages_share_a_few_commits() -> None:
+    async def work(ledger: Ledger) -> None:
+        await asyncio.gather(*(ledger.append("h", n, [entry(n)]) for n in range(500)))
+        assert await ledger.count() == 500
+        assert ledger.stats()["commits"] <= 100
+
+    await with_ledger(work)
+
+
+async def test_an_owner_whose_queue_is_full_takes_nothing_more() -> None:
+    async def work(ledger: Ledger) -> None:
+        with pytest.raises(StoreFailed, match="wait for the disk"):
+            await ledger.append("h", 1, [entry(1)] * 200_001)
+        assert await ledger.append("h", 2, [entry(1)]) == 1
+        assert ledger.stats()["rows_queued"] == 0
+
+    await with_ledger(work)
+
+
+async def test_a_caller_that_gives_up_does_not_undo_the_write() -> None:
+    async def work(ledger: Ledger) -> None:
+        impatient = asyncio.ensure_future(ledger.append("h", 1, [entry(1)]))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        assert await ledger.count() == 1
+        assert ledger.stats()["rows_queued"] == 0
+
+    await with_ledger(work)
+
+
+async def test_a_closed_ledger_refuses_and_closes_twice() -> None:
+    ledger = Ledger()
+    await ledger.append("h", 1, [])
+    await ledger.close()
+    await ledger.close()
+    with pytest.raises(StoreFailed, match="closed"):
+        await ledger.append("h", 1, [entry(1)])
+
+
+def test_a_ledger_is_made_without_an_event_loop_and_without_touching_the_disk() -> None:
+    assert Ledger("/nowhere/at/all.db").protocol() == 1
+    assert pickle.loads(pickle.dumps({"path": None, "lock_wait_s": 10.0}))
