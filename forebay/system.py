@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -60,6 +61,7 @@ LIMITS_REMEMBERED_MAX = 100_000
 LIMITER_SHARDS = 1
 STATS_TIMEOUT_S = 2.0
 ATTACH_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 5.0
 
 RuntimeName = Literal["ray", "inline"]
 
@@ -559,6 +561,7 @@ def ray_ready(address: str | None, namespace: str, *, alone: bool = False, **opt
     options = {"namespace": namespace, "log_to_driver": False, **options}
     try:
         if wanted is not None:
+            _require_listener(wanted)
             ray.init(address=wanted, namespace=namespace, log_to_driver=False)
             return False
         if not alone:
@@ -576,3 +579,11 @@ def ray_ready(address: str | None, namespace: str, *, alone: bool = False, **opt
             "(`ray start --head`) or leave the address out to have one started.",
             param="address",
         ) from None
+
+
+def _require_listener(address: str) -> None:
+    """Fail at once where nothing listens; Ray itself would try for a minute or two."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        with socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S):
+            pass

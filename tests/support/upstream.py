@@ -163,9 +163,15 @@ class Upstream:
         return [_record(one) for one in found.values()]
 
     def wait_log(
-        self, done: Callable[[list[Record]], object], timeout_s: float = 5.0
+        self, done: Callable[[list[Record]], object] | int, timeout_s: float = 5.0
     ) -> list[Record]:
-        """The log as soon as `done(log)` is true. Raises TimeoutError with what there is."""
+        """The log as soon as `done(log)` is true, or so many requests are finished.
+
+        Raises TimeoutError with what there is.
+        """
+        if isinstance(done, int):
+            wanted = done
+            done = lambda records: sum(r.finished for r in records) >= wanted  # noqa: E731
         deadline = time.monotonic() + timeout_s
         while True:
             records = self.log()

@@ -47,6 +47,12 @@ def config_file(data_dir: Path, upstream: Upstream) -> Path:
             "max_retries": 2,
             "retry_delay": 0.1,
             "circuit_breaker_config": {"failure_threshold": 5, "timeout": 1.0},
+            "rate_limit_config": {
+                "requests_per_minute": 600_000,
+                "requests_per_hour": 10_000_000,
+                "burst_size": 5_000,
+                "concurrent_requests": 500,
+            },
         },
         "server": {"port": support.free_port()},
     }
