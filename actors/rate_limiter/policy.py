@@ -62,21 +62,28 @@ class Figures:
 
 
 class Bucket:
-    """A token bucket that refills lazily, when somebody looks at it (GCRA in another notation)."""
+    """A token bucket that refills lazily, when somebody looks at it (GCRA in another notation).
 
-    __slots__ = ("at_s", "capacity", "level", "rate_per_s")
+    A token can be put back as if it had never been taken, as long as the bucket had room for it
+    all the while; `era` names the time through which that is known, `room` is what there was.
+    """
+
+    __slots__ = ("at_s", "capacity", "era", "level", "rate_per_s", "room")
 
     def __init__(self, rate_per_s: float, capacity: float, level: float, now: float) -> None:
         self.rate_per_s = rate_per_s
         self.capacity = capacity
         self.level = min(level, capacity)
         self.at_s = now
+        self.era = 0
+        self.room = 0.0
 
     def refill(self, now: float) -> None:
         """Bring the level up to `now`."""
         if now > self.at_s:
             self.level = min(self.capacity, self.level + (now - self.at_s) * self.rate_per_s)
             self.at_s = now
+        self.room = min(self.room, self.capacity - self.level)
 
     def take(self, now: float) -> bool:
         """Take one, if it is there."""
@@ -84,6 +91,18 @@ class Bucket:
         if self.level < 1.0 - EPSILON:
             return False
         self.level -= 1.0
+        if self.room < 1.0:
+            self.era += 1
+            self.room = self.capacity - self.level
+        return True
+
+    def put_back(self, era: int, now: float) -> bool:
+        """Undo a `take` of that era. False: what was taken would have overflowed since."""
+        self.refill(now)
+        if era != self.era or self.room < 1.0 - EPSILON:
+            return False
+        self.level += 1.0
+        self.room -= 1.0
         return True
 
     def put(self, share: Share, now: float) -> None:
@@ -92,6 +111,7 @@ class Bucket:
         self.rate_per_s += share.rate_per_s
         self.capacity += share.capacity
         self.level = min(self.capacity, self.level + share.level)
+        self.room = min(self.room, self.capacity - self.level)
 
     def carve(self, rate_per_s: float, capacity: float, level: float, now: float) -> Share:
         """Take a part off, at most what is there."""
@@ -102,6 +122,7 @@ class Bucket:
         self.rate_per_s -= rate_per_s
         self.capacity -= capacity
         self.level = min(self.level - level, self.capacity)
+        self.room = min(self.room, self.capacity - self.level)
         return Share(rate_per_s, capacity, level)
 
     def wait_s(self, now: float) -> float:
@@ -130,8 +151,8 @@ NOTHING = Share()
 class RollingHour:
     """Requests of the last hour in one-minute slots, rounded against the caller.
 
-    One slot more than an hour's is kept, so what was booked counts for at least 3600 s after the
-    end of the minute it was booked in, and a permit may be used up to a minute after its booking.
+    A booking counts until SLOT_S + 3600 s after the end of its minute, so a request may take place
+    up to SLOT_S after it was booked.
     """
 
     __slots__ = ("_slots",)
@@ -141,57 +162,61 @@ class RollingHour:
 
     def used(self, now: float) -> int:
         """How many count now."""
-        minute = int(now // SLOT_S)
-        while self._slots and self._slots[0][0] < minute - HOUR_SLOTS:
+        while self._slots and self._forgotten_s(self._slots[0][0]) <= now:
             self._slots.popleft()
         return sum(count for _, count in self._slots)
 
-    def book(self, count: int, now: float) -> None:
-        """Count so many as used now."""
+    def book(self, count: int, now: float) -> int:
+        """Count so many as used now. The minute they are booked in."""
         minute = int(now // SLOT_S)
         if self._slots and self._slots[-1][0] == minute:
             self._slots[-1][1] += count
         else:
             self._slots.append([minute, count])
+        return minute
 
-    def give_back(self, count: int) -> None:
-        """So many that were booked were not used; the newest slots forget them first."""
-        for slot in reversed(self._slots):
-            taken = min(count, slot[1])
-            slot[1] -= taken
-            count -= taken
+    def give_back(self, count: int, minute: int) -> None:
+        """So many that were booked in that minute, or later, were not used."""
+        for slot in self._slots:
+            if slot[0] == minute:
+                slot[1] -= min(count, slot[1])
 
     def wait_s(self, now: float) -> float:
         """Seconds until the oldest slot is forgotten."""
         self.used(now)
         oldest = next((minute for minute, count in self._slots if count), None)
-        if oldest is None:
-            return 0.0
-        return (oldest + HOUR_SLOTS + 1) * SLOT_S - now
+        return 0.0 if oldest is None else self._forgotten_s(oldest) - now
+
+    def _forgotten_s(self, minute: int) -> float:
+        return (minute + HOUR_SLOTS + 2) * SLOT_S
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a desk says to the owner about one tenant: needs, returns and renewal in one.
+    """What a desk says to the owner about one tenant: what it has, what it needs, what it returns.
 
-    `lease` names the desk's lease; the same name renews it. `need` permits are wanted at once,
-    `demand_per_s` is the recent rate, `level` what the desk has left in its bucket and `hours_held`
-    of its hourly count. `back` and `hours_back` are given up for good. `slots_held` is how many
-    slots the desk has, which is the truth after every loss; it wants `slots_need` more. `over` ends
-    the lease.
+    `owner` is the life of the owner that lent what the desk has. `lease` is the lease that `held`
+    belongs to, empty if there is none; what the owner lent beyond `held` has been returned or never
+    arrived, and `level_back` of its level is left. `need` permits are wanted at once,
+    `demand_per_s` is the recent rate. `hours_held` of the hourly count are kept; `hours_back`, booked in
+    `hours_minute` or later, are returned. The desk has `slots_held` slots, wants `slots_need` more
+    at once and could use `slots_ahead` soon. `over` ends the lease.
     """
 
     tenant: str
     limits: Limits
-    lease: str
+    owner: str = ""
+    lease: str = ""
+    held: Share = NOTHING
+    level_back: float = 0.0
     need: int = 0
     demand_per_s: float = 0.0
-    level: float = 0.0
-    back: Share = NOTHING
     hours_held: int = 0
     hours_back: int = 0
+    hours_minute: int = 0
     slots_held: int = 0
     slots_need: int = 0
+    slots_ahead: int = 0
     over: bool = False
 
 
@@ -199,36 +224,45 @@ class Ask:
 class Grant:
     """The owner's answer to one ask.
 
-    `share` is added to the desk's bucket, `hours` to its hourly count, `slots` to its slots.
-    The lease lives `life_s`, counted from when the desk sent its ask; 0 means that it does not go
-    on. `owner` names the owner's life: another name is an owner that knows nothing. What the desk
-    has above `rate_target` and `capacity_target` is to be sent back. `slots_wanted`: others wait
-    for slots. `refusal` says that `need` could not be met, `slot_refusal` the same of `slots_need`.
-    `figures` are the tenant's, for response headers.
+    `share` is added to the desk's bucket, or is all of it if `lease` is another than before;
+    `hours`, booked in `hours_minute`, to its hourly count, `slots` to its slots. The lease lives
+    `life_s`, counted from when the desk sent its ask; 0: nothing of the kind was lent. `owner`
+    names the owner's life: another name is an owner that knows nothing. What the desk has above
+    `rate_target` and `capacity_target` is to be sent back. `slots_wanted`: others wait for slots.
+    `refusal` says that `need` could not be met, `slot_refusal` the same of `slots_need`. `limits`
+    are those in force. `figures` are the tenant's, for response headers.
     """
 
     tenant: str
-    lease: str
     owner: str
-    life_s: float
+    lease: str = ""
+    life_s: float = 0.0
     share: Share = NOTHING
     hours: int = 0
+    hours_minute: int = 0
     slots: int = 0
     rate_target: float = 0.0
     capacity_target: float = 0.0
     slots_wanted: bool = False
     refusal: Refusal | None = None
     slot_refusal: Refusal | None = None
+    limits: Limits | None = None
     figures: Figures | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A counted request. `counted` is false where nothing limits the number of requests."""
+    """A counted request. `counted` is false where nothing limits the number of requests.
+
+    `lease`, `era` and `hours_minute` say where its permit came from, so that it can go back there.
+    """
 
     tenant: str
     limits: Limits
     counted: bool
+    lease: str = ""
+    era: int = 0
+    hours_minute: int = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,10 @@ STATUS_OF_KIND: Mapping[str, int] = MappingProxyType(
 )
 """What an error event inside a stream means, by its `code` or `type`; it has no status."""
 
+UNKNOWN, UNREADABLE = 500, 422
+"""What LiteLLM's handlers say of all that they do not understand, and of an answer that they cannot
+read. Where a provider really said one of these, its client's exception is behind it and tells."""
+
 _BEFORE_SENDING = frozenset({"UnsupportedParamsError", "LiteLLMUnknownProvider", "ImageFetchError"})
 _TIMEOUTS = frozenset({"APITimeoutError", "TimeoutException", "ServerTimeoutError"})
 _NETWORK = frozenset(
@@ -150,7 +154,7 @@ class _Found:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def status(self) -> int | None:
-        """The best known status; None when nobody answered."""
+        """The best known status; None when nobody answered, or it cannot be told."""
         if self.answered is not None:
             return self.answered
         for kind in self.kinds:
@@ -158,8 +162,10 @@ class _Found:
                 return STATUS_OF_KIND[kind]
         if self.timed_out or self.disconnected:
             return None
-        # A handler says 500 of everything that it does not understand.
-        return self.claimed if self.claimed not in (None, 500) else self.implied or self.claimed
+        if self.claimed == UNREADABLE:
+            return None
+        claimed, implied = (s if s != UNKNOWN else None for s in (self.claimed, self.implied))
+        return claimed or implied
 
 
 def error_of(
@@ -215,6 +221,8 @@ def _by_status(status: int | None, said: str, details: dict[str, Any]) -> Gatewa
         return RateLimitError(said, **details)
     if status is not None and 400 <= status < 500:
         return InvalidRequest(said, status=422 if status == 422 else 400, **details)
+    if status is None or status < 400:
+        said = f"what {details['provider']} answered cannot be understood: {said}"
     return ProviderError(said, **details)
 
 

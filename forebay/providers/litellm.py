@@ -15,23 +15,21 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
-import sys
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.batcher.policy import Vectors
-from forebay import schemas
-from forebay.errors import GatewayError, InvalidRequest, ResponseValidationError
+from forebay.errors import InvalidRequest, ResponseValidationError
 from forebay.providers import shapes
 from forebay.providers.base import Answer, Resolve
+from forebay.providers.calls import Call
 from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
-from forebay.providers.failures import error_of
-from forebay.providers.prices import Prices, is_price
-from forebay.providers.redaction import secrets_in
+from forebay.providers.prices import Prices
 from forebay.providers.streams import LiteLLMChunks, Opened
 from forebay.providers.vectors import decoded
+from forebay.tally import StreamTally
 
 if TYPE_CHECKING:
     from forebay.providers.local import LocalModels
@@ -42,39 +40,21 @@ Route = Literal["chat", "completion"]
 FLOATS_ONLY_MAX = 1_000  # deployments known to spoil base64; above it all are asked again
 BYTES_PER_TOKEN = 4  # an estimate, for providers that do not say how many tokens there were
 
-TIMEOUTS_S = (2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1800.0, 7200.0)
-
 BASE64_PROVIDERS = frozenset(
     {"openai", "azure", "hosted_vllm", "infinity", "voyage", "openrouter", "nvidia_nim"}
 )
 """Those that mean little-endian float32 by `encoding_format: base64`. Others mean quantised
 vectors by it (Bedrock, Cohere, Perplexity) or refuse it (Gemini)."""
 
-NOT_HANDED_ON = frozenset(
-    {
-        # the Router's, and ours
-        *("model", "weight", "order", "rpm", "tpm", "max_parallel_requests", "model_info", "tags"),
-        *("timeout", "stream_timeout", "max_retries", "num_retries", "cooldown_time"),
-        *("allowed_params", "encoding_format", "max_budget", "budget_duration"),
-        *("fallbacks", "context_window_fallback_dict", "retry_policy", "model_list", "stream"),
-        # what is off here
-        *("cache", "caching", "ttl", "callbacks", "success_callback", "failure_callback"),
-    }
-)
-"""Names of `litellm_params` that LiteLLM's own functions are not given; nor are prices."""
-
 SAY_END = frozenset(
     {
         *("openai", "azure", "azure_ai", "text-completion-openai", "hosted_vllm", "openrouter"),
-        *("anthropic", "gemini", "vertex_ai", "bedrock", "mistral", "groq", "deepseek", "xai"),
-        *("together_ai", "fireworks_ai", "perplexity", "cerebras", "nvidia_nim"),
+        *("anthropic", "mistral", "groq", "deepseek", "xai", "together_ai", "fireworks_ai"),
+        *("perplexity", "cerebras", "nvidia_nim"),
     }
 )
-"""Providers whose streams end with a finish reason that LiteLLM passes on. (Cohere's does, too,
-but LiteLLM does not find it.)"""
-
-MANY_PROMPTS = frozenset({"azure_text", LOCAL})
-"""Providers that take several prompts at once; for all others LiteLLM would melt them into one."""
+"""Providers whose streams end with a finish reason that LiteLLM passes on. (Gemini's and Cohere's
+do, too, but LiteLLM forgets it: there, a stream that just ends cannot be told from a whole one.)"""
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
@@ -198,7 +178,8 @@ class LiteLLMProvider:
         try:
             return await self._embed(deployment, texts, params, timeout_s, resolve, encoding)
         except (ResponseValidationError, InvalidRequest) as error:
-            spoilt = isinstance(error, ResponseValidationError) or "encoding_format" in str(error)
+            named = "encoding_format" in f"{error.param} {error}"
+            spoilt = isinstance(error, ResponseValidationError) or named
             if encoding != "base64" or not spoilt:
                 raise
         # It does not mean float32 by base64, or does not know the word: floats, from now on.
@@ -233,25 +214,29 @@ class LiteLLMProvider:
         resolve: Resolve,
     ) -> Answer:
         await self.warm()
-        call = _Call(deployment, resolve(deployment.params), timeout_s, "timeout")
+        call = Call(self._litellm, deployment, resolve(deployment.params), timeout_s)
         asked = call.asked(body)
         beside = self._beside(deployment, asked)
         with self._bare(beside), call.errors():
             async with asyncio.timeout(call.limit_s):
                 response = await self._function(route)(**self._keywords(route, call, asked))
-        if beside is not None and beside.answer is not None:
-            told = beside.answer
-        else:
-            told = shapes.plain_chat(response) if route == "chat" else shapes.plain_text(response)
-        if not told.get("choices"):
-            raise ResponseValidationError(
-                f"{deployment.provider} answered without choices",
-                model=deployment.group,
-                provider=deployment.provider,
-            )
-        usage, model = told.get("usage"), told.get("model") or deployment.model
-        cost_nano = self._prices.of_answer(deployment, usage, model, _usd(response))
-        return Answer(told, usage, cost_nano, model)
+            if beside is not None and beside.answer is not None:
+                told = beside.answer
+            else:
+                plain = shapes.plain_chat if route == "chat" else shapes.plain_text
+                told = plain(response)
+            if not told.get("choices"):
+                raise ResponseValidationError(f"{deployment.provider} answered without choices")
+        usage, model, usd = told.get("usage"), told.get("model") or deployment.model, _usd(response)
+        estimated = not any(
+            (usage or {}).get(f"{kind}_tokens") for kind in ("prompt", "completion")
+        )
+        if estimated:
+            # LiteLLM says 0 for a provider that says nothing.
+            usage = told["usage"] = {**_estimate(route, body, told), "estimated": True}
+            usd = None
+        cost_nano = self._prices.of_answer(deployment, usage, model, usd)
+        return Answer(told, usage, cost_nano, model, estimated=estimated)
 
     def _stream(
         self,
@@ -263,7 +248,8 @@ class LiteLLMProvider:
     ) -> LiteLLMChunks:
         async def begin() -> Opened:
             await self.warm()
-            call = _Call(deployment, resolve(deployment.params), timeout_s, "stream_timeout")
+            params = resolve(deployment.params)
+            call = Call(self._litellm, deployment, params, timeout_s, "stream_timeout")
             asked = call.asked(body)
             asked["stream"] = True
             if body.get("stream_options") is not None:
@@ -289,7 +275,7 @@ class LiteLLMProvider:
         encoding: str | None,
     ) -> Vectors:
         await self.warm()
-        call = _Call(deployment, resolve(deployment.params), timeout_s, "timeout")
+        call = Call(self._litellm, deployment, resolve(deployment.params), timeout_s)
         asked = call.asked({**params, "input": list(texts)})
         asked.pop("encoding_format", None)
         dimensions = asked.get("dimensions")
@@ -333,17 +319,19 @@ class LiteLLMProvider:
         )
         return function
 
-    def _keywords(self, route: Route, call: _Call, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _keywords(self, route: Route, call: Call, asked: Mapping[str, Any]) -> dict[str, Any]:
         keywords = call.keywords(asked)
         # Tools are the provider's business; LiteLLM would need the package `mcp` to look at them,
         # and would run those of type "mcp" itself.
         keywords["_skip_mcp_handler"] = True
-        if route == "completion" and call.is_native_text:
+        api_base = keywords.get("api_base") or keywords.get("base_url")
+        known = keywords.get("api_key") and (api_base or call.provider == "openai")
+        if route == "completion" and call.is_native_text and known:
             # For texts LiteLLM would make a client, and connect anew, for every call.
             keywords["client"] = self._litellm.main.openai_chat_completions.get_openai_client(
                 is_async=True,
-                api_key=keywords.get("api_key"),
-                api_base=keywords.get("api_base") or keywords.get("base_url"),
+                api_key=keywords["api_key"],
+                api_base=api_base,
                 timeout=keywords["timeout"],
                 max_retries=0,
                 organization=keywords.get("organization"),
@@ -367,101 +355,6 @@ class LiteLLMProvider:
                 internal.reset(marked)
 
 
-class _Call:
-    """One call in LiteLLM's words: a deployment, its resolved `params`, and how long it may take.
-
-    `patience` names the parameter by which a deployment may shorten the time.
-    """
-
-    def __init__(
-        self, deployment: Deployment, params: dict[str, Any], timeout_s: float, patience: str
-    ) -> None:
-        self._deployment = deployment
-        self._params = params
-        own = params.get(patience, params.get("timeout"))
-        own_s = float(own) if isinstance(own, int | float | str) and _is_number(own) else timeout_s
-        self.limit_s = min(timeout_s, own_s)
-
-    def asked(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The caller's parameters, without those that are not for the provider.
-
-        Raises:
-            InvalidRequest: one says where or as whom the provider is to be called, or LiteLLM
-                would answer something else than was asked.
-        """
-        asked = {name: value for name, value in body.items() if value is not None}
-        for name in asked:
-            if schemas.connects(name):
-                raise InvalidRequest.about(name, f"{name} may not be set by a caller")
-        for name in ("model", "stream", "stream_options"):
-            asked.pop(name, None)
-        # LiteLLM takes `metadata` for its own; OpenAI wants it only with what it is to store.
-        metadata = asked.pop("metadata", None)
-        if metadata and asked.get("store") and self._deployment.provider in ("openai", "azure"):
-            asked["extra_body"] = {"metadata": metadata}
-        prompts = asked.get("prompt")
-        many = self.is_native_text or self._deployment.provider in MANY_PROMPTS
-        if isinstance(prompts, list) and not many:
-            if len(prompts) != 1:
-                raise InvalidRequest.about(
-                    "prompt",
-                    f"{self._deployment.group} takes one prompt per request",
-                    model=self._deployment.group,
-                    provider=self._deployment.provider,
-                )
-            asked["prompt"] = prompts[0]
-        return asked
-
-    def keywords(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """What LiteLLM's function is called with; the caller's parameters over the deployment's."""
-        own = {
-            name: value
-            for name, value in self._params.items()
-            if name not in NOT_HANDED_ON and not is_price(name)
-        }
-        allowed = own.pop("allowed_openai_params", None)
-        if allowed and "allowed_openai_params" in asked:
-            asked = {**asked, "allowed_openai_params": [*allowed, *asked["allowed_openai_params"]]}
-        elif allowed:
-            own["allowed_openai_params"] = allowed
-        timeout_s = next((t for t in TIMEOUTS_S if t > self.limit_s), self.limit_s)
-        return {
-            **own,
-            **asked,
-            "model": self._deployment.model,
-            "timeout": timeout_s,
-            "num_retries": 0,
-            "max_retries": 0,
-        }
-
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Whatever fails in here becomes an error of ours."""
-        outer = sys.exception()
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
-            raise self.error(error, outer) from None
-
-    def error(self, error: BaseException, outer: BaseException | None = None) -> GatewayError:
-        return error_of(
-            error,
-            provider=self._deployment.provider,
-            model=self._deployment.group,
-            secrets=secrets_in(self._params),
-            outer=outer,
-        )
-
-    @property
-    def is_native_text(self) -> bool:
-        """Whether LiteLLM asks OpenAI's own route for texts, and does not make a chat of them."""
-        provider, model = self._deployment.provider, self._deployment.model
-        chats = sys.modules["litellm"].open_ai_chat_completion_models
-        return provider == "text-completion-openai" or (
-            provider == "openai" and model.removeprefix("openai/") not in chats
-        )
-
-
 def _imported(environ: MutableMapping[str, str]) -> Any:
     """LiteLLM's module, imported and set up for bare calls."""
     prepare_environment(environ)
@@ -470,6 +363,7 @@ def _imported(environ: MutableMapping[str, str]) -> Any:
     litellm.suppress_debug_info = True
     litellm.disable_streaming_logging = True
     litellm.telemetry = False
+    litellm.disable_hf_tokenizer_download = True  # it counts words where a provider does not
     # LiteLLM's models of answers say list[float] where base64 is a str; that is how it is meant.
     warnings.filterwarnings(
         "ignore", "Pydantic serializer warnings", UserWarning, module=r"pydantic\.main"
@@ -491,15 +385,17 @@ def _internal_call() -> Any:
     return getattr(module, "is_internal_call", None)
 
 
+def _estimate(route: Route, body: Mapping[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """Usage by the length of what was asked and answered, as for streams that were cut."""
+    tally = StreamTally(route)
+    for choice in told["choices"]:
+        tally.add({"choices": [{**choice, "delta": choice.get("message")}]})
+    usage: dict[str, Any] | None = tally.answer(dict(body), complete=True).usage
+    return usage or {}
+
+
 def _usd(response: Any) -> float | None:
     """What LiteLLM says a response cost."""
     hidden = getattr(response, "_hidden_params", None)  # a dict, or a model with `get`
     usd = hidden.get("response_cost") if hidden is not None else None
     return float(usd) if isinstance(usd, int | float) else None
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return 0.0 < float(value) < float("inf")
-    except ValueError:
-        return False

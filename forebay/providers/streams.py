@@ -124,14 +124,13 @@ class LiteLLMChunks:
         opened = self._opened
         try:
             chunk = await anext(opened.stream)
+            told: dict[str, Any] = chunk if opened.plain is None else opened.plain(chunk)
         except (StopAsyncIteration, GatewayError):
             raise
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise opened.error(error) from None
         if opened.plain is None:
-            told: dict[str, Any] = chunk
             return told
-        told = opened.plain(chunk)
         if opened.says_end and any(choice.get("finish_reason") for choice in told["choices"]):
             self._check_finished(opened.stream)
         usage = told.get("usage")
@@ -143,8 +142,7 @@ class LiteLLMChunks:
         """LiteLLM ends every stream with a finish reason; did the provider give one?"""
         for layer in _layers(stream):
             if hasattr(layer, "received_finish_reason"):
-                given = layer.received_finish_reason or layer.intermittent_finish_reason
-                if given is None:
+                if layer.received_finish_reason is None:
                     raise ProviderConnectionError(
                         f"{self._provider} broke off its answer",
                         provider=self._provider,

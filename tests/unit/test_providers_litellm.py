@@ -301,11 +301,14 @@ async def test_texts_share_connections_too(upstream: Upstream, lane: LiteLLMProv
     told = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "m"}
     upstream.reply = json_reply({**told, "choices": choices, "usage": USAGE})
     instruct = deployment(upstream, "openai/gpt-3.5-turbo-instruct")
+    vllm = deployment(upstream, "hosted_vllm/gpt-3.5-turbo-instruct")
+    await lane.completion(vllm, {"prompt": ["a", "b"], "max_tokens": 2}, **call())
     for _ in range(3):
         answer = await lane.completion(instruct, {"prompt": ["a", "b"], "max_tokens": 2}, **call())
     assert answer.body["choices"] == choices
     assert answer.cost_nano == 7 * 1500 + 2 * 2000
-    assert upstream.paths == ["/v1/completions"] * 3
+    assert upstream.paths == ["/v1/completions"] * 4
+    assert upstream.bodies[1] == upstream.bodies[0]
     assert upstream.bodies[0] == {
         "model": "gpt-3.5-turbo-instruct",
         "prompt": ["a", "b"],
@@ -341,6 +344,21 @@ async def test_an_unknown_price_is_none_and_not_zero(
     unknown = deployment(upstream, "openai/nobody-knows")
     assert (await lane.chat(unknown, body(), **call())).cost_nano is None
     assert lane.price(unknown, answer["usage"]) is None
+
+
+async def test_usage_that_nobody_reported_is_estimated_and_not_free(
+    upstream: Upstream, lane: LiteLLMProvider
+) -> None:
+    answer = chat_answer(content="x" * 400)
+    del answer["usage"]
+    upstream.reply = json_reply(answer)
+    told = await lane.chat(deployment(upstream), body(), **call())
+    assert told.estimated
+    assert told.usage is not None
+    assert told.usage["completion_tokens"] == 100
+    assert told.usage["estimated"] is True
+    assert told.cost_nano is not None
+    assert told.cost_nano >= 100 * 600
 
 
 async def test_own_prices_count_and_stay_out_of_litellms_list(
