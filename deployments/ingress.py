@@ -35,6 +35,8 @@ PROFILE: dict[str, str] = {
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # Time for HAProxy to learn that a replica leaves; it is told within 0.1 s.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    # Ray makes its workers yield to everything else; those that serve requests should not.
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ingress:middlewares",
 }
 

@@ -70,8 +70,8 @@ class _Held:
 class CacheDesk:
     """Owns this process's look-ups under way, the flights it leads, and those it follows.
 
-    Look-ups of one tick are one message (ASKS_PER_MESSAGE_MAX each), and so are landings; all
-    followers of a flight in this process share one held message. Bounded by the calls under way,
+    Look-ups of one tick are one message (ASKS_PER_MESSAGE_MAX at most), together with those that
+    came while the last message was under way; so are landings. All followers of a flight in this process share one held message. Bounded by the calls under way,
     LANDING_BYTES_MAX of values waiting to be sent, and FOLLOWS_MAX flights followed; beyond the
     last, a request computes alone.
 
@@ -99,6 +99,8 @@ class CacheDesk:
         self._landings: list[Landing] = []
         self._landing_bytes = 0
         self._flush_due = False
+        self._looking = False  # a message of look-ups is under way
+        self._landing = False  # and one of landings
         self._held: dict[str, _Held] = {}
         self._follows: dict[str, asyncio.Task[Outcome]] = {}
         self._sending: set[asyncio.Task[None]] = set()
@@ -116,10 +118,11 @@ class CacheDesk:
 
     async def close(self) -> None:
         """Lands what was promised, as far as the owner answers, and stops."""
-        if self._landings:
+        deadline = self._clock() + LAND_TIMEOUT_S
+        while (self._landings or self._sending) and self._clock() < deadline:
             self._flush()
-        if self._sending:
-            await asyncio.wait(self._sending, timeout=LAND_TIMEOUT_S)
+            if self._sending:
+                await asyncio.wait(self._sending, timeout=LAND_TIMEOUT_S)
         tasks: list[asyncio.Task[Any]] = [*self._sending, *self._follows.values()]
         if self._task is not None:
             tasks.append(self._task)
@@ -226,13 +229,18 @@ class CacheDesk:
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
+        """Send what waits, at once when no message of its kind is under way. What comes while one
+        is goes with the next, so that messages grow with the load and their number does not."""
         self._flush_due = False
-        asks, self._asks = self._asks, []
-        landings, self._landings = self._landings, []
-        if landings:
+        if self._landings and not self._landing:
+            landings, self._landings = self._landings, []
+            self._landing = True
             self._spawn(self._send_landings(landings))
-        for first in range(0, len(asks), ASKS_PER_MESSAGE_MAX):
-            self._spawn(self._send_asks(asks[first : first + ASKS_PER_MESSAGE_MAX]))
+        if self._asks and not self._looking:
+            asks = self._asks[:ASKS_PER_MESSAGE_MAX]
+            del self._asks[:ASKS_PER_MESSAGE_MAX]
+            self._looking = True
+            self._spawn(self._send_asks(asks))
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -253,6 +261,10 @@ class CacheDesk:
             answers = [
                 Lead(ask.key, ask.scope, ask.flight if ask.join else None) for ask, _, _ in asks
             ]
+        finally:
+            self._looking = False
+            if self._asks:
+                self._flush_soon()
         for (_, patience_s, future), answer in zip(asks, answers, strict=True):
             if isinstance(answer, Lead) and answer.flight is not None:
                 self._held[answer.flight] = _Held(sent_s, sent_s + patience_s)
@@ -272,6 +284,9 @@ class CacheDesk:
             self._counts["landings_dropped"] += len(landings)
             self._lost(error)
         finally:
+            self._landing = False
+            if self._landings:
+                self._flush_soon()
             for landing in landings:
                 self._landing_bytes -= len(landing.value or b"") + len(landing.error or b"")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,30 +18,75 @@ from actors.ref import Clock, OwnerRef, OwnerUnavailable
 
 ASK_TIMEOUT_S = 1.0  # then callers are told that limits cannot be checked
 LENT_WAIT_S = 0.7  # others give back within two of their ticks
-ASK_PAUSE_S = 0.02  # a need that was refused is not repeated sooner
+PAUSE_S_MIN = 0.001
 WAITING_MAX = 10_000  # requests that wait in this process, all tenants together
+HOMES_MAX = 100_000
+QUEUE_KIND = "queue"
+
+Sleep = Callable[[float], Awaitable[None]]
+_UNLIMITED = Limits()
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiter:
     """A request that waits for a permit or a slot. `until_s` is when it gives up."""
 
-    future: asyncio.Future[bool | Refusal]
+    future: asyncio.Future[Ticket | Refusal]
     until_s: float
     patient: bool  # waits for the limit itself, not only for what others have lent
+
+
+class _Line:
+    """Those who wait for one tenant's permits, or for its slots, in the order they came."""
+
+    def __init__(self, held: Held, slots: bool) -> None:
+        self.held = held
+        self.slots = slots
+        self.waiters: deque[_Waiter] = deque()
+        self.patient = 0
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """What the owner said last."""
+        return self.held.slot_refusal if self.slots else self.held.refusal
+
+    @property
+    def again_s(self) -> float:
+        return self.held.slots_again_s if self.slots else self.held.need_again_s
+
+    def join(self, waiter: _Waiter) -> None:
+        self.waiters.append(waiter)
+        self._count(waiter, 1)
+
+    def leave(self, waiter: _Waiter) -> None:
+        """Whatever came of it. Does nothing the second time."""
+        if waiter in self.waiters:
+            self.waiters.remove(waiter)
+            self._count(waiter, -1)
+
+    def _count(self, waiter: _Waiter, by: int) -> None:
+        self.patient += by if waiter.patient else 0
+        if self.slots:
+            self.held.slots_need += by
+        else:
+            self.held.need += by
 
 
 class _Counter:
     """One owner's desk: its till, and the requests that wait for what is not there yet."""
 
-    def __init__(self, ref: OwnerRef, holder: str, clock: Clock) -> None:
-        self.till = Till(holder)
+    def __init__(self, ref: OwnerRef, holder: str, clock: Clock, sleep: Sleep) -> None:
+        self.till = Till()
         self._ref = ref
         self._holder = holder
         self._clock = clock
-        self._permits: dict[str, deque[_Waiter]] = {}
-        self._slots: dict[str, deque[_Waiter]] = {}
+        self._sleep = sleep
+        self._permits: dict[str, _Line] = {}
+        self._slots: dict[str, _Line] = {}
         self._wake = asyncio.Event()
+        self._quiet_until_s = 0.0  # after the owner did not answer
         self._task: asyncio.Task[None] | None = None
         self.waiting = 0
         self.away = 0
@@ -55,9 +102,9 @@ class _Counter:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._task = None
-        for queue in (*self._permits.values(), *self._slots.values()):
-            for waiter in queue:
-                waiter.future.cancel()
+        for line in self._lines():
+            for waiter in list(line.waiters):
+                self._end(line, waiter, OwnerUnavailable(self._ref.name, "this desk is closed"))
         message = self.till.message(self._clock(), everything=True)
         if message is not None:
             try:
@@ -65,111 +112,119 @@ class _Counter:
             except OwnerUnavailable:
                 pass  # the leases end by themselves
 
-    async def permit(
-        self, held: Held, tenant: str, wait_s: float, queue_max: int
-    ) -> Refusal | None:
-        """Wait for a permit. None: there it is, taken."""
-        return await self._wait(self._permits, held, tenant, wait_s, queue_max)
+    def permit(self, held: Held) -> Ticket | None:
+        """A permit without waiting, unless others wait for one."""
+        return None if held.need else self.till.take(held, self._clock())
 
-    async def slot(self, held: Held, tenant: str, wait_s: float, queue_max: int) -> Refusal | None:
-        """Wait for a slot. None: there it is, taken."""
-        return await self._wait(self._slots, held, tenant, wait_s, queue_max)
+    def slot(self, held: Held) -> bool:
+        """A slot without waiting, unless others wait for one."""
+        return not held.slots_need and self.till.take_slot(held, self._clock())
 
-    def freed(self, tenant: str, held: Held) -> None:
-        """A permit or slot came back: whoever waits first has it."""
-        if tenant in self._slots:
-            self._serve(self._slots, tenant, held)
-        if held.give_slots:
+    async def wait_permit(self, held: Held, wait_s: float, queue_max: int) -> Ticket | Refusal:
+        return await self._wait(self._permits, held, wait_s, queue_max)
+
+    async def wait_slot(self, held: Held, wait_s: float) -> Ticket | Refusal:
+        """Wait for a slot. A ticket: there it is, taken."""
+        return await self._wait(self._slots, held, wait_s, WAITING_MAX)
+
+    def put_back(self, ticket: Ticket) -> None:
+        held = self.till.held.get(ticket.tenant)
+        if held is not None:
+            self.till.put_back(held, ticket, self._clock())
+            self._freed(self._permits, held)
+
+    def put_slot(self, tenant: str) -> None:
+        held = self.till.held[tenant]
+        self.till.put_slot(held, self._clock())
+        self._freed(self._slots, held)
+        if held.slots_wanted:
             self._wake.set()
 
-    def queued(self, tenant: str) -> int:
-        return len(self._permits.get(tenant, ())) + len(self._slots.get(tenant, ()))
+    # ----------------------------------------------------------------------------------------
+
+    def _lines(self) -> list[_Line]:
+        return [*self._permits.values(), *self._slots.values()]
 
     async def _wait(
-        self,
-        queues: dict[str, deque[_Waiter]],
-        held: Held,
-        tenant: str,
-        wait_s: float,
-        queue_max: int,
-    ) -> Refusal | None:
-        queue = queues.setdefault(tenant, deque())
-        if self.waiting >= WAITING_MAX or (wait_s > 0 and len(queue) >= queue_max > 0):
-            last = held.refusal or held.slot_refusal
-            retry_after_s = last.retry_after_s if last is not None else RENEW_S
-            return Refusal("queue", float(queue_max), 0.0, retry_after_s)
-        now = self._clock()
-        told = held.refusal if queues is self._permits else held.slot_refusal
-        if wait_s <= 0 and told is not None and not told.lent and now < held.ask_again_s:
-            retry_after_s = max(0.001, told.retry_after_s - (now - held.refused_s))
+        self, lines: dict[str, _Line], held: Held, wait_s: float, queue_max: int
+    ) -> Ticket | Refusal:
+        now, tenant = self._clock(), held.tenant
+        line = lines.get(tenant) or _Line(held, lines is self._slots)
+        told, patient = line.refusal, wait_s > 0
+        if self.waiting >= WAITING_MAX or (patient and line.patient >= queue_max):
+            retry_after_s = told.retry_after_s if told is not None else RENEW_S
+            return Refusal(QUEUE_KIND, float(queue_max), 0.0, retry_after_s)
+        if not patient and told is not None and not told.lent and now < line.again_s:
+            retry_after_s = max(0.001, told.retry_after_s - (now - held.answered_s))
             return Refusal(told.kind, told.limit, told.remaining, retry_after_s)
-        future: asyncio.Future[bool | Refusal] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(future, now + max(wait_s, LENT_WAIT_S), wait_s > 0)
-        queue.append(waiter)
+        future: asyncio.Future[Ticket | Refusal] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(future, now + (wait_s if patient else LENT_WAIT_S), patient)
+        lines[tenant] = line
+        line.join(waiter)
         self.waiting += 1
         self._wake.set()
         try:
-            answer = await future
+            return await future
+        except asyncio.CancelledError:
+            served = future.done() and not future.cancelled() and future.exception() is None
+            if served and isinstance(ticket := future.result(), Ticket):
+                if line.slots:
+                    self.put_slot(tenant)
+                else:
+                    self.put_back(ticket)
+            raise
         finally:
             self.waiting -= 1
-            if waiter in queue:
-                queue.remove(waiter)
-            if not queue and queues.get(tenant) is queue:
-                del queues[tenant]
-        return answer if isinstance(answer, Refusal) else None
+            line.leave(waiter)
+            if not line.waiters and lines.get(tenant) is line:
+                del lines[tenant]
 
     async def _run(self) -> None:
         """Say what there is to say, tick by tick, for as long as somebody may want something."""
         while True:
-            await self._sleep()
+            message: Message | None = None
             now = self._clock()
-            self._expire(now)
-            self._state_needs()
-            message = self.till.message(now)
-            if message is None:
-                continue
-            await self._send(message, now)
+            try:
+                self._look(now)
+                if now >= self._quiet_until_s:
+                    message = self.till.message(now)
+                if message is not None:
+                    await self._send(message, now)
+                    message = None
+                await self._rest()
+            except Exception as error:
+                # A fault of ours. Whoever waits gets it; the next message says all that is held.
+                log.exception("%s: what was under way is dropped", self._ref.name)
+                self._lose(message, now, error)
+                await self._sleep(RENEW_S)
 
-    async def _sleep(self) -> None:
+    async def _rest(self) -> None:
+        """Until somebody wants something, or there is something to say."""
         self._wake.clear()
-        if self._hungry():
-            await asyncio.sleep(0)  # what else arrives in this tick goes along
-            return
-        due_s = self.till.next_due_s(self._clock())
-        waits = [w.until_s for q in (*self._permits.values(), *self._slots.values()) for w in q]
-        wakes = [t for t in (due_s, min(waits, default=None), self._again_s()) if t is not None]
-        timeout_s = None if not wakes else max(0.0, min(wakes) - self._clock())
+        wakes = [waiter.until_s for line in self._lines() for waiter in line.waiters]
+        due_s = self.till.next_due_s()
+        if due_s is not None:
+            wakes.append(max(due_s, self._quiet_until_s))
+        now = self._clock()
+        for line in self._permits.values():
+            permit_in_s = self.till.permit_in_s(line.held, now)
+            if permit_in_s is not None:
+                wakes.append(now + max(PAUSE_S_MIN, permit_in_s))
+        alarm: asyncio.Task[None] | None = None
+        if wakes and min(wakes) <= now:
+            self._wake.set()
+        elif wakes:
+            alarm = asyncio.create_task(self._ring(min(wakes) - now))
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
-        await asyncio.sleep(0)
+            await self._wake.wait()
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+        await asyncio.sleep(0)  # what else arrives in this tick goes along
 
-    def _hungry(self) -> bool:
-        """Whether somebody waits that the owner has not been asked for yet."""
-        now = self._clock()
-        return any(self._may_ask(t, now) for t in (*self._permits, *self._slots))
-
-    def _may_ask(self, tenant: str, now: float) -> bool:
-        held = self.till.held.get(tenant)
-        return held is not None and now >= held.ask_again_s
-
-    def _again_s(self) -> float | None:
-        """When a tenant that was refused may be asked for again."""
-        times = [
-            self.till.held[t].ask_again_s
-            for t in (*self._permits, *self._slots)
-            if t in self.till.held
-        ]
-        return min(times, default=None)
-
-    def _state_needs(self) -> None:
-        now = self._clock()
-        for tenant, held in self.till.held.items():
-            asking = now >= held.ask_again_s
-            held.need = len(self._permits.get(tenant, ())) if asking else 0
-            held.slots_need = len(self._slots.get(tenant, ())) if asking else 0
+    async def _ring(self, after_s: float) -> None:
+        await self._sleep(after_s)
+        self._wake.set()
 
     async def _send(self, message: Message, sent_s: float) -> None:
         try:
@@ -177,72 +232,84 @@ class _Counter:
                 "lease", self._holder, message.seq, message.asks, timeout_s=ASK_TIMEOUT_S
             )
         except OwnerUnavailable as error:
-            self.away += 1
-            self.till.lost(message)
-            self._fail_all(error)
-            await asyncio.sleep(RENEW_S)
+            self._lose(message, sent_s, error)
             return
         now = self._clock()
         self.till.granted(message, grants, sent_s, now)
         for ask in message.asks:
-            held = self.till.held.get(ask.tenant)
-            if held is None:
-                continue
-            self._serve(self._permits, ask.tenant, held)
-            self._serve(self._slots, ask.tenant, held)
-            self._refuse(ask.tenant, held, now)
+            for lines in (self._permits, self._slots):
+                line = lines.get(ask.tenant)
+                if line is not None:
+                    self._serve(line, now)
+                    self._refuse(line)
 
-    def _serve(self, queues: dict[str, deque[_Waiter]], tenant: str, held: Held) -> None:
-        """In the order they came, as far as it goes."""
-        queue = queues.get(tenant)
+    def _lose(self, message: Message | None, sent_s: float, error: Exception) -> None:
+        """No answer. Those who can be served by what is held may wait for it, if they want to."""
+        self.away += 1
         now = self._clock()
-        while queue:
-            waiter = queue[0]
+        self._quiet_until_s = now + RENEW_S
+        if message is not None:
+            self.till.lost(message, sent_s)
+        for line in self._lines():
+            self._serve(line, now)
+            permit_in_s = None if line.slots else self.till.permit_in_s(line.held, now)
+            for waiter in list(line.waiters):
+                if permit_in_s is None:
+                    self._end(line, waiter, _copy(error))
+                elif not waiter.patient:
+                    limit = line.held.limits.requests_per_minute or 0.0
+                    refusal = Refusal("requests_per_minute", limit, 0.0, max(0.001, permit_in_s))
+                    self._end(line, waiter, refusal)
+
+    def _look(self, now: float) -> None:
+        """Serve what the leases have by now; those whose time is up are refused."""
+        for line in self._lines():
+            self._serve(line, now)
+            for waiter in list(line.waiters):
+                if waiter.until_s <= now:
+                    self._end(line, waiter, line.refusal or _unknown())
+
+    def _serve(self, line: _Line, now: float) -> None:
+        """In the order they came, as far as it goes."""
+        while line.waiters:
+            waiter = line.waiters[0]
             if waiter.future.done():
-                queue.popleft()
+                line.leave(waiter)
                 continue
-            slots = queues is self._slots
-            if not (self.till.take_slot(held) if slots else self.till.take(held, now)):
+            ticket = self._take(line, now)
+            if ticket is None:
                 return
-            queue.popleft()
-            waiter.future.set_result(True)
+            self._end(line, waiter, ticket)
 
-    def _refuse(self, tenant: str, held: Held, now: float) -> None:
-        """Those who still wait: refused now, or asked for again later."""
-        again_s = []
-        for queues, refusal in (
-            (self._permits, held.refusal),
-            (self._slots, held.slot_refusal),
-        ):
-            queue = queues.get(tenant)
-            if refusal is None:
-                continue
-            for waiter in list(queue or ()):
-                if not (refusal.lent or waiter.patient):
-                    self._give_up(waiter, refusal)
-            again_s.append(now + min(refusal.retry_after_s, ASK_PAUSE_S))
-        held.ask_again_s = min(again_s, default=now)
+    def _take(self, line: _Line, now: float) -> Ticket | None:
+        held = line.held
+        if not line.slots:
+            return self.till.take(held, now)
+        return Ticket(held.tenant, held.limits, False) if self.till.take_slot(held, now) else None
 
-    def _expire(self, now: float) -> None:
-        for queues in (self._permits, self._slots):
-            for tenant, queue in queues.items():
-                held = self.till.held.get(tenant)
-                for waiter in list(queue):
-                    if waiter.until_s <= now:
-                        last = None
-                        if held is not None:
-                            last = held.refusal if queues is self._permits else held.slot_refusal
-                        self._give_up(waiter, last or Refusal("unknown", 0.0, 0.0, RENEW_S))
+    def _freed(self, lines: dict[str, _Line], held: Held) -> None:
+        """A permit or slot came back: whoever waits first has it."""
+        line = lines.get(held.tenant)
+        if line is not None:
+            self._serve(line, self._clock())
 
-    def _give_up(self, waiter: _Waiter, refusal: Refusal) -> None:
-        if not waiter.future.done():
-            waiter.future.set_result(refusal)
+    def _refuse(self, line: _Line) -> None:
+        """Those who wait only for what others have, and others have none."""
+        refusal = line.refusal
+        if refusal is None or refusal.lent:
+            return
+        for waiter in list(line.waiters):
+            if not waiter.patient:
+                self._end(line, waiter, refusal)
 
-    def _fail_all(self, error: OwnerUnavailable) -> None:
-        for queue in (*self._permits.values(), *self._slots.values()):
-            for waiter in queue:
-                if not waiter.future.done():
-                    waiter.future.set_exception(OwnerUnavailable(error.owner, error.reason))
+    def _end(self, line: _Line, waiter: _Waiter, end: Ticket | Refusal | Exception) -> None:
+        line.leave(waiter)
+        if waiter.future.done():
+            return
+        if isinstance(end, Exception):
+            waiter.future.set_exception(end)
+        else:
+            waiter.future.set_result(end)
 
 
 class RateLimiterDesk:
@@ -258,11 +325,16 @@ class RateLimiterDesk:
     """
 
     def __init__(
-        self, refs: Sequence[OwnerRef], holder: str, clock: Clock = time.monotonic
+        self,
+        refs: Sequence[OwnerRef],
+        holder: str,
+        clock: Clock = time.monotonic,
+        sleep: Sleep = asyncio.sleep,
     ) -> None:
         self._clock = clock
         self._refs = list(refs)
-        self._counters = [_Counter(ref, holder, clock) for ref in refs]
+        name = f"{holder}#{secrets.token_hex(4)}"  # another desk of this process counts anew
+        self._counters = [_Counter(ref, name, clock, sleep) for ref in refs]
         self._homes: dict[str, _Counter] = {}
         self._ids = 0
         self._holds: dict[int, str] = {}
@@ -292,24 +364,19 @@ class RateLimiterDesk:
         counter = self._home(tenant)
         held = counter.till.of(tenant, limits, self._clock())
         held.arrivals += 1
-        if counter.queued(tenant) == 0 and counter.till.take(held, self._clock()):
-            self._counted += 1
-            return Ticket(tenant, limits, True)
-        refusal = await counter.permit(held, tenant, wait_s, queue_max)
-        if refusal is not None:
+        answer: Ticket | Refusal | None = counter.permit(held)
+        if answer is None:
+            answer = await counter.wait_permit(held, wait_s, queue_max)
+        if isinstance(answer, Refusal):
             self._refused += 1
-            return refusal
-        self._counted += 1
-        return Ticket(tenant, limits, True)
+        else:
+            self._counted += 1
+        return answer
 
     def uncount(self, ticket: Ticket) -> None:
-        """The request did not take place: its permit is free again."""
+        """The request did not take place: its permit is free again, if its lease still lives."""
         if ticket.counted:
-            counter = self._home(ticket.tenant)
-            held = counter.till.held.get(ticket.tenant)
-            if held is not None:
-                counter.till.put_back(held, self._clock())
-                counter.freed(ticket.tenant, held)
+            self._home(ticket.tenant).put_back(ticket)
 
     async def reserve(self, ticket: Ticket, *, wait_s: float = 0.0) -> Hold | Refusal:
         """A concurrency slot for a counted request, to be given back by `settle`.
@@ -321,11 +388,11 @@ class RateLimiterDesk:
             return Hold(ticket.tenant, 0)
         counter = self._home(ticket.tenant)
         held = counter.till.of(ticket.tenant, ticket.limits, self._clock())
-        if counter.queued(ticket.tenant) or not counter.till.take_slot(held):
-            refusal = await counter.slot(held, ticket.tenant, wait_s, 0)
-            if refusal is not None:
+        if not counter.slot(held):
+            answer = await counter.wait_slot(held, wait_s)
+            if isinstance(answer, Refusal):
                 self._refused += 1
-                return refusal
+                return answer
         self._ids += 1
         self._holds[self._ids] = ticket.tenant
         return Hold(ticket.tenant, self._ids)
@@ -334,11 +401,7 @@ class RateLimiterDesk:
         """Give the slot back. Idempotent."""
         if self._holds.pop(hold.id, None) is None:
             return
-        counter = self._home(hold.tenant)
-        held = counter.till.held[hold.tenant]
-        held.used_s = self._clock()
-        counter.till.put_slot(held)
-        counter.freed(hold.tenant, held)
+        self._home(hold.tenant).put_slot(hold.tenant)
 
     def figures(self, tenant: str) -> Figures | None:
         """The owner's last figures, less what this process used since; None if none are known."""
@@ -346,7 +409,7 @@ class RateLimiterDesk:
         if held is None or held.figures is None:
             return None
         last = held.figures
-        remaining = max(0.0, last.remaining - held.arrivals)
+        remaining = max(0.0, last.remaining - held.taken)
         return Figures(last.limit, remaining, last.reset_s)
 
     def stats(self) -> dict[str, Any]:
@@ -372,8 +435,15 @@ class RateLimiterDesk:
         return home
 
 
-HOMES_MAX = 100_000
-_UNLIMITED = Limits()
+def _unknown() -> Refusal:
+    return Refusal("unknown", 0.0, 0.0, RENEW_S)
+
+
+def _copy(error: Exception) -> Exception:
+    """One for each waiter: an exception that is raised in many places grows their tracebacks."""
+    if isinstance(error, OwnerUnavailable):
+        return OwnerUnavailable(error.owner, error.reason)
+    return error
 
 
 def _weight(owner: str, tenant: str) -> bytes:

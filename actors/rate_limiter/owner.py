@@ -26,16 +26,19 @@ TENANTS_MAX = 100_000
 HOLDERS_MAX = 10_000
 LEASE_S = 0.5
 MARGIN_S = 0.1  # a lease is taken back so much later than its desk stops using it
-RESERVE = 0.05  # kept of a tenant that one desk alone uses, for whoever comes next
+RESERVE = 0.05  # of a large burst, kept for whoever comes next
 HOURS_AHEAD_S = 0.5  # so much of a desk's demand is lent of the hourly count
+NEEDS_PER_S = 5.0  # a request that waits counts as so much demand
+SHORT_S = 1.0  # so long the others are asked to give back slots
+TURN_S = 1.0  # so long a desk has a whole token's capacity where there are more desks than tokens
 
 
 @dataclass(slots=True)
 class _Lease:
-    """What one desk holds of one tenant."""
+    """What one desk holds of one tenant, at most. Its name is its fencing number."""
 
-    holder: str
-    expires_s: float
+    name: str
+    expires_s: float = 0.0
     rate_per_s: float = 0.0
     capacity: float = 0.0
     demand_per_s: float = 0.0
@@ -48,9 +51,9 @@ class _Tenant:
     limits: Limits
     bucket: Bucket
     hour: RollingHour = field(default_factory=RollingHour)
-    leases: dict[str, _Lease] = field(default_factory=dict)
-    slots: dict[str, int] = field(default_factory=dict)  # holder → slots it has
-    slots_short_s: float = -1e9  # when somebody was last refused a slot
+    leases: dict[str, _Lease] = field(default_factory=dict)  # by holder
+    slots: dict[str, int] = field(default_factory=dict)  # by holder
+    short: dict[str, float] = field(default_factory=dict)  # when a holder last lacked a slot
 
 
 class RateLimiter:
@@ -64,9 +67,11 @@ class RateLimiter:
     Beyond that, new tenants are refused. HOLDERS_MAX answers are remembered for repeated messages.
 
     Failure behaviour: a restarted owner knows nothing of what was used or lent. Unless somebody
-    vouches that there was no owner before, it lends nothing for one lease life, and its buckets are
-    as if emptied at its start. Desks tell it again which slots they hold. Its hourly counts begin
-    at zero.
+    vouches that there was no owner before, it lends no rate and no slots for one lease life, in
+    which desks tell it which slots they hold, and its buckets are empty at the end of that. Its
+    hourly counts begin at zero.
+
+    A holder may be `process#desk`: `holders` and `holder_gone` speak of the process.
     """
 
     PROTOCOL = 1
@@ -86,6 +91,7 @@ class RateLimiter:
         self._fresh = fresh
         self._tenants: dict[str, _Tenant] = {}
         self._answers: OrderedDict[str, tuple[int, list[Grant]]] = OrderedDict()
+        self._leases = 0
         self._messages = 0
         self._repeated = 0
 
@@ -108,7 +114,7 @@ class RateLimiter:
             return known[1]
         if known is not None and seq < known[0]:
             # An older message that was overtaken: its desk has given it up.
-            return [Grant(ask.tenant, ask.lease, self._name, 0.0) for ask in asks]
+            return [Grant(ask.tenant, self._name) for ask in asks]
         now = self._clock()
         answer = [self._answer(holder, ask, now) for ask in asks]
         self._answers[holder] = (seq, answer)
@@ -118,16 +124,16 @@ class RateLimiter:
         return answer
 
     def holder_gone(self, holder: str) -> int:
-        """The holder is known to be dead: its slots are free. How many there were."""
+        """The process is known to be dead: its slots are free. How many there were."""
         freed = 0
         for tenant in self._tenants.values():
-            freed += tenant.slots.pop(holder, 0)
-        self._answers.pop(holder, None)
+            for name in [name for name in tenant.slots if _process(name) == holder]:
+                freed += tenant.slots.pop(name)
         return freed
 
     def holders(self) -> list[str]:
-        """Who holds slots now."""
-        return sorted({holder for tenant in self._tenants.values() for holder in tenant.slots})
+        """The processes that hold slots now."""
+        return sorted({_process(name) for t in self._tenants.values() for name in t.slots})
 
     def state(self, tenant: str) -> dict[str, Any]:
         """One tenant's state, for people."""
@@ -160,36 +166,44 @@ class RateLimiter:
         tenant = self._tenant(ask, now)
         if tenant is None:
             full = Refusal("tenants", TENANTS_MAX, 0.0, 1.0)
-            return Grant(ask.tenant, ask.lease, self._name, 0.0, refusal=full, slot_refusal=full)
+            return Grant(ask.tenant, self._name, refusal=full, slot_refusal=full)
         self._reclaim(tenant, now)
-        lease = self._take_back(tenant, holder, ask, now)
+        self._reconcile(tenant, holder, ask, now)
         if ask.over:
-            if lease is not None:
-                self._end(tenant, ask.lease, ask.level, now)
+            tenant.leases.pop(holder, None)
             self._forget_if_full(ask.tenant, tenant, now)
-            return Grant(ask.tenant, ask.lease, self._name, 0.0)
+            return Grant(ask.tenant, self._name)
+        lease = tenant.leases.get(holder)
         if lease is None:
-            lease = tenant.leases[ask.lease] = _Lease(holder, 0.0)
+            self._leases += 1
+            lease = tenant.leases[holder] = _Lease(f"{self._name}:{self._leases}")
         lease.expires_s = now + self._lease_s + MARGIN_S
-        lease.demand_per_s = max(ask.demand_per_s, float(ask.need))
+        # Who waits wants it within a tick; else the rate a desk was given would look like its demand.
+        lease.demand_per_s = ask.demand_per_s + ask.need * NEEDS_PER_S
+        learning = self._learning(now)
+        rate, capacity = self._targets(tenant, lease, now)
         share, refusal = self._lend(tenant, lease, ask, now)
-        hours, hour_refusal = self._lend_hours(tenant, ask, now)
+        hours, minute, hour_refusal = self._lend_hours(tenant, ask, now)
         slots, slot_refusal = self._lend_slots(tenant, holder, ask, now)
-        rate, capacity = self._targets(tenant, lease)
         return Grant(
             ask.tenant,
-            ask.lease,
             self._name,
-            0.0 if self._learning(now) else self._lease_s,
-            share=share,
-            hours=hours,
-            slots=slots,
+            "" if learning else lease.name,
+            0.0 if learning else self._lease_s,
+            share,
+            hours,
+            minute,
+            slots,
             rate_target=rate,
             capacity_target=capacity,
-            slots_wanted=now - tenant.slots_short_s < 1.0,
+            slots_wanted=any(
+                other != holder and now - since_s < SHORT_S
+                for other, since_s in tenant.short.items()
+            ),
             refusal=refusal or hour_refusal,
             slot_refusal=slot_refusal,
-            figures=self._figures(tenant, ask, share, now),
+            limits=tenant.limits,
+            figures=self._figures(tenant, ask.held.level + share.level),
         )
 
     def _tenant(self, ask: Ask, now: float) -> _Tenant | None:
@@ -200,10 +214,10 @@ class RateLimiter:
             if len(self._tenants) >= TENANTS_MAX:
                 return None
             limits = ask.limits
-            level = float(limits.burst)
-            if not self._fresh:
-                level = min(level, (now - self._born_s) * limits.rate_per_s)
-            bucket = Bucket(limits.rate_per_s, limits.burst, level, now)
+            if self._fresh:
+                bucket = Bucket(limits.rate_per_s, limits.burst, limits.burst, now)
+            else:
+                bucket = Bucket(limits.rate_per_s, limits.burst, 0.0, self._learnt_s())
             tenant = self._tenants[ask.tenant] = _Tenant(limits, bucket)
         elif ask.limits.version >= tenant.limits.version and ask.limits != tenant.limits:
             self._relimit(tenant, ask, now)
@@ -219,17 +233,16 @@ class RateLimiter:
             level = float(ask.limits.burst)
         tenant.limits = ask.limits
         rate = max(0.0, ask.limits.rate_per_s - lent_rate)
-        tenant.bucket = Bucket(rate, max(0.0, ask.limits.burst - lent_capacity), level, now)
+        since_s = max(now, tenant.bucket.at_s)
+        tenant.bucket = Bucket(rate, max(0.0, ask.limits.burst - lent_capacity), level, since_s)
 
     def _reclaim(self, tenant: _Tenant, now: float) -> None:
-        """Leases whose life is over come back by themselves, empty."""
-        for name in [n for n, lease in tenant.leases.items() if lease.expires_s <= now]:
-            self._end(tenant, name, 0.0, now)
-
-    def _end(self, tenant: _Tenant, name: str, level: float, now: float) -> None:
-        lease = tenant.leases.pop(name)
-        level = min(level, lease.capacity)
-        self._put(tenant, Share(lease.rate_per_s, lease.capacity, level), now)
+        """Leases whose life is over come back by themselves, empty as of then."""
+        over = [name for name, lease in tenant.leases.items() if lease.expires_s <= now]
+        for name in over:
+            lease = tenant.leases.pop(name)
+            level = min(lease.capacity, (now - lease.expires_s) * lease.rate_per_s)
+            self._put(tenant, Share(lease.rate_per_s, lease.capacity, level), now)
 
     def _put(self, tenant: _Tenant, share: Share, now: float) -> None:
         """Take a part back, but never more than the limits in force have room for."""
@@ -245,33 +258,51 @@ class RateLimiter:
             now,
         )
 
-    def _take_back(self, tenant: _Tenant, holder: str, ask: Ask, now: float) -> _Lease | None:
-        """What the desk returns, as far as it is known to have had it."""
+    def _reconcile(self, tenant: _Tenant, holder: str, ask: Ask, now: float) -> None:
+        """What a desk says it has is the truth, as long as that is not more than it was lent."""
         if ask.slots_held:
             tenant.slots[holder] = ask.slots_held
         else:
             tenant.slots.pop(holder, None)
-        if ask.hours_back:
-            tenant.hour.give_back(ask.hours_back)
-        lease = tenant.leases.get(ask.lease)
-        if lease is None or ask.back is NOTHING or ask.back == NOTHING:
-            return lease
-        rate = min(ask.back.rate_per_s, lease.rate_per_s)
-        capacity = min(ask.back.capacity, lease.capacity)
-        lease.rate_per_s -= rate
-        lease.capacity -= capacity
-        self._put(tenant, Share(rate, capacity, ask.back.level), now)
-        return lease
+        if ask.hours_back and ask.owner == self._name:
+            tenant.hour.give_back(ask.hours_back, ask.hours_minute)
+        lease = tenant.leases.get(holder)
+        if lease is None:
+            return
+        if ask.lease == lease.name:
+            held, level = ask.held, ask.level_back
+        else:  # it never heard of this lease, or let it end
+            held, level = NOTHING, 0.0
+            del tenant.leases[holder]
+        rate, capacity = lease.rate_per_s, lease.capacity
+        lease.rate_per_s = min(rate, held.rate_per_s)
+        lease.capacity = min(capacity, held.capacity)
+        rate, capacity = rate - lease.rate_per_s, capacity - lease.capacity
+        if rate > 0.0 or capacity > 0.0 or level > 0.0:
+            self._put(tenant, Share(rate, capacity, level), now)
 
-    def _targets(self, tenant: _Tenant, lease: _Lease) -> tuple[float, float]:
-        """How much rate and capacity this lease should have: its share of the demand."""
-        limits = tenant.limits
+    def _targets(self, tenant: _Tenant, lease: _Lease, now: float) -> tuple[float, float]:
+        """How much rate and capacity this lease should have.
+
+        Less than one token's capacity admits nothing. So each has one, and the rest by its share
+        of the demand; if there are more desks than tokens they have them in turns.
+        """
+        limits, leases = tenant.limits, list(tenant.leases.values())
         if limits.requests_per_minute is None:
             return 0.0, 0.0
-        total = sum(other.demand_per_s for other in tenant.leases.values())
-        part = lease.demand_per_s / total if total > 0 else 1.0 / len(tenant.leases)
-        part *= 1.0 - RESERVE
-        return limits.rate_per_s * part, max(1.0, limits.burst * part)
+        tokens, rate = limits.burst, limits.rate_per_s
+        if tokens < len(leases):
+            leases = [other for other in leases if other.demand_per_s > 0] or leases
+        if tokens < len(leases):
+            turn = (leases.index(lease) if lease in leases else 0) + int(now / TURN_S) * tokens
+            mine = lease in leases and turn % len(leases) < tokens
+            return (rate / tokens, 1.0) if mine else (0.0, 0.0)
+        if lease not in leases:
+            return 0.0, 0.0
+        total = sum(other.demand_per_s for other in leases)
+        part = lease.demand_per_s / total if total > 0 else 1.0 / len(leases)
+        spare = tokens * RESERVE if tokens * RESERVE >= 1.0 else 0.0
+        return rate * part, 1.0 + max(0.0, tokens - len(leases) - spare) * part
 
     def _lend(
         self, tenant: _Tenant, lease: _Lease, ask: Ask, now: float
@@ -287,7 +318,7 @@ class RateLimiter:
                 self._learnt_s() - now,
                 lent=True,
             )
-        rate, capacity = self._targets(tenant, lease)
+        rate, capacity = self._targets(tenant, lease, now)
         rate = max(0.0, rate - lease.rate_per_s)
         capacity = max(0.0, capacity - lease.capacity)
         bucket.refill(now)
@@ -296,11 +327,12 @@ class RateLimiter:
         # that is left could not hold goes along; the desk's bucket must have room for it.
         even = bucket.level * capacity / bucket.capacity if bucket.capacity > EPSILON else 0.0
         overflow = bucket.level - (bucket.capacity - capacity)
-        room = max(0.0, lease.capacity + capacity - ask.level)
+        level = ask.held.level if ask.lease == lease.name else 0.0
+        room = max(0.0, lease.capacity + capacity - level)
         share = bucket.carve(rate, capacity, min(room, max(even, overflow, float(ask.need))), now)
         lease.rate_per_s += share.rate_per_s
         lease.capacity += share.capacity
-        level = ask.level + share.level
+        level += share.level
         if not ask.need or level >= 1.0 - EPSILON:
             return share, None
         return share, self._short(tenant, lease, level, now)
@@ -318,47 +350,54 @@ class RateLimiter:
             "requests_per_minute", limits.requests_per_minute, level, wait_s, lent=lent
         )
 
-    def _lend_hours(self, tenant: _Tenant, ask: Ask, now: float) -> tuple[int, Refusal | None]:
+    def _lend_hours(self, tenant: _Tenant, ask: Ask, now: float) -> tuple[int, int, Refusal | None]:
+        """So many, booked in which minute. Ahead of the need only while there is plenty."""
         limit = tenant.limits.requests_per_hour
         if limit is None:
-            return 0, None
+            return 0, 0, None
         left = limit - tenant.hour.used(now)
-        wanted = max(ask.need, int(ask.demand_per_s * HOURS_AHEAD_S)) - ask.hours_held
-        hours = max(0, min(wanted, left))
-        if hours:
-            tenant.hour.book(hours, now)
+        ahead = min(int(ask.demand_per_s * HOURS_AHEAD_S), left // (2 * len(tenant.leases)))
+        hours = max(0, min(max(ask.need, ahead) - ask.hours_held, left))
+        minute = tenant.hour.book(hours, now) if hours else 0
         if ask.need and not hours and not ask.hours_held:
             wait_s = tenant.hour.wait_s(now)
-            return 0, self._refused("requests_per_hour", float(limit), 0.0, wait_s)
-        return hours, None
+            return 0, 0, self._refused("requests_per_hour", float(limit), 0.0, wait_s)
+        return hours, minute, None
 
     def _lend_slots(
         self, tenant: _Tenant, holder: str, ask: Ask, now: float
     ) -> tuple[int, Refusal | None]:
         limit = tenant.limits.concurrent
         if limit is None or not ask.slots_need:
-            return 0, None
+            tenant.short.pop(holder, None)
+            return (0 if limit is not None else ask.slots_need), None
         if self._learning(now):
             wait_s = self._learnt_s() - now
             return 0, self._refused("concurrent_requests", float(limit), 0.0, wait_s, lent=True)
-        free = limit - sum(tenant.slots.values())
-        slots = max(0, min(ask.slots_need, free))
+        free = max(0, limit - sum(tenant.slots.values()))
+        slots = min(ask.slots_need, free)
+        if slots == ask.slots_need:
+            slots += min(ask.slots_ahead, (free - slots) // 2)
         if slots:
             tenant.slots[holder] = tenant.slots.get(holder, 0) + slots
-        if slots == ask.slots_need:
+        if slots >= ask.slots_need:
+            tenant.short.pop(holder, None)
             return slots, None
-        tenant.slots_short_s = now
+        tenant.short = {h: at_s for h, at_s in tenant.short.items() if now - at_s < SHORT_S}
+        tenant.short[holder] = now
         others = any(other != holder for other in tenant.slots)
         refusal = self._refused("concurrent_requests", float(limit), 0.0, 0.1, lent=others)
         return slots, refusal
 
-    def _figures(self, tenant: _Tenant, ask: Ask, share: Share, now: float) -> Figures | None:
+    def _figures(self, tenant: _Tenant, level: float) -> Figures | None:
+        """As this desk may see them: what it holds, and what nobody does."""
         limits = tenant.limits
         if limits.requests_per_minute is None:
             return None
-        level = tenant.bucket.level + ask.level + share.level
+        level += tenant.bucket.level
         missing = max(0.0, limits.burst - level)
-        return Figures(limits.requests_per_minute, max(0.0, level), missing / limits.rate_per_s)
+        reset_s = missing / limits.rate_per_s if limits.rate_per_s > 0.0 else 0.0
+        return Figures(limits.requests_per_minute, max(0.0, level), reset_s)
 
     def _refused(
         self, kind: str, limit: float, remaining: float, wait_s: float, *, lent: bool = False
@@ -382,3 +421,7 @@ class RateLimiter:
         full = tenant.bucket.level >= tenant.bucket.capacity - EPSILON
         if full and not tenant.leases and not tenant.slots and not tenant.hour.used(now):
             del self._tenants[name]
+
+
+def _process(holder: str) -> str:
+    return holder.partition("#")[0]

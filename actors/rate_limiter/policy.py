@@ -64,8 +64,8 @@ class Figures:
 class Bucket:
     """A token bucket that refills lazily, when somebody looks at it (GCRA in another notation).
 
-    A token can be put back as if it had never been taken, as long as the bucket had room for it
-    all the while; `era` names the time through which that is known, `room` is what there was.
+    A token is put back as if it had never been taken, as far as the bucket had room for it all the
+    while: `room` is the least there was since `era` began.
     """
 
     __slots__ = ("at_s", "capacity", "era", "level", "rate_per_s", "room")
@@ -96,14 +96,13 @@ class Bucket:
             self.room = self.capacity - self.level
         return True
 
-    def put_back(self, era: int, now: float) -> bool:
-        """Undo a `take` of that era. False: what was taken would have overflowed since."""
+    def put_back(self, era: int, now: float) -> None:
+        """Undo a `take` of that era, as far as the bucket would not have overflowed since."""
         self.refill(now)
-        if era != self.era or self.room < 1.0 - EPSILON:
-            return False
-        self.level += 1.0
-        self.room -= 1.0
-        return True
+        if era == self.era:
+            back = min(1.0, max(0.0, self.room))
+            self.level += back
+            self.room -= back
 
     def put(self, share: Share, now: float) -> None:
         """Add a part that was carved off some bucket of the same tenant."""
@@ -196,11 +195,11 @@ class Ask:
     """What a desk says to the owner about one tenant: what it has, what it needs, what it returns.
 
     `owner` is the life of the owner that lent what the desk has. `lease` is the lease that `held`
-    belongs to, empty if there is none; what the owner lent beyond `held` has been returned or never
+    belongs to, empty if there is none; what the owner lent beyond `held` was returned or never
     arrived, and `level_back` of its level is left. `need` permits are wanted at once,
-    `demand_per_s` is the recent rate. `hours_held` of the hourly count are kept; `hours_back`, booked in
-    `hours_minute` or later, are returned. The desk has `slots_held` slots, wants `slots_need` more
-    at once and could use `slots_ahead` soon. `over` ends the lease.
+    `demand_per_s` is the recent rate. `hours_held` of the hourly count are kept; `hours_back`,
+    booked in `hours_minute` or later, are returned. The desk has `slots_held` slots, wants
+    `slots_need` more at once and could use `slots_ahead` soon. `over` ends the lease.
     """
 
     tenant: str
@@ -254,7 +253,7 @@ class Grant:
 class Ticket:
     """A counted request. `counted` is false where nothing limits the number of requests.
 
-    `lease`, `era` and `hours_minute` say where its permit came from, so that it can go back there.
+    `lease`, `era` and `hours_batch` say where its permit came from, so that it can go back there.
     """
 
     tenant: str
@@ -262,7 +261,7 @@ class Ticket:
     counted: bool
     lease: str = ""
     era: int = 0
-    hours_minute: int = -1
+    hours_batch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

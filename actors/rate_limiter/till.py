@@ -1,8 +1,10 @@
 """What one desk holds of each tenant, decided without waiting: the desk's sync half.
 
-Rule 1: nothing here awaits; messages are values that `message` gives out and `granted` takes in.
+Rule 1: nothing here awaits; messages are values that `message` gives out and `granted` takes in,
+        one at a time: `granted` or `lost` comes before the next `message`.
 Rule 2: a lease is used only until its life, counted from the send of the ask that won it, is over.
 Rule 3: what is given up with a message is given up when the message leaves, delivered or not.
+Rule 4: each message says all that is held, so a lost one needs no memory; the next puts it right.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 
 from actors.rate_limiter.policy import (
     NOTHING,
+    SLOT_S,
     Ask,
     Bucket,
     Figures,
@@ -18,39 +21,62 @@ from actors.rate_limiter.policy import (
     Limits,
     Refusal,
     Share,
+    Ticket,
 )
 
 RENEW_S = 0.2
+ASK_PAUSE_S = 0.02  # a need that others' returns must meet is not repeated sooner
 IDLE_S = 1.0  # a tenant that nobody asks for is given back after this
 DEMAND_FADE = 0.7  # weight of the past in the demand's moving average, per tick
 SLOTS_AHEAD = 4  # slots asked for beyond the need, so that a busy desk asks seldom
+SLACK = 0.02  # a part of a lease so small is not worth a return
 
 
 @dataclass(slots=True)
 class Held:
     """One tenant, as this desk holds it."""
 
+    tenant: str
     limits: Limits
-    lease: str
     owner: str = ""
+    lease: str = ""
     bucket: Bucket | None = None
     until_s: float = 0.0
     hours: int = 0
+    hours_minute: int = -1  # the owner's minute in which the oldest of them was booked
+    hours_until_s: float = 0.0
+    hours_batch: int = 0  # another one for each such minute and owner
     slots: int = 0  # held in all
     slots_used: int = 0
+    slots_until_s: float = 0.0  # a free one is not taken later: a new owner may not know of it
     used_s: float = 0.0
     told_s: float = -1e9
+    measured_s: float = -1e9
     arrivals: int = 0
+    taken: int = 0  # since the figures were told
     demand_per_s: float = 0.0
     need: int = 0  # requests that wait for a permit
+    need_again_s: float = 0.0  # a need that was refused is not repeated before
     slots_need: int = 0  # requests that wait for a slot
-    give: Share = NOTHING
-    give_slots: bool = False
-    ask_again_s: float = 0.0  # a refused need is not repeated before
-    refused_s: float = 0.0
+    slots_again_s: float = 0.0
+    rate_over: float = 0.0  # what is to be returned
+    capacity_over: float = 0.0
+    slots_wanted: bool = False
+    answered_s: float = 0.0
     figures: Figures | None = None
     refusal: Refusal | None = None
     slot_refusal: Refusal | None = None
+
+    def live(self, now: float) -> bool:
+        """Whether there is a lease, and its life is not over."""
+        return self.bucket is not None and now < self.until_s
+
+    def hours_left(self, now: float) -> int:
+        return self.hours if now < self.hours_until_s else 0
+
+    @property
+    def waiting(self) -> bool:
+        return self.need > 0 or self.slots_need > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,176 +90,209 @@ class Message:
 class Till:
     """This desk's holdings with one owner. Bounded by the tenants that were active of late."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
         self._seq = 0
-        self._leases = 0
+        self._batches = 0
         self.held: dict[str, Held] = {}
 
     def of(self, tenant: str, limits: Limits, now: float) -> Held:
-        """The tenant's holdings, with `limits` in force from now on."""
+        """The tenant's holdings. `limits` are in force from now on, unless newer ones are known."""
         held = self.held.get(tenant)
         if held is None:
-            held = self.held[tenant] = Held(limits, self._new_lease())
-        elif held.limits is not limits and held.limits != limits:
+            held = self.held[tenant] = Held(tenant, limits)
+        elif held.limits is not limits and held.limits.version <= limits.version:
             held.limits = limits
         held.used_s = now
         return held
 
-    def take(self, held: Held, now: float) -> bool:
+    def take(self, held: Held, now: float) -> Ticket | None:
         """A permit for one request, if the lease has one."""
         limits = held.limits
-        if limits.requests_per_hour is not None and held.hours < 1:
-            return False
+        hourly = limits.requests_per_hour is not None
+        if hourly and held.hours_left(now) < 1:
+            return None
+        era = 0
         if limits.requests_per_minute is not None:
             bucket = held.bucket
             if bucket is None or now >= held.until_s or not bucket.take(now):
-                return False
-        if limits.requests_per_hour is not None:
+                return None
+            era = bucket.era
+        if hourly:
             held.hours -= 1
-        return True
+        held.taken += 1
+        return Ticket(held.tenant, limits, True, held.lease, era, held.hours_batch)
 
-    def put_back(self, held: Held, now: float) -> None:
-        """A permit that was not used after all."""
-        if held.limits.requests_per_hour is not None:
+    def put_back(self, held: Held, ticket: Ticket, now: float) -> None:
+        """A permit that was not used after all, as far as it is still this lease's."""
+        if held.limits.requests_per_hour is not None and held.hours_batch == ticket.hours_batch:
             held.hours += 1
-        if held.bucket is not None and now < held.until_s:
-            held.bucket.refill(now)
-            held.bucket.level = min(held.bucket.capacity, held.bucket.level + 1.0)
+        if held.bucket is not None and held.lease == ticket.lease and now < held.until_s:
+            held.bucket.put_back(ticket.era, now)
 
-    def take_slot(self, held: Held) -> bool:
-        """A concurrency slot, if one is held and free."""
-        if held.slots_used >= held.slots:
+    def take_slot(self, held: Held, now: float) -> bool:
+        """A concurrency slot, if one is held and free. The lease's life is over for slots too."""
+        if held.slots_used >= held.slots or now >= held.slots_until_s:
             return False
         held.slots_used += 1
         return True
 
-    def put_slot(self, held: Held) -> None:
+    def put_slot(self, held: Held, now: float) -> None:
         """A slot is free again."""
         held.slots_used -= 1
+        held.used_s = now
+
+    def permit_in_s(self, held: Held, now: float) -> float | None:
+        """Seconds until the lease has a permit by itself, None if it will not have one."""
+        if held.limits.requests_per_hour is not None and held.hours_left(now) < 1:
+            return None
+        if held.bucket is None or not held.live(now):
+            return None
+        wait_s = held.bucket.wait_s(now)
+        return wait_s if now + wait_s < held.until_s else None
 
     def message(self, now: float, *, everything: bool = False) -> Message | None:
         """What there is to say now: needs, renewals that are due, and what is given back."""
-        asks = []
-        for tenant, held in list(self.held.items()):
-            if not (everything or self._due(held, now)):
-                continue
-            asks.append(self._ask(tenant, held, now, everything))
+        asks = [
+            self._ask(held, now, everything)
+            for held in self.held.values()
+            if everything or now >= self._due_s(held)
+        ]
         if not asks:
             return None
         self._seq += 1
         return Message(self._seq, asks)
 
-    def next_due_s(self, now: float) -> float | None:
+    def next_due_s(self) -> float | None:
         """When `message` will next have something to say, None if never."""
-        if not self.held:
-            return None
-        return min(held.told_s for held in self.held.values()) + RENEW_S
+        return min(map(self._due_s, self.held.values()), default=None)
 
     def granted(self, message: Message, grants: list[Grant], sent_s: float, now: float) -> None:
         """Take in the owner's answer."""
         for ask, grant in zip(message.asks, grants, strict=True):
-            held = self.held.get(grant.tenant)
-            if held is None:
-                continue
-            if ask.over:
-                if held.lease == ask.lease:
-                    self._forget(grant.tenant, held)
-                continue
+            held = self.held[ask.tenant]
+            held.answered_s = now
+            held.taken = 0
             held.slots += grant.slots
-            held.hours += grant.hours
-            held.figures = grant.figures
-            held.refusal, held.slot_refusal = grant.refusal, grant.slot_refusal
-            held.refused_s = now
-            held.give_slots = grant.slots_wanted
-            if held.lease == grant.lease and grant.life_s > 0:
-                self._take_in(held, grant, sent_s, now)
+            self._take_hours(held, grant, sent_s)
+            if ask.over and self._forget(held, sent_s):
+                continue
+            held.figures, held.slots_wanted = grant.figures, grant.slots_wanted
+            held.refusal, held.need_again_s = grant.refusal, _again_s(grant.refusal, now)
+            held.slot_refusal = grant.slot_refusal
+            held.slots_again_s = _again_s(grant.slot_refusal, now)
+            if grant.limits is not None and grant.limits.version > held.limits.version:
+                held.limits = grant.limits
+            if grant.life_s > 0:
+                held.slots_until_s = sent_s + grant.life_s
+                self._take_lease(held, grant, sent_s, now)
 
-    def lost(self, message: Message) -> None:
-        """The message or its answer got lost. What is held is used to its end under its old name;
-        the next ask begins anew, since the owner may have lent what never arrived."""
+    def lost(self, message: Message, sent_s: float) -> None:
+        """The message or its answer got lost. What is held is used to its end."""
         for ask in message.asks:
             held = self.held.get(ask.tenant)
-            if held is None:
-                continue
-            if ask.over and held.lease == ask.lease:
-                self._forget(ask.tenant, held)
-            elif held.lease == ask.lease:
-                held.lease = self._new_lease()
+            if ask.over and held is not None:
+                self._forget(held, sent_s)
 
     # ----------------------------------------------------------------------------------------
 
-    def _due(self, held: Held, now: float) -> bool:
-        if held.need or held.slots_need or (held.give_slots and held.slots > held.slots_used):
-            return True
-        return now - held.told_s >= RENEW_S
+    def _due_s(self, held: Held) -> float:
+        due_s = held.told_s + RENEW_S
+        if held.need:
+            due_s = min(due_s, held.need_again_s)
+        if held.slots_need:
+            due_s = min(due_s, held.slots_again_s)
+        if held.slots_wanted and held.slots > held.slots_used:
+            due_s = min(due_s, held.answered_s)
+        return due_s
 
-    def _ask(self, tenant: str, held: Held, now: float, ending: bool) -> Ask:
-        busy = held.need or held.slots_need or held.slots_used
-        over = ending or (not busy and now - held.used_s >= IDLE_S)
+    def _ask(self, held: Held, now: float, ending: bool) -> Ask:
+        idle = not (held.waiting or held.slots_used) and now - held.used_s >= IDLE_S
+        over = ending or idle
         self._measure(held, now)
-        if (over or held.give_slots) and held.slots > held.slots_used:
+        if over or held.slots_wanted:
             held.slots = held.slots_used
-        hours_back = held.hours if over else 0
+        hours_back = held.hours if over or now >= held.hours_until_s else 0
         held.hours -= hours_back
-        level, back = 0.0, NOTHING
+        if held.bucket is not None and not held.live(now):
+            held.bucket, held.lease = None, ""
+        lease, share, level_back = held.lease, NOTHING, 0.0
         bucket = held.bucket
-        if bucket is not None and now >= held.until_s:
-            held.bucket = bucket = None
-        if bucket is not None:
-            if held.give != NOTHING and not over:
-                back = bucket.carve(held.give.rate_per_s, held.give.capacity, held.give.level, now)
+        if bucket is not None and over:
             bucket.refill(now)
-            level = bucket.level
-        held.give = NOTHING
-        if over:
-            held.bucket = None
+            level_back = bucket.level
+            held.bucket, held.lease = None, ""
+        elif bucket is not None:
+            bucket.refill(now)
+            if held.rate_over or held.capacity_over:
+                part = min(1.0, held.capacity_over / bucket.capacity) if bucket.capacity else 0.0
+                level = bucket.level * part
+                back = bucket.carve(held.rate_over, held.capacity_over, level, now)
+                level_back = back.level
+            share = Share(bucket.rate_per_s, bucket.capacity, bucket.level)
+        held.rate_over = held.capacity_over = 0.0
         held.told_s = now
-        ahead = SLOTS_AHEAD if held.slots_need and not held.slot_refusal else 0
         return Ask(
-            tenant,
+            held.tenant,
             held.limits,
-            held.lease,
+            held.owner,
+            lease,
+            share,
+            level_back,
             need=held.need,
             demand_per_s=held.demand_per_s,
-            level=level,
-            back=back,
             hours_held=held.hours,
             hours_back=hours_back,
+            hours_minute=held.hours_minute,
             slots_held=held.slots,
-            slots_need=held.slots_need + ahead if held.slots_need else 0,
-            over=over and held.slots == 0,
+            slots_need=held.slots_need,
+            slots_ahead=SLOTS_AHEAD if held.slots_need and held.slot_refusal is None else 0,
+            over=over,
         )
 
     def _measure(self, held: Held, now: float) -> None:
-        elapsed = now - held.told_s
+        elapsed = now - held.measured_s
         if elapsed < RENEW_S / 2:
             return
         recent = held.arrivals / min(elapsed, 1.0)
         held.demand_per_s += (1.0 - DEMAND_FADE) * (recent - held.demand_per_s)
         held.arrivals = 0
+        held.measured_s = now
 
-    def _take_in(self, held: Held, grant: Grant, sent_s: float, now: float) -> None:
-        if held.bucket is None or held.owner != grant.owner or now >= held.until_s:
-            held.bucket = Bucket(0.0, 0.0, 0.0, now)
+    def _take_hours(self, held: Held, grant: Grant, sent_s: float) -> None:
+        """All that are held count as booked when the oldest of them was."""
+        if grant.owner != held.owner:
+            held.hours = held.hours_batch = 0
+        if grant.hours:
+            if held.hours < 1:
+                self._batches += 1
+                held.hours_batch = self._batches
+                held.hours_minute = grant.hours_minute
+                held.hours_until_s = sent_s + SLOT_S
+            held.hours += grant.hours
         held.owner = grant.owner
-        held.bucket.put(grant.share, now)
+
+    def _take_lease(self, held: Held, grant: Grant, sent_s: float, now: float) -> None:
+        if held.bucket is None or held.lease != grant.lease:
+            held.bucket = Bucket(0.0, 0.0, 0.0, now)
+        held.lease = grant.lease
         held.until_s = sent_s + grant.life_s
-        rate = held.bucket.rate_per_s - grant.rate_target
-        capacity = held.bucket.capacity - grant.capacity_target
-        slack = 0.02  # not worth a message
-        if rate > held.bucket.rate_per_s * slack or capacity > held.bucket.capacity * slack:
-            part = max(0.0, capacity) / held.bucket.capacity if held.bucket.capacity else 0.0
-            level = held.bucket.level * part
-            held.give = Share(max(0.0, rate), max(0.0, capacity), level)
+        bucket = held.bucket
+        bucket.put(grant.share, now)
+        rate = bucket.rate_per_s - grant.rate_target
+        capacity = bucket.capacity - grant.capacity_target
+        if rate > bucket.rate_per_s * SLACK or capacity > bucket.capacity * SLACK:
+            held.rate_over, held.capacity_over = max(0.0, rate), max(0.0, capacity)
 
-    def _forget(self, tenant: str, held: Held) -> None:
-        if held.need or held.slots_need or held.slots:
-            held.lease = self._new_lease()
-            held.bucket = None
-        else:
-            del self.held[tenant]
+    def _forget(self, held: Held, sent_s: float) -> bool:
+        """Whether nobody wanted anything of the tenant since the message left."""
+        forgotten = not (held.waiting or held.slots or held.used_s > sent_s)
+        if forgotten:
+            del self.held[held.tenant]
+        return forgotten
 
-    def _new_lease(self) -> str:
-        self._leases += 1
-        return f"{self._name}:{self._leases}"
+
+def _again_s(refusal: Refusal | None, now: float) -> float:
+    """When a need that was refused is worth repeating."""
+    if refusal is None:
+        return now
+    return now + (ASK_PAUSE_S if refusal.lent else min(refusal.retry_after_s, RENEW_S))

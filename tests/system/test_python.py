@@ -13,9 +13,9 @@ import pytest
 
 import forebay
 from forebay import GatewayConfig, LiteLLMGateway, errors
+from tests.conftest import SIM_KEY
 from tests.support import system as support
 from tests.support.upstream import Upstream
-from tests.system.conftest import SIM_KEY
 
 
 @pytest.fixture(scope="module")

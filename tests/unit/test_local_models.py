@@ -49,7 +49,7 @@ TOOLS = [
 
 @pytest.fixture(scope="module")
 def chat() -> Iterator[ChatModel]:
-    model = ChatModel(threads=2)
+    model = ChatModel()
     yield model
     model.close()
 

@@ -51,7 +51,7 @@ TOOLS = [
 Reply = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 
 
-class Upstream:
+class Remote:
     """Answers every request with `reply`, and keeps what it saw."""
 
     def __init__(self) -> None:
@@ -78,17 +78,17 @@ class Upstream:
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[Upstream]:
-    upstream = Upstream()
+async def remote() -> AsyncIterator[Remote]:
+    remote = Remote()
     app = web.Application()
-    app.router.add_post("/{path:.*}", upstream.handle)
+    app.router.add_post("/{path:.*}", remote.handle)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     assert site._server is not None
-    upstream.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[attr-defined]
-    yield upstream
+    remote.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[attr-defined]
+    yield remote
     await runner.cleanup()
 
 
@@ -101,10 +101,10 @@ async def lane() -> AsyncIterator[LiteLLMProvider]:
 
 
 def deployment(
-    upstream: Upstream, model: str = "openai/gpt-4o-mini", info: Any = None, **params: Any
+    remote: Remote, model: str = "openai/gpt-4o-mini", info: Any = None, **params: Any
 ) -> Deployment:
     provider = model.partition("/")[0]
-    base = upstream.url + ("" if provider == "anthropic" else "/v1")
+    base = remote.url + ("" if provider == "anthropic" else "/v1")
     params = {"api_base": base, "api_key": KEY, **params}
     return Deployment(
         id=f"{model}-{sorted(params)}",
@@ -202,8 +202,8 @@ def text_of(chunks: list[dict[str, Any]]) -> str:
 # --- one answer -------------------------------------------------------------------------------
 
 
-async def test_an_answer_is_plain_openai_json(upstream: Upstream, lane: LiteLLMProvider) -> None:
-    answer = await lane.chat(deployment(upstream), body(temperature=0.5), **call())
+async def test_an_answer_is_plain_openai_json(remote: Remote, lane: LiteLLMProvider) -> None:
+    answer = await lane.chat(deployment(remote), body(temperature=0.5), **call())
     assert answer.body == json.loads(json.dumps(answer.body))
     assert answer.body["choices"] == chat_answer()["choices"]
     assert answer.model == "gpt-4o-mini-2024-07-18"
@@ -214,11 +214,11 @@ async def test_an_answer_is_plain_openai_json(upstream: Upstream, lane: LiteLLMP
 
 
 async def test_the_provider_gets_what_was_asked_and_our_key(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
     asked = body(temperature=0.5, max_tokens=9, seed=3, user="u", metadata={"tag": "x"})
-    await lane.chat(deployment(upstream), asked, **call())
-    assert upstream.bodies == [
+    await lane.chat(deployment(remote), asked, **call())
+    assert remote.bodies == [
         {
             "model": "gpt-4o-mini",
             "messages": MESSAGES,
@@ -228,46 +228,46 @@ async def test_the_provider_gets_what_was_asked_and_our_key(
             "user": "u",
         }
     ]
-    assert upstream.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert remote.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
 async def test_metadata_goes_with_what_openai_is_to_store(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    await lane.chat(deployment(upstream), body(store=True, metadata={"tag": "x"}), **call())
-    assert upstream.bodies[0]["metadata"] == {"tag": "x"}
+    await lane.chat(deployment(remote), body(store=True, metadata={"tag": "x"}), **call())
+    assert remote.bodies[0]["metadata"] == {"tag": "x"}
 
 
 async def test_a_deployments_defaults_yield_to_the_caller(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    own = deployment(upstream, temperature=0.1, max_tokens=5)
+    own = deployment(remote, temperature=0.1, max_tokens=5)
     await lane.chat(own, body(temperature=0.9), **call())
-    assert upstream.bodies[0]["temperature"] == 0.9
-    assert upstream.bodies[0]["max_tokens"] == 5
+    assert remote.bodies[0]["temperature"] == 0.9
+    assert remote.bodies[0]["max_tokens"] == 5
 
 
 @pytest.mark.parametrize("name", ["api_base", "API-KEY", "extra_headers", "mock_response"])
 async def test_a_body_cannot_say_where_or_as_whom(
-    upstream: Upstream, lane: LiteLLMProvider, name: str
+    remote: Remote, lane: LiteLLMProvider, name: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await lane.chat(deployment(upstream), body(**{name: "x"}), **call())
+        await lane.chat(deployment(remote), body(**{name: "x"}), **call())
     assert caught.value.param == name
-    assert upstream.bodies == []
+    assert remote.bodies == []
 
 
-async def test_a_missing_secret_is_said_as_it_is(upstream: Upstream, lane: LiteLLMProvider) -> None:
+async def test_a_missing_secret_is_said_as_it_is(remote: Remote, lane: LiteLLMProvider) -> None:
     def resolve(_: Any) -> dict[str, Any]:
         raise ConfigurationError("OPENAI_API_KEY is not set")
 
     with pytest.raises(ConfigurationError):
-        await lane.chat(deployment(upstream), body(), **call(resolve=resolve))
+        await lane.chat(deployment(remote), body(), **call(resolve=resolve))
     with pytest.raises(ConfigurationError):
-        await anext(lane.chat_stream(deployment(upstream), body(), **call(resolve=resolve)))
+        await anext(lane.chat_stream(deployment(remote), body(), **call(resolve=resolve)))
 
 
-async def test_tool_calls_come_through_intact(upstream: Upstream, lane: LiteLLMProvider) -> None:
+async def test_tool_calls_come_through_intact(remote: Remote, lane: LiteLLMProvider) -> None:
     calls = [
         {
             "id": "call_1",
@@ -275,9 +275,9 @@ async def test_tool_calls_come_through_intact(upstream: Upstream, lane: LiteLLMP
             "function": {"name": "weather", "arguments": '{"city": "Ulm"}'},
         }
     ]
-    upstream.reply = json_reply(chat_answer(content=None, tool_calls=calls))
-    answer = await lane.chat(deployment(upstream), body(tools=TOOLS, tool_choice="auto"), **call())
-    assert upstream.bodies[0]["tools"] == TOOLS
+    remote.reply = json_reply(chat_answer(content=None, tool_calls=calls))
+    answer = await lane.chat(deployment(remote), body(tools=TOOLS, tool_choice="auto"), **call())
+    assert remote.bodies[0]["tools"] == TOOLS
     choice = answer.body["choices"][0]
     assert choice["message"]["tool_calls"] == calls
     assert choice["message"]["content"] is None
@@ -285,74 +285,72 @@ async def test_tool_calls_come_through_intact(upstream: Upstream, lane: LiteLLMP
 
 
 async def test_one_pool_serves_calls_of_every_deadline(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
     for timeout_s in (9.0, 8.5, 8.123, 7.9, 6.01):
-        await lane.chat(deployment(upstream), body(), **call(timeout_s=timeout_s))
-    assert len(upstream.bodies) == 5
-    assert len(upstream.connections) == 1
+        await lane.chat(deployment(remote), body(), **call(timeout_s=timeout_s))
+    assert len(remote.bodies) == 5
+    assert len(remote.connections) == 1
 
 
-async def test_texts_share_connections_too(upstream: Upstream, lane: LiteLLMProvider) -> None:
+async def test_texts_share_connections_too(remote: Remote, lane: LiteLLMProvider) -> None:
     choices = [
         {"index": n, "text": t, "logprobs": None, "finish_reason": "stop"}
         for n, t in enumerate(("one", "two"))
     ]
     told = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "m"}
-    upstream.reply = json_reply({**told, "choices": choices, "usage": USAGE})
-    instruct = deployment(upstream, "openai/gpt-3.5-turbo-instruct")
-    vllm = deployment(upstream, "hosted_vllm/gpt-3.5-turbo-instruct")
+    remote.reply = json_reply({**told, "choices": choices, "usage": USAGE})
+    instruct = deployment(remote, "openai/gpt-3.5-turbo-instruct")
+    vllm = deployment(remote, "hosted_vllm/gpt-3.5-turbo-instruct")
     await lane.completion(vllm, {"prompt": ["a", "b"], "max_tokens": 2}, **call())
     for _ in range(3):
         answer = await lane.completion(instruct, {"prompt": ["a", "b"], "max_tokens": 2}, **call())
     assert answer.body["choices"] == choices
     assert answer.cost_nano == 7 * 1500 + 2 * 2000
-    assert upstream.paths == ["/v1/completions"] * 4
-    assert upstream.bodies[1] == upstream.bodies[0]
-    assert upstream.bodies[0] == {
+    assert remote.paths == ["/v1/completions"] * 4
+    assert remote.bodies[1] == remote.bodies[0]
+    assert remote.bodies[0] == {
         "model": "gpt-3.5-turbo-instruct",
         "prompt": ["a", "b"],
         "max_tokens": 2,
     }
-    assert len(upstream.connections) == 1
+    assert len(remote.connections) == 1
 
 
 async def test_several_prompts_are_refused_where_they_would_be_melted_into_one(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await lane.completion(deployment(upstream), {"prompt": ["a", "b"]}, **call())
+        await lane.completion(deployment(remote), {"prompt": ["a", "b"]}, **call())
     assert caught.value.param == "prompt"
-    answer = await lane.completion(deployment(upstream), {"prompt": ["a"]}, **call())
+    answer = await lane.completion(deployment(remote), {"prompt": ["a"]}, **call())
     assert answer.body["choices"][0]["text"] == "Hello!"
 
 
 # --- money ------------------------------------------------------------------------------------
 
 
-async def test_listed_models_have_litellms_price(upstream: Upstream, lane: LiteLLMProvider) -> None:
-    answer = await lane.chat(deployment(upstream), body(), **call())
+async def test_listed_models_have_litellms_price(remote: Remote, lane: LiteLLMProvider) -> None:
+    answer = await lane.chat(deployment(remote), body(), **call())
     assert answer.cost_nano == 1000 * 150 + 100 * 600
-    assert lane.price(deployment(upstream), answer.usage) == answer.cost_nano
+    assert lane.price(deployment(remote), answer.usage) == answer.cost_nano
 
 
-async def test_an_unknown_price_is_none_and_not_zero(
-    upstream: Upstream, lane: LiteLLMProvider
-) -> None:
+async def test_an_unknown_price_is_none_and_not_zero(remote: Remote, lane: LiteLLMProvider) -> None:
     answer = chat_answer() | {"model": "nobody-knows"}
-    upstream.reply = json_reply(answer)
-    unknown = deployment(upstream, "openai/nobody-knows")
+    remote.reply = json_reply(answer)
+    unknown = deployment(remote, "openai/nobody-knows")
     assert (await lane.chat(unknown, body(), **call())).cost_nano is None
     assert lane.price(unknown, answer["usage"]) is None
 
 
 async def test_usage_that_nobody_reported_is_estimated_and_not_free(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
     answer = chat_answer(content="x" * 400)
     del answer["usage"]
-    upstream.reply = json_reply(answer)
-    told = await lane.chat(deployment(upstream), body(), **call())
+    remote.reply = json_reply(answer)
+    told = await lane.chat(deployment(remote), body(), **call())
     assert told.estimated
     assert told.usage is not None
     assert told.usage["completion_tokens"] == 100
@@ -362,26 +360,26 @@ async def test_usage_that_nobody_reported_is_estimated_and_not_free(
 
 
 async def test_own_prices_count_and_stay_out_of_litellms_list(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    own = deployment(upstream, input_cost_per_token=2e-6, output_cost_per_token="0.000003")
+    own = deployment(remote, input_cost_per_token=2e-6, output_cost_per_token="0.000003")
     answer = await lane.chat(own, body(), **call())
     assert answer.cost_nano == 1000 * 2000 + 100 * 3000
-    plain = await lane.chat(deployment(upstream), body(), **call())
+    plain = await lane.chat(deployment(remote), body(), **call())
     assert plain.cost_nano == 1000 * 150 + 100 * 600
-    assert "input_cost_per_token" not in upstream.bodies[0]
+    assert "input_cost_per_token" not in remote.bodies[0]
 
 
 # --- streams ----------------------------------------------------------------------------------
 
 
 async def test_a_stream_gives_chunks_and_calls_at_the_first(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    upstream.reply = stream_reply([*WORDS, *END])
+    remote.reply = stream_reply([*WORDS, *END])
     asked = body(stream=True, stream_options={"include_usage": True})
-    chunks = lane.chat_stream(deployment(upstream), asked, **call())
-    assert upstream.bodies == []
+    chunks = lane.chat_stream(deployment(remote), asked, **call())
+    assert remote.bodies == []
     told = [one async for one in chunks]
     assert text_of(told) == "Hello"
     assert told[0]["choices"][0]["delta"]["role"] == "assistant"
@@ -391,22 +389,20 @@ async def test_a_stream_gives_chunks_and_calls_at_the_first(
     assert "estimated" not in told[-1]["usage"]
     assert all(one["object"] == "chat.completion.chunk" for one in told)
     assert told == json.loads(json.dumps(told))
-    assert upstream.bodies[0]["stream_options"] == {"include_usage": True}
+    assert remote.bodies[0]["stream_options"] == {"include_usage": True}
     assert [one async for one in chunks] == []
 
 
 async def test_usage_that_the_provider_did_not_give_is_marked(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    upstream.reply = stream_reply([*WORDS, chunk({}, "stop"), sse("[DONE]")])
+    remote.reply = stream_reply([*WORDS, chunk({}, "stop"), sse("[DONE]")])
     asked = body(stream_options={"include_usage": True})
-    told = [one async for one in lane.chat_stream(deployment(upstream), asked, **call())]
+    told = [one async for one in lane.chat_stream(deployment(remote), asked, **call())]
     assert told[-1]["usage"]["estimated"] is True
 
 
-async def test_streamed_tool_calls_come_in_pieces(
-    upstream: Upstream, lane: LiteLLMProvider
-) -> None:
+async def test_streamed_tool_calls_come_in_pieces(remote: Remote, lane: LiteLLMProvider) -> None:
     first = {"index": 0, "id": "call_1", "type": "function"}
     parts = [
         chunk({"role": "assistant", "content": None}),
@@ -416,9 +412,9 @@ async def test_streamed_tool_calls_come_in_pieces(
         chunk({}, "tool_calls"),
         sse("[DONE]"),
     ]
-    upstream.reply = stream_reply(parts)
+    remote.reply = stream_reply(parts)
     asked = body(tools=TOOLS)
-    told = [one async for one in lane.chat_stream(deployment(upstream), asked, **call())]
+    told = [one async for one in lane.chat_stream(deployment(remote), asked, **call())]
     calls = [c for one in told for c in one["choices"][0]["delta"].get("tool_calls", ())]
     assert calls[0]["id"] == "call_1"
     assert "".join(c["function"].get("arguments", "") for c in calls) == '{"city":"Ulm"}'
@@ -456,24 +452,24 @@ TEXT_CHUNKS = [
 
 @pytest.mark.parametrize("kind", ["chat", "text", "anthropic"])
 async def test_closing_a_stream_closes_the_upstream_connection(
-    upstream: Upstream, lane: LiteLLMProvider, kind: str
+    remote: Remote, lane: LiteLLMProvider, kind: str
 ) -> None:
     if kind == "chat":
-        upstream.reply = stream_reply(WORDS, "stall")
-        chunks = lane.chat_stream(deployment(upstream), body(), **call())
+        remote.reply = stream_reply(WORDS, "stall")
+        chunks = lane.chat_stream(deployment(remote), body(), **call())
     elif kind == "text":
-        upstream.reply = stream_reply(TEXT_CHUNKS, "stall")
-        instruct = deployment(upstream, "openai/gpt-3.5-turbo-instruct")
+        remote.reply = stream_reply(TEXT_CHUNKS, "stall")
+        instruct = deployment(remote, "openai/gpt-3.5-turbo-instruct")
         chunks = lane.completion_stream(instruct, {"prompt": "Hi"}, **call())
     else:
-        upstream.reply = stream_reply(ANTHROPIC, "stall")
-        claude = deployment(upstream, "anthropic/claude-3-5-haiku-20241022")
+        remote.reply = stream_reply(ANTHROPIC, "stall")
+        claude = deployment(remote, "anthropic/claude-3-5-haiku-20241022")
         chunks = lane.chat_stream(claude, body(max_tokens=5), **call())
     first = await anext(chunks)
     assert first["choices"]
     began_s = time.monotonic()
     await chunks.aclose()
-    await asyncio.wait_for(upstream.gone.wait(), 1.0)
+    await asyncio.wait_for(remote.gone.wait(), 1.0)
     assert time.monotonic() - began_s < 1.0
     with pytest.raises(StopAsyncIteration):
         await anext(chunks)
@@ -481,10 +477,10 @@ async def test_closing_a_stream_closes_the_upstream_connection(
 
 
 async def test_cancelling_who_waits_for_a_chunk_closes_the_connection(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    upstream.reply = stream_reply(WORDS[1:], "stall")
-    chunks = lane.chat_stream(deployment(upstream), body(), **call())
+    remote.reply = stream_reply(WORDS[1:], "stall")
+    chunks = lane.chat_stream(deployment(remote), body(), **call())
     await anext(chunks)
     await anext(chunks)
     waiting = asyncio.ensure_future(anext(chunks))
@@ -492,32 +488,32 @@ async def test_cancelling_who_waits_for_a_chunk_closes_the_connection(
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await asyncio.wait_for(upstream.gone.wait(), 1.0)
+    await asyncio.wait_for(remote.gone.wait(), 1.0)
 
 
 async def test_cancelling_a_call_closes_the_connection(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    upstream.reply = slow_reply
-    waiting = asyncio.ensure_future(lane.chat(deployment(upstream), body(), **call()))
-    while not upstream.bodies:
+    remote.reply = slow_reply
+    waiting = asyncio.ensure_future(lane.chat(deployment(remote), body(), **call()))
+    while not remote.bodies:
         await asyncio.sleep(0.005)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await asyncio.wait_for(upstream.gone.wait(), 1.0)
+    await asyncio.wait_for(remote.gone.wait(), 1.0)
 
 
 async def test_a_stream_that_another_task_closes_is_over(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    upstream.reply = stream_reply(WORDS[1:2], "stall")
-    chunks = lane.chat_stream(deployment(upstream), body(), **call())
+    remote.reply = stream_reply(WORDS[1:2], "stall")
+    chunks = lane.chat_stream(deployment(remote), body(), **call())
     await anext(chunks)
     waiting = asyncio.ensure_future(anext(chunks))
     await asyncio.sleep(0.02)
     await chunks.aclose()
-    await asyncio.wait_for(upstream.gone.wait(), 1.0)
+    await asyncio.wait_for(remote.gone.wait(), 1.0)
     with pytest.raises((StopAsyncIteration, GatewayError)):
         await asyncio.wait_for(waiting, 1.0)
 
@@ -542,51 +538,51 @@ async def test_a_stream_that_another_task_closes_is_over(
     ],
 )
 async def test_a_stream_that_breaks_raises_what_happened(
-    upstream: Upstream,
+    remote: Remote,
     lane: LiteLLMProvider,
     parts: list[str],
     then: str,
     expected: type[GatewayError],
 ) -> None:
-    upstream.reply = stream_reply(parts, then)
+    remote.reply = stream_reply(parts, then)
     told = []
     with pytest.raises(expected) as caught:
-        async for one in lane.chat_stream(deployment(upstream), body(), **call()):
+        async for one in lane.chat_stream(deployment(remote), body(), **call()):
             told.append(one)
     assert text_of(told) == "Hello"
     assert verdict_of(caught.value) in (Verdict.FAILURE, Verdict.THROTTLED)
-    assert len(upstream.bodies) == 1
+    assert len(remote.bodies) == 1
 
 
 async def test_a_stream_that_stalls_ends_at_its_deadline(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    upstream.reply = stream_reply(WORDS[1:2], "stall")
-    chunks = lane.chat_stream(deployment(upstream), body(), **call(timeout_s=0.3))
+    remote.reply = stream_reply(WORDS[1:2], "stall")
+    chunks = lane.chat_stream(deployment(remote), body(), **call(timeout_s=0.3))
     await anext(chunks)
     with pytest.raises(GatewayTimeout):
         await anext(chunks)
-    await asyncio.wait_for(upstream.gone.wait(), 1.0)
+    await asyncio.wait_for(remote.gone.wait(), 1.0)
 
 
 # --- failures ---------------------------------------------------------------------------------
 
 
-async def test_a_slow_answer_is_given_up_in_time(upstream: Upstream, lane: LiteLLMProvider) -> None:
-    upstream.reply = slow_reply
+async def test_a_slow_answer_is_given_up_in_time(remote: Remote, lane: LiteLLMProvider) -> None:
+    remote.reply = slow_reply
     began_s = time.monotonic()
     with pytest.raises(GatewayTimeout) as caught:
-        await lane.chat(deployment(upstream), body(), **call(timeout_s=0.2))
+        await lane.chat(deployment(remote), body(), **call(timeout_s=0.2))
     assert time.monotonic() - began_s < 1.0
     assert verdict_of(caught.value) is Verdict.FAILURE
     with pytest.raises(GatewayTimeout):
-        await lane.chat(deployment(upstream, timeout=0.2), body(), **call())
+        await lane.chat(deployment(remote, timeout=0.2), body(), **call())
 
 
 async def test_nobody_at_the_address_is_a_connection_failure(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    nowhere = deployment(upstream, api_base="http://127.0.0.1:9/v1")
+    nowhere = deployment(remote, api_base="http://127.0.0.1:9/v1")
     for attempt in (
         lambda: lane.chat(nowhere, body(), **call()),
         lambda: anext(lane.chat_stream(nowhere, body(), **call())),
@@ -620,7 +616,7 @@ async def test_nobody_at_the_address_is_a_connection_failure(
 )
 @pytest.mark.parametrize("model", ["openai/gpt-4o-mini", "anthropic/claude-3-5-haiku-20241022"])
 async def test_a_status_becomes_an_error_of_ours(
-    upstream: Upstream,
+    remote: Remote,
     lane: LiteLLMProvider,
     model: str,
     status: int,
@@ -629,12 +625,12 @@ async def test_a_status_becomes_an_error_of_ours(
     verdict: Verdict,
 ) -> None:
     # The type says "invalid request" whatever the status is, as many servers do.
-    upstream.reply = error_reply(status, "the boiler burst", type="invalid_request_error")
+    remote.reply = error_reply(status, "the boiler burst", type="invalid_request_error")
     for attempt in (
-        lambda: lane.chat(deployment(upstream, model), body(max_tokens=5), **call()),
-        lambda: anext(lane.chat_stream(deployment(upstream, model), body(max_tokens=5), **call())),
+        lambda: lane.chat(deployment(remote, model), body(max_tokens=5), **call()),
+        lambda: anext(lane.chat_stream(deployment(remote, model), body(max_tokens=5), **call())),
     ):
-        upstream.bodies.clear()
+        remote.bodies.clear()
         with pytest.raises(expected) as caught:
             await attempt()
         error = caught.value
@@ -645,19 +641,19 @@ async def test_a_status_becomes_an_error_of_ours(
         assert "the boiler burst" in str(error)
         assert "litellm" not in str(error).lower()
         assert verdict_of(error) is verdict
-        assert len(upstream.bodies) == 1, "one attempt, no retries"
+        assert len(remote.bodies) == 1, "one attempt, no retries"
 
 
 @pytest.mark.parametrize("status", [400, 401, 429, 500])
 async def test_embeddings_are_tried_once(
-    upstream: Upstream, lane: LiteLLMProvider, status: int
+    remote: Remote, lane: LiteLLMProvider, status: int
 ) -> None:
-    upstream.reply = error_reply(status, "no")
-    embedding = deployment(upstream, "openai/text-embedding-3-small")
+    remote.reply = error_reply(status, "no")
+    embedding = deployment(remote, "openai/text-embedding-3-small")
     with pytest.raises(GatewayError) as caught:
         await lane.embed(embedding, ["a"], {}, **call())
     assert caught.value.upstream_status == status
-    assert len(upstream.bodies) == 1
+    assert len(remote.bodies) == 1
 
 
 @pytest.mark.parametrize(
@@ -678,47 +674,47 @@ async def test_embeddings_are_tried_once(
 )
 @pytest.mark.parametrize("model", ["openai/gpt-4o-mini", "anthropic/claude-3-5-haiku-20241022"])
 async def test_retry_after_is_heard(
-    upstream: Upstream,
+    remote: Remote,
     lane: LiteLLMProvider,
     model: str,
     headers: dict[str, str],
     expected_s: float | None,
 ) -> None:
     for status in (429, 503):
-        upstream.reply = error_reply(status, "later", headers=headers)
+        remote.reply = error_reply(status, "later", headers=headers)
         with pytest.raises(GatewayError) as caught:
-            await lane.chat(deployment(upstream, model), body(max_tokens=5), **call())
+            await lane.chat(deployment(remote, model), body(max_tokens=5), **call())
         assert caught.value.retry_after_s == expected_s
 
 
 async def test_a_prompt_that_is_too_long_keeps_its_code(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
     said = "This model's maximum context length is 128000 tokens."
-    upstream.reply = error_reply(400, said, code="context_length_exceeded", param="messages")
+    remote.reply = error_reply(400, said, code="context_length_exceeded", param="messages")
     with pytest.raises(InvalidRequest) as caught:
-        await lane.chat(deployment(upstream), body(), **call())
+        await lane.chat(deployment(remote), body(), **call())
     assert caught.value.code == "context_length_exceeded"
     assert caught.value.param == "messages"
     assert str(caught.value) == said
 
 
-async def test_filtered_content_keeps_its_code(upstream: Upstream, lane: LiteLLMProvider) -> None:
+async def test_filtered_content_keeps_its_code(remote: Remote, lane: LiteLLMProvider) -> None:
     said = "Your request was rejected as a result of the safety system."
-    upstream.reply = error_reply(
+    remote.reply = error_reply(
         400, said, type="invalid_request_error", code="content_policy_violation"
     )
     with pytest.raises(InvalidRequest) as caught:
-        await lane.chat(deployment(upstream), body(), **call())
+        await lane.chat(deployment(remote), body(), **call())
     assert caught.value.code == "content_filter"
 
 
 @pytest.mark.parametrize("status", [400, 401, 429, 500])
-async def test_no_error_shows_a_key(upstream: Upstream, lane: LiteLLMProvider, status: int) -> None:
-    upstream.reply = error_reply(status, f"Incorrect API key provided: {KEY}; header Bearer {KEY}")
+async def test_no_error_shows_a_key(remote: Remote, lane: LiteLLMProvider, status: int) -> None:
+    remote.reply = error_reply(status, f"Incorrect API key provided: {KEY}; header Bearer {KEY}")
     for attempt in (
-        lambda: lane.chat(deployment(upstream), body(), **call()),
-        lambda: lane.embed(deployment(upstream), ["a"], {}, **call()),
+        lambda: lane.chat(deployment(remote), body(), **call()),
+        lambda: lane.embed(deployment(remote), ["a"], {}, **call()),
     ):
         with pytest.raises(GatewayError) as caught:
             await attempt()
@@ -729,22 +725,22 @@ async def test_no_error_shows_a_key(upstream: Upstream, lane: LiteLLMProvider, s
 
 
 async def test_an_answer_that_makes_no_sense_is_the_providers_failure(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
     for nonsense in ({"hello": "there"}, {"choices": []}):
-        upstream.reply = json_reply(nonsense)
+        remote.reply = json_reply(nonsense)
         with pytest.raises(ProviderError) as caught:
-            await lane.chat(deployment(upstream), body(), **call())
+            await lane.chat(deployment(remote), body(), **call())
         assert caught.value.status == 502
 
 
 async def test_an_earlier_failure_does_not_colour_a_later_one(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    upstream.reply = error_reply(401, "who are you")
-    nowhere = deployment(upstream, api_base="http://127.0.0.1:9/v1")
+    remote.reply = error_reply(401, "who are you")
+    nowhere = deployment(remote, api_base="http://127.0.0.1:9/v1")
     try:
-        await lane.chat(deployment(upstream), body(), **call())
+        await lane.chat(deployment(remote), body(), **call())
     except ProviderError:
         with pytest.raises(ProviderConnectionError) as caught:
             await lane.chat(nowhere, body(), **call())
@@ -782,17 +778,17 @@ def embedding_reply(
     return reply
 
 
-def embedder(upstream: Upstream, **params: Any) -> Deployment:
-    return deployment(upstream, "openai/text-embedding-3-small", **params)
+def embedder(remote: Remote, **params: Any) -> Deployment:
+    return deployment(remote, "openai/text-embedding-3-small", **params)
 
 
-async def test_vectors_are_asked_in_base64_and_come_as_one_array(upstream: Upstream) -> None:
-    upstream.reply = embedding_reply(shuffled=True)
+async def test_vectors_are_asked_in_base64_and_come_as_one_array(remote: Remote) -> None:
+    remote.reply = embedding_reply(shuffled=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         lane = LiteLLMProvider(InProcessModels())
-        vectors = await lane.embed(embedder(upstream), ["a", "b", "c"], {"user": "u"}, **call())
-    assert upstream.bodies[0] == {
+        vectors = await lane.embed(embedder(remote), ["a", "b", "c"], {"user": "u"}, **call())
+    assert remote.bodies[0] == {
         "model": "text-embedding-3-small",
         "input": ["a", "b", "c"],
         "user": "u",
@@ -807,23 +803,23 @@ async def test_vectors_are_asked_in_base64_and_come_as_one_array(upstream: Upstr
 
 
 async def test_a_server_that_ignores_base64_is_understood(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    upstream.reply = embedding_reply(floats=True)
-    vectors = await lane.embed(embedder(upstream), ["a", "b", "c"], {}, **call())
+    remote.reply = embedding_reply(floats=True)
+    vectors = await lane.embed(embedder(remote), ["a", "b", "c"], {}, **call())
     np.testing.assert_allclose(vectors.array, VECTORS, rtol=1e-6)
 
 
-async def test_a_deployment_may_want_floats(upstream: Upstream, lane: LiteLLMProvider) -> None:
-    upstream.reply = embedding_reply()
-    floats = embedder(upstream, encoding_format="float")
+async def test_a_deployment_may_want_floats(remote: Remote, lane: LiteLLMProvider) -> None:
+    remote.reply = embedding_reply()
+    floats = embedder(remote, encoding_format="float")
     vectors = await lane.embed(floats, ["a", "b", "c"], {}, **call())
-    assert upstream.bodies[0]["encoding_format"] == "float"
+    assert remote.bodies[0]["encoding_format"] == "float"
     np.testing.assert_allclose(vectors.array, VECTORS, rtol=1e-6)
 
 
 async def test_a_server_that_means_something_else_by_base64_is_asked_for_floats_from_then_on(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
     good = embedding_reply()
 
@@ -834,11 +830,11 @@ async def test_a_server_that_means_something_else_by_base64_is_asked_for_floats_
             return web.json_response(told)
         return await good(request, asked)
 
-    upstream.reply = reply
+    remote.reply = reply
     for _ in range(2):
-        vectors = await lane.embed(embedder(upstream), ["a", "b", "c"], {}, **call())
+        vectors = await lane.embed(embedder(remote), ["a", "b", "c"], {}, **call())
         np.testing.assert_allclose(vectors.array, VECTORS, rtol=1e-6)
-    assert [b["encoding_format"] for b in upstream.bodies] == ["base64", "float", "float"]
+    assert [b["encoding_format"] for b in remote.bodies] == ["base64", "float", "float"]
 
 
 @pytest.mark.parametrize(
@@ -851,25 +847,25 @@ async def test_a_server_that_means_something_else_by_base64_is_asked_for_floats_
     ],
 )
 async def test_wrong_vectors_are_not_passed_on(
-    upstream: Upstream, lane: LiteLLMProvider, vectors: np.ndarray, params: dict[str, Any]
+    remote: Remote, lane: LiteLLMProvider, vectors: np.ndarray, params: dict[str, Any]
 ) -> None:
     good = embedding_reply(vectors=vectors)
 
     async def reply(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
         return await good(request, {**asked, "encoding_format": "base64"})
 
-    upstream.reply = reply
+    remote.reply = reply
     with pytest.raises(ResponseValidationError) as caught:
-        await lane.embed(embedder(upstream), ["a", "b", "c"], params, **call())
+        await lane.embed(embedder(remote), ["a", "b", "c"], params, **call())
     assert caught.value.status == 502
     assert caught.value.model == "the-group"
 
 
 async def test_tokens_that_nobody_counted_are_estimated(
-    upstream: Upstream, lane: LiteLLMProvider
+    remote: Remote, lane: LiteLLMProvider
 ) -> None:
-    upstream.reply = embedding_reply(usage=0)
-    vectors = await lane.embed(embedder(upstream), ["abcd", "ef", "gh"], {}, **call())
+    remote.reply = embedding_reply(usage=0)
+    vectors = await lane.embed(embedder(remote), ["abcd", "ef", "gh"], {}, **call())
     assert vectors.estimated
     assert vectors.prompt_tokens == 2
     assert vectors.cost_nano == 2 * 20

@@ -1,0 +1,1 @@
+"""Kills and faults under load: at reduced counts in every run, in full by one command."""
