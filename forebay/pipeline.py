@@ -501,7 +501,9 @@ class Pipeline:
             self._judge(request, attempt.deployment, admitted, error, ignored=ignored)
             answer = tally.answer(request.call.body, status == "ok")
             if answer.cost_nano is None:
-                answer.cost_nano = system.provider.price(attempt.deployment, answer.usage)
+                answer.cost_nano = system.provider.price(
+                    attempt.deployment, answer.usage, model=answer.model
+                )
             facts.cost_nano = answer.cost_nano
             system.books.post_call(entry, answer, error)
             system.meter.usage(*_tokens(answer.usage), answer.cost_nano)

@@ -48,7 +48,8 @@ class StreamTally:
         Where the provider reported no usage, or was cut short before it could, tokens are
         estimated from the texts' bytes and `estimated` is true. `cost_nano` is left open.
         """
-        usage, estimated = self._usage, False
+        usage = self._usage
+        estimated = usage is not None and bool(usage.get("estimated"))
         if usage is None:
             usage, estimated = self._estimate(request), True
         chat = self._object == "chat.completion"

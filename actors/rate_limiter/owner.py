@@ -178,7 +178,7 @@ class RateLimiter:
             self._leases += 1
             lease = tenant.leases[holder] = _Lease(f"{self._name}:{self._leases}")
         lease.expires_s = now + self._lease_s + MARGIN_S
-        # Who waits wants it within a tick; else the rate a desk was given would look like its demand.
+        # Without those who wait, what a desk was given would look like all that it wants.
         lease.demand_per_s = ask.demand_per_s + ask.need * NEEDS_PER_S
         learning = self._learning(now)
         rate, capacity = self._targets(tenant, lease, now)

@@ -42,6 +42,7 @@ def test_it_starts_answers_and_stops_only_what_it_started(
     _, alive = psutil.wait_procs(family, timeout=20)
 
     assert {"local-chat", "local-embed"} == set(models)
+    assert chat.status_code == 200, chat.text
     assert chat.json()["choices"][0]["message"]["content"]
     assert len(vectors.json()["data"][0]["embedding"]) in (256, 1366)
     assert code == 0

@@ -70,8 +70,6 @@ def test_no_list_names_an_index_and_no_lock_file_is_kept() -> None:
     for name in ("requirements.txt", "requirements-dev.txt"):
         text = (support.ROOT / name).read_text()
         assert "--hash=sha256:" in text
-        assert "http" not in re.sub(r"\b(aio)?http[\w-]*==|\bhttp\w*\b", "", text)
-    assert re.search(
-        r"^litellm==1\.106\.\d+ ", (support.ROOT / "requirements.txt").read_text(), re.M
-    )
-    assert re.search(r"^ray==2\.60\.\d+ ", (support.ROOT / "requirements.txt").read_text(), re.M)
+        assert "://" not in text
+        assert re.search(r"^litellm==1\.106\.\d+ ", text, re.MULTILINE)
+        assert re.search(r"^ray==2\.60\.\d+ ", text, re.MULTILINE)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.rate_limiter.owner import LEASE_S, MARGIN_S, RateLimiter
-from actors.rate_limiter.policy import Ask, Bucket, Limits, Refusal, RollingHour, Share
+from actors.rate_limiter.policy import Ask, Bucket, Grant, Limits, Refusal, RollingHour, Share
+from actors.rate_limiter.till import Held, Till
 from tests.support.fake_time import FakeTime
 
 LIMITS = Limits(60.0, 10)
@@ -150,6 +151,52 @@ def test_a_holder_that_lacks_slots_is_not_told_to_give_any() -> None:
     assert short.slot_refusal is not None
     assert not short.slots_wanted
     assert told.slots_wanted
+
+
+def told(till: Till, limits: Limits, grant: Grant, now: float) -> Held:
+    """What a till holds once this grant answered its ask."""
+    held = till.of("acme", limits, now)
+    held.need = 1
+    message = till.message(now)
+    assert message is not None
+    till.granted(message, [grant], now, now)
+    held.need = 0
+    return held
+
+
+def test_what_another_lease_held_is_not_kept_beside_the_new_one() -> None:
+    till, share = Till(), Share(1.0, 10.0, 10.0)
+    told(
+        till,
+        LIMITS,
+        Grant("acme", "owner", "first", 0.5, share, rate_target=1.0, capacity_target=10.0),
+        0.0,
+    )
+    held = told(
+        till,
+        LIMITS,
+        Grant("acme", "owner", "second", 0.5, share, rate_target=1.0, capacity_target=10.0),
+        0.1,
+    )
+    assert held.bucket is not None
+    assert (held.bucket.rate_per_s, held.bucket.capacity) == (1.0, 10.0)
+
+
+def test_a_free_slot_is_not_taken_when_the_owner_was_silent_for_a_lease_life() -> None:
+    till, limits = Till(), Limits(concurrent=2)
+    held = told(till, limits, Grant("acme", "owner", "lease", 0.5, slots=2), 0.0)
+    assert till.take_slot(held, 0.4)
+    assert not till.take_slot(held, 0.5)
+
+
+def test_an_hourly_permit_is_used_within_a_minute_or_goes_back() -> None:
+    till, limits = Till(), Limits(requests_per_hour=9)
+    held = told(till, limits, Grant("acme", "owner", "lease", 0.5, hours=2, hours_minute=7), 0.0)
+    assert till.take(held, 59.9)
+    assert not till.take(held, 60.0)
+    message = till.message(60.0)
+    assert message is not None
+    assert (message.asks[0].hours_back, message.asks[0].hours_minute) == (1, 7)
 
 
 def test_what_travels_survives_pickling() -> None:
