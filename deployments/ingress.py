@@ -41,6 +41,7 @@ PROFILE: dict[str, str] = {
 }
 
 SIDE_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+PORTS_TRIED = 200
 
 
 def prepare(environ: MutableMapping[str, str]) -> None:
@@ -57,15 +58,18 @@ def prepare(environ: MutableMapping[str, str]) -> None:
 
 
 def _free_port(preferred: int) -> int:
-    """The preferred port of loopback, or another one when a neighbour has that already."""
-    for port in (preferred, 0):
+    """The preferred port of loopback, or the next one that no neighbour has.
+
+    Never one of the ephemeral range: Ray's own processes take theirs from there any moment.
+    """
+    for port in range(preferred, preferred + PORTS_TRIED):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return int(probe.getsockname()[1])
-    raise ConfigurationError("no port of 127.0.0.1 is free")
+            return port
+    raise ConfigurationError(f"no port from {preferred} on is free on 127.0.0.1")
 
 
 class StripControlHeaders:

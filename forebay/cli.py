@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     command("status", _status, "what runs, and where", asks=True)
     ask = command("ask", _ask, "ask a model one question", asks=True)
     ask.add_argument("question")
-    ask.add_argument("--model")
+    ask.add_argument("--model", help="default: the first of `forebay models`")
     ask.add_argument("--stream", action="store_true", help="print the answer as it comes")
     command("models", _models, "the models that can be asked", asks=True)
     command("health", _health, "how the gateway and its owners are", asks=True)
@@ -220,9 +220,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _ask(arguments: argparse.Namespace) -> int:
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": arguments.question}]}
-    if arguments.model:
-        body["model"] = arguments.model
+    model = arguments.model or _get(arguments, "/v1/models")[1]["data"][0]["id"]
+    message = {"role": "user", "content": arguments.question}
+    body: dict[str, Any] = {"model": model, "messages": [message]}
     if not arguments.stream:
         _, answer = _get(arguments, "/v1/chat/completions", body)
         if arguments.json:

@@ -71,9 +71,9 @@ class CacheDesk:
     """Owns this process's look-ups under way, the flights it leads, and those it follows.
 
     Look-ups of one tick are one message (ASKS_PER_MESSAGE_MAX at most), together with those that
-    came while the last message was under way; so are landings. All followers of a flight in this process share one held message. Bounded by the calls under way,
-    LANDING_BYTES_MAX of values waiting to be sent, and FOLLOWS_MAX flights followed; beyond the
-    last, a request computes alone.
+    came while the last message was under way; so are landings. All followers of a flight in this
+    process share one held message. Bounded by the calls under way, LANDING_BYTES_MAX of values
+    waiting to be sent, and FOLLOWS_MAX flights followed; beyond the last, a request computes alone.
 
     Failure behaviour: fails open. Without an answer in LOOKUP_TIMEOUT_S the caller leads, and until
     the owner answers a probe again every look-up is answered at once, without asking. Landings that

@@ -27,6 +27,7 @@ HOLDERS_MAX = 10_000
 LEASE_S = 0.5
 MARGIN_S = 0.1  # a lease is taken back so much later than its desk stops using it
 RESERVE = 0.05  # of a large burst, kept for whoever comes next
+SPARE_RATIO = 1.1  # a lease so far above its target is about to be cut down
 HOURS_AHEAD_S = 0.5  # so much of a desk's demand is lent of the hourly count
 NEEDS_PER_S = 5.0  # a request that waits counts as so much demand
 SHORT_S = 1.0  # so long the others are asked to give back slots
@@ -42,6 +43,11 @@ class _Lease:
     rate_per_s: float = 0.0
     capacity: float = 0.0
     demand_per_s: float = 0.0
+    level: float = 0.0  # what its desk had left when it last spoke
+
+    def has_spare(self, target_per_s: float) -> bool:
+        """Whether the owner may yet get something of it for others."""
+        return self.level >= 1.0 or self.rate_per_s > target_per_s * SPARE_RATIO
 
 
 @dataclass(slots=True)
@@ -91,6 +97,7 @@ class RateLimiter:
         self._fresh = fresh
         self._tenants: dict[str, _Tenant] = {}
         self._answers: OrderedDict[str, tuple[int, list[Grant]]] = OrderedDict()
+        self._dead: OrderedDict[str, None] = OrderedDict()
         self._leases = 0
         self._messages = 0
         self._repeated = 0
@@ -108,6 +115,9 @@ class RateLimiter:
     def lease(self, holder: str, seq: int, asks: list[Ask]) -> list[Grant]:
         """Answer all asks of one desk's tick. The same `seq` again gets the same answer."""
         self._messages += 1
+        if _process(holder) in self._dead:
+            # Sent before its process died: what it says it holds is nobody's any more.
+            return [Grant(ask.tenant, self._name) for ask in asks]
         known = self._answers.get(holder)
         if known is not None and known[0] == seq:
             self._repeated += 1
@@ -125,6 +135,9 @@ class RateLimiter:
 
     def holder_gone(self, holder: str) -> int:
         """The process is known to be dead: its slots are free. How many there were."""
+        self._dead[holder] = None
+        while len(self._dead) > HOLDERS_MAX:
+            self._dead.popitem(last=False)
         freed = 0
         for tenant in self._tenants.values():
             for name in [name for name in tenant.slots if _process(name) == holder]:
@@ -180,6 +193,7 @@ class RateLimiter:
         lease.expires_s = now + self._lease_s + MARGIN_S
         # Without those who wait, what a desk was given would look like all that it wants.
         lease.demand_per_s = ask.demand_per_s + ask.need * NEEDS_PER_S
+        lease.level = ask.held.level
         learning = self._learning(now)
         rate, capacity = self._targets(tenant, lease, now)
         share, refusal = self._lend(tenant, lease, ask, now)
@@ -219,8 +233,10 @@ class RateLimiter:
             else:
                 bucket = Bucket(limits.rate_per_s, limits.burst, 0.0, self._learnt_s())
             tenant = self._tenants[ask.tenant] = _Tenant(limits, bucket)
-        elif ask.limits.version >= tenant.limits.version and ask.limits != tenant.limits:
-            self._relimit(tenant, ask, now)
+        elif ask.limits.version >= tenant.limits.version:
+            if ask.limits != tenant.limits:
+                self._relimit(tenant, ask, now)
+            tenant.limits = ask.limits  # equal ones may be of a newer version
         return tenant
 
     def _relimit(self, tenant: _Tenant, ask: Ask, now: float) -> None:
@@ -342,10 +358,13 @@ class RateLimiter:
         limits, bucket = tenant.limits, tenant.bucket
         assert limits.requests_per_minute is not None
         rate = bucket.rate_per_s + lease.rate_per_s
-        others = limits.rate_per_s - rate
         missing = 1.0 - level - bucket.level
         wait_s = max(0.0, missing) / rate if rate > EPSILON else self._lease_s + MARGIN_S
-        lent = others > limits.rate_per_s * EPSILON and len(tenant.leases) > 1
+        lent = any(
+            other.has_spare(self._targets(tenant, other, now)[0])
+            for other in tenant.leases.values()
+            if other is not lease
+        )
         return self._refused(
             "requests_per_minute", limits.requests_per_minute, level, wait_s, lent=lent
         )

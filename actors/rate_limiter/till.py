@@ -152,11 +152,15 @@ class Till:
 
     def message(self, now: float, *, everything: bool = False) -> Message | None:
         """What there is to say now: needs, renewals that are due, and what is given back."""
-        asks = [
-            self._ask(held, now, everything)
+        # Renewals travel together: when one is due, those that are nearly due come along.
+        renewing = any(now >= held.told_s + RENEW_S for held in self.held.values())
+        soon_s = now - RENEW_S / 2
+        due = [
+            held
             for held in self.held.values()
-            if everything or now >= self._due_s(held)
+            if everything or now >= self._due_s(held) or (renewing and held.told_s <= soon_s)
         ]
+        asks = [self._ask(held, now, everything) for held in due]
         if not asks:
             return None
         self._seq += 1

@@ -30,8 +30,11 @@ def test_it_starts_answers_and_stops_only_what_it_started(
         with httpx.Client(base_url=newcomer.url, timeout=120) as http:
             models = [model["id"] for model in http.get("/v1/models").json()["data"]]
             message = {"role": "user", "content": "Say hello."}
-            chat = http.post("/v1/chat/completions", json={"messages": [message], "max_tokens": 8})
-            vectors = http.post("/v1/embeddings", json={"input": "hello"})
+            chat = http.post(
+                "/v1/chat/completions",
+                json={"model": "local-chat", "messages": [message], "max_tokens": 8},
+            )
+            vectors = http.post("/v1/embeddings", json={"model": "local-embed", "input": "hello"})
         memory_mb = sum(p.memory_info().rss for p in family if p.is_running()) / 1e6
         with capsys.disabled():
             print(

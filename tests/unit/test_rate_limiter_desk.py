@@ -382,3 +382,25 @@ async def test_what_a_count_costs_is_printed(world: World) -> None:
             pass
 
     print(f"\ncount: {timeit.timeit(count_once, number=20_000) / 20_000 * 1e6:.2f} us")
+
+
+async def test_renewals_of_many_tenants_travel_together(world: World) -> None:
+    desk = await world.desk()
+    for number in range(20):
+        await world.now(desk.count(f"tenant {number}", PER_SECOND))
+        await world.time.advance(0.007)
+    before = world.line.sent["lease"]
+    for _ in range(10):
+        await world.time.advance(0.1)
+
+    assert 0 < world.line.sent["lease"] - before <= 8
+
+
+async def test_a_late_message_of_a_dead_process_brings_nothing_back(world: World) -> None:
+    desk = await world.desk("process")
+    ticket = await world.now(desk.count("acme", Limits(concurrent=2)))
+    await world.now(desk.reserve(ticket))
+    assert world.owner.holder_gone("process") >= 1
+    await world.time.advance(1.0)  # its desk goes on renewing
+
+    assert world.owner.holders() == []

@@ -203,3 +203,22 @@ def test_what_travels_survives_pickling() -> None:
     ask = Ask("acme", LIMITS, held=Share(1.0, 2.0, 3.0))
     refusal = Refusal("requests_per_minute", 60.0, 0.0, 1.0)
     assert pickle.loads(pickle.dumps((ask, refusal))) == (ask, refusal)
+
+
+def test_equal_limits_of_a_newer_configuration_are_not_undone_by_an_older_one() -> None:
+    owner = RateLimiter(FakeTime(), fresh=True)
+    newer, older = Limits(60.0, 2, version=3), Limits(600.0, 20, version=2)
+    owner.lease("one", 1, [Ask("acme", Limits(60.0, 2, version=1))])
+    owner.lease("two", 1, [Ask("acme", newer)])
+    (grant,) = owner.lease("three", 1, [Ask("acme", older)])
+    assert grant.limits == newer
+
+
+def test_a_refusal_is_the_tenants_own_doing_when_no_desk_has_any_to_spare() -> None:
+    owner = RateLimiter(FakeTime(), fresh=True)
+    limits = Limits(60.0, 2)
+    owner.lease("one", 1, [Ask("acme", limits, need=1, demand_per_s=5.0)])
+    owner.lease("one", 2, [Ask("acme", limits, need=1, demand_per_s=5.0)])
+    for seq in (1, 2):
+        (grant,) = owner.lease("two", seq, [Ask("acme", limits, need=1, demand_per_s=5.0)])
+    assert grant.refusal is not None
