@@ -121,7 +121,7 @@ class Child:
 
 def _is_200(url: str, key: str, body: Mapping[str, Any] | None) -> bool:
     try:
-        with urllib.request.urlopen(_request(url, key, body), timeout=5) as response:
+        with urllib.request.urlopen(_request(url, key, body), timeout=60) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
