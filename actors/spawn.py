@@ -22,7 +22,6 @@ from ray.exceptions import (
     ActorUnavailableError,
     RayActorError,
     RayError,
-    RaySystemError,
     RayTaskError,
 )
 from ray.experimental import internal_kv
@@ -53,18 +52,16 @@ class OwnerSpec:
         return int(self.cls.PROTOCOL)  # type: ignore[attr-defined]
 
 
-class ProtocolMismatch(Exception):
+class ProtocolMismatch(OwnerUnavailable):
     """The running owner is of another protocol version than this process's code."""
 
     def __init__(self, owner: str, running: int, ours: int) -> None:
-        super().__init__(owner, running, ours)
-        self.owner, self.running, self.ours = owner, running, ours
+        super().__init__(owner, f"it speaks protocol {running}, this process {ours}")
+        self.args = (owner, running, ours)
 
     def __str__(self) -> str:
-        return (
-            f"owner {self.owner!r} speaks protocol {self.running}, this process {self.ours}: "
-            "run `forebay up` from the newer version, it replaces older owners"
-        )
+        newer = "run `forebay up` from the newer version, it replaces older owners"
+        return f"{super().__str__()}: {newer}"
 
 
 class RayRef:
@@ -105,7 +102,7 @@ class RayRef:
             except (ActorDiedError, RayActorError):
                 reason = "it died"
                 self._handle = None
-            except RaySystemError as error:
+            except RayError as error:
                 raise OwnerUnavailable(self.name, str(error)) from None
             if time.monotonic() + RETRY_PAUSE_S >= deadline:
                 raise OwnerUnavailable(self.name, reason)

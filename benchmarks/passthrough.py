@@ -222,9 +222,13 @@ def forebay(
     home.mkdir()
     secret = secrets.token_hex(32)
     config = home / "forebay.yaml"
-    document = forebay_document(upstream.url, port, home / "data", keys, admin, secret, caching)
+    document = forebay_document(upstream.url, port, keys, admin, secret, caching)
     config.write_text(yaml.safe_dump(document))
-    environ = {"FOREBAY_KEY_SECRET": secret, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environ = {
+        "FOREBAY_KEY_SECRET": secret,
+        "FOREBAY_DATA_DIR": str(home / "data"),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    }
     command = [sys.executable, "-m", "forebay", "up", "--config", str(config)]
     first = {"model": "sim", "messages": [{"role": "user", "content": "The first question"}]}
     upstream.reset()
@@ -279,7 +283,6 @@ ROWS: dict[str, Callable[[Report, Plan, Upstream, Path], None]] = {
 def forebay_document(
     upstream_url: str,
     port: int,
-    data_dir: Path,
     keys: Sequence[str],
     admin: str,
     secret: str,
@@ -312,7 +315,6 @@ def forebay_document(
             "max_retries": 0,
         },
         "server": {"host": "127.0.0.1", "port": port, "replicas": 1},
-        "data_dir": str(data_dir),
     }
 
 

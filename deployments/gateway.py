@@ -6,6 +6,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +74,7 @@ class Gateway:
         Returns:
             OpenAI's chat completion object.
         """
+        request = {name: value for name, value in request.items() if name != "stream"}
         result = await self._system.pipeline.answer(self._call("chat", request))
         return result.answer.body
 
@@ -97,13 +99,19 @@ class Gateway:
         """One chat answer as OpenAI chunks. Call with `handle.options(stream=True)`."""
         request = {name: value for name, value in request.items() if name != "stream"}
         stream = await self._system.pipeline.stream(self._call("chat", request))
-        async for chunk in stream.chunks:
-            yield chunk
+        counted = bool((request.get("stream_options") or {}).get("include_usage"))
+        async with aclosing(stream.chunks) as chunks:
+            async for chunk in chunks:
+                if counted or chunk.get("choices"):  # the last chunk has usage and no choice
+                    yield chunk
 
     def _call(self, route: Route, request: Mapping[str, Any]) -> Call:
         body = dict(request)
         tenant = body.pop("tenant_id", None) or DEFAULT_TENANT
         timeout_s = body.pop("timeout", None)
+        positive = isinstance(timeout_s, int | float) and timeout_s > 0
+        if timeout_s is not None and not positive:
+            raise InvalidRequest.about("timeout", "timeout must be a positive number of seconds")
         if not isinstance(tenant, str):
             raise InvalidRequest.about("tenant_id", "tenant_id must be a string")
         return Call(
@@ -216,7 +224,7 @@ class PipelineService:
         )
 
     async def metrics(self) -> bytes:
-        return self._system.meter.render()
+        return self._system.metrics()
 
     async def providers(self, tenant: str) -> list[dict[str, Any]]:
         table = self._system.table

@@ -9,7 +9,9 @@ Rule 3: each group on the way (the one asked for, then its fallbacks) has its ow
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +55,7 @@ class Plan:
         self._group_index = -1
         self._deployments: list[Deployment] = []
         self._made = 0  # attempts made in this group
+        self._tries: Counter[str] = Counter()  # and of each deployment
         self._earliest_s: dict[str, float] = {}  # deployment id → the pause its provider asked for
         self._refused: set[str] = set()  # not to be tried again for this request
         self._reopens_s: list[float] = []
@@ -60,8 +63,8 @@ class Plan:
         self.retries = 0
         self.fallbacks = 0
 
-    def next(self) -> Try:
-        """The next attempt.
+    def next(self, left_s: float = math.inf) -> Try:
+        """The next attempt; never one whose pause would not fit into the `left_s` seconds left.
 
         Raises:
             GatewayError: what the last attempt failed with, when nothing is left to try;
@@ -70,12 +73,14 @@ class Plan:
         while True:
             candidates = [d for d in self._deployments if d.id not in self._refused]
             if candidates and self._made <= self._max_retries:
-                deployment = candidates[self._made % len(candidates)]
-                pause_s = self._pause_s(deployment, len(candidates))
-                is_retry = self._made > 0
-                self._made += 1
-                self.retries += is_retry
-                return Try(deployment, pause_s, is_retry, self._group_index > 0)
+                deployment = min(candidates, key=lambda d: self._tries[d.id])
+                pause_s = self._pause_s(deployment)
+                if pause_s == 0 or pause_s < left_s:
+                    is_retry = self._made > 0
+                    self._made += 1
+                    self._tries[deployment.id] += 1
+                    self.retries += is_retry
+                    return Try(deployment, pause_s, is_retry, self._group_index > 0)
             if not self._next_group():
                 raise self._failure()
 
@@ -98,6 +103,7 @@ class Plan:
         self._refused.add(deployment.id)
         self._reopens_s.append(retry_after_s)
         self._made -= 1
+        self.retries -= self._made > 0
 
     def _next_group(self) -> bool:
         self._group_index += 1
@@ -105,14 +111,15 @@ class Plan:
             return False
         self._deployments = self._order(self._groups[self._group_index])
         self._made = 0
+        self._tries.clear()
         self.fallbacks += self._group_index > 0
         return True
 
-    def _pause_s(self, deployment: Deployment, candidates: int) -> float:
-        if self._made < candidates:
-            return 0.0  # the first time this one is tried
-        lap = self._made // candidates - 1
-        ceiling_s = min(PAUSE_MAX_S, self._retry_delay_s * 2**lap)
+    def _pause_s(self, deployment: Deployment) -> float:
+        tries = self._tries[deployment.id]
+        if tries == 0:
+            return 0.0
+        ceiling_s = min(PAUSE_MAX_S, self._retry_delay_s * 2 ** (tries - 1))
         return max(self._rng.uniform(0.0, ceiling_s), self._earliest_s.get(deployment.id, 0.0))
 
     def _failure(self) -> GatewayError:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 from __future__ import annotations
 
 import argparse
+import http.client
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from forebay import __version__, running
 from forebay import config as configuration
@@ -43,8 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has seen enough; keep Python from complaining when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except (ConnectionError, urllib.error.URLError) as error:
-        url = getattr(arguments, "url", None) or "http://127.0.0.1:8000"
+    except (
+        ConnectionError,
+        TimeoutError,
+        urllib.error.URLError,
+        http.client.HTTPException,
+    ) as error:
+        url = _url(arguments) if hasattr(arguments, "url") else "http://127.0.0.1:8000"
         return _say(
             arguments, f"nothing answers at {url} ({error}); `forebay up` starts it", FAILED
         )
@@ -287,8 +294,11 @@ def _request(
 
 
 def _open(request: urllib.request.Request, statuses: tuple[int, ...]) -> Any:
+    near = urlsplit(request.full_url).hostname in ("127.0.0.1", "::1", "localhost")
+    # HTTP_PROXY is not meant for this machine.
+    proxies = [urllib.request.ProxyHandler({})] if near else []
     try:
-        return urllib.request.urlopen(request, timeout=310)  # noqa: S310 (checked in _request)
+        return urllib.request.build_opener(*proxies).open(request, timeout=310)
     except urllib.error.HTTPError as error:
         if error.code in statuses:
             return error
@@ -306,7 +316,10 @@ def _get(
     statuses: tuple[int, ...] = (200,),
 ) -> tuple[int, Any]:
     with _open(_request(arguments, path, body), statuses) as response:
-        return response.status, json.loads(response.read() or b"null")
+        try:
+            return response.status, json.loads(response.read() or b"null")
+        except ValueError:
+            raise GatewayError(f"what answers at {_url(arguments)} is not Forebay") from None
 
 
 # ----------------------------------------------------------------------- keys, configuration

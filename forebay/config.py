@@ -570,6 +570,7 @@ def shown(config: SystemConfig | GatewayConfig) -> dict[str, Any]:
     if "gateway" not in plain:
         return plain
     gateway = plain.pop("gateway")
+    plain.pop("data_dir")  # the environment's
     top = ("model_list", "fallbacks", "tenants", "ledger_url")
     return {**{name: gateway.pop(name) for name in top}, "gateway": gateway, **plain}
 
@@ -688,7 +689,10 @@ def _load(
         if lines is None:
             return None, problems
         source, data = _Source(str(path), lines), lines.values
+    stated = isinstance(data, dict) and "data_dir" in data
     data, faults = _gathered(data)
+    if stated:
+        faults.append(Fault(("data_dir",), "is set by FOREBAY_DATA_DIR, which all commands read"))
     faults += _overlay(data, environ, source)
     _fill_in(data, environ)
     try:

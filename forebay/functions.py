@@ -7,7 +7,6 @@ that is made with the defaults on first use and closed when the interpreter exit
 from __future__ import annotations
 
 import asyncio
-import atexit
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,8 @@ class _Shared:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._gateway: LiteLLMGateway | None = None
-        atexit.register(self.set, None)
+        # `atexit` would be too late: thread pools, and Ray, are shut down by then.
+        threading._register_atexit(self.set, None)  # type: ignore[attr-defined]
 
     def get(self) -> LiteLLMGateway:
         with self._lock:

@@ -6,9 +6,12 @@ the pipeline on the gateway's own loop, and shapes what comes back.
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -69,6 +72,8 @@ class LiteLLMGateway:
                 f"runtime must be 'auto', 'ray' or 'inline', not {runtime!r}", param="runtime"
             )
         self._given = (config, runtime, namespace)
+        self._lock = threading.Lock()
+        self._closed = False
         self._loop = LoopThread("forebay-gateway")
         try:
             self._system: System = self._loop.run(
@@ -123,10 +128,11 @@ class LiteLLMGateway:
 
     async def _stream(self, call: Call) -> AsyncIterator[str]:
         stream = await self._loop.hand_over(self._system.pipeline.stream(call))
-        async for chunk in self._loop.iterate(stream.chunks):
-            text = _text_of(chunk)
-            if text:
-                yield text
+        async with aclosing(self._loop.iterate(stream.chunks)) as chunks:
+            async for chunk in chunks:
+                text = _text_of(chunk)
+                if text:
+                    yield text
 
     def _stream_sync(self, call: Call) -> Iterator[str]:
         stream = self._loop.run(self._system.pipeline.stream(call))
@@ -255,16 +261,33 @@ class LiteLLMGateway:
         return self._loop.run(work)
 
     def close(self) -> None:
-        """Hand in what is buffered and let go. Idempotent. Shared owners go on."""
-        if self._loop.alive:
-            self._loop.run(self._system.close())
-            self._loop.close()
+        """End calls and streams still under way, hand in what is buffered, and let go.
+
+        Idempotent. Shared owners go on.
+        """
+        if self._begin_close():
+            try:
+                self._loop.run(self._close())
+            finally:
+                self._loop.close()
 
     async def aclose(self) -> None:
         """As `close`."""
-        if self._loop.alive:
-            await self._loop.hand_over(self._system.close())
-            self._loop.close()
+        if self._begin_close():
+            try:
+                await self._loop.hand_over(self._close())
+            finally:
+                await asyncio.to_thread(self._loop.close)
+
+    def _begin_close(self) -> bool:
+        """Whether it is this caller who closes."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+        return first and self._loop.alive
+
+    async def _close(self) -> None:
+        await self._loop.end_work()
+        await self._system.close()
 
     def __enter__(self) -> Self:
         return self
@@ -294,10 +317,10 @@ class LiteLLMGateway:
 
     def __reduce__(self) -> Any:
         config, runtime, namespace = self._given
-        if config is not None:
+        if config is not None or self._system.runtime == "inline":
             raise TypeError(
-                "a LiteLLMGateway with a configuration of its own does not travel to another "
-                "process, since its keys must not; construct it there"
+                "a LiteLLMGateway with a configuration or owners of its own does not travel to "
+                "another process; construct it there"
             )
         return (_attach, (runtime, namespace))
 

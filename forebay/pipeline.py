@@ -17,7 +17,7 @@ Rule 2: no step leaves the process unless its desk has run dry.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,7 @@ from actors.cache.desk import FlightFailed, Hit, Lead
 from actors.cache.policy import Scope, key
 from actors.circuit_breaker.policy import Pass, Verdict
 from actors.circuit_breaker.policy import Refusal as BreakerRefusal
+from actors.ledger.desk import OpenEntry
 from actors.rate_limiter.policy import Hold, Refusal, Ticket
 from actors.ref import OwnerUnavailable
 from forebay import codec, schemas, validation
@@ -43,13 +44,14 @@ from forebay.errors import (
     QueueTimeout,
     RateLimitError,
 )
-from forebay.providers.base import verdict_of
+from forebay.providers.base import Chunks, verdict_of
 from forebay.routing import Deployment, Group, allows
 
 if TYPE_CHECKING:
     from forebay.system import System
 
 Route = Literal["chat", "completion", "embedding"]
+BATCHER_GRACE_S = 0.25
 TEXTS_FIELD: dict[str, str] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
 
@@ -106,7 +108,7 @@ class Result:
 class Stream:
     """A stream whose first chunk has arrived. Close `chunks` to stop the provider."""
 
-    chunks: AsyncIterator[dict[str, Any]]
+    chunks: AsyncGenerator[dict[str, Any], None]
     facts: Facts
 
 
@@ -119,6 +121,7 @@ class _Request:
     started_s: float
     deadline_s: float
     facts: Facts
+    own_deadline: bool = False  # the client's, shorter than the configured one
     ticket: Ticket | None = None
     hold: Hold | None = None
 
@@ -174,7 +177,9 @@ class Pipeline:
             await self._reserve(request)
             return await self._open_stream(request)
         except BaseException as error:
-            status = str(error.status) if isinstance(error, GatewayError) else "cancelled"
+            status = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
+            if isinstance(error, GatewayError):
+                status = str(error.status)
             self._settle(request)
             self._finish(call, request, status)
             raise
@@ -196,11 +201,10 @@ class Pipeline:
                 f"tenant {call.tenant!r} may not use model {name!r}", param="model", model=name
             )
         now = system.clock()
-        timeout_s = (
-            config.timeout if call.timeout_s is None else min(config.timeout, call.timeout_s)
-        )
+        own_deadline = call.timeout_s is not None and call.timeout_s < config.timeout
+        timeout_s = call.timeout_s if own_deadline and call.timeout_s else config.timeout
         facts = Facts(group=group.name, config_version=system.version)
-        return _Request(call, group, now, now + timeout_s, facts)
+        return _Request(call, group, now, now + timeout_s, facts, own_deadline)
 
     # 2 ------------------------------------------------------------------------------- count
 
@@ -210,12 +214,16 @@ class Pipeline:
         if limits is None:
             return
         wait_s, queue_max = system.queue_for(call.tenant) if call.may_wait else (0.0, 0)
+        asked_s = system.clock()
         try:
             counted = await system.limiter.count(
                 call.tenant, limits, wait_s=min(wait_s, self._left(request)), queue_max=queue_max
             )
         except OwnerUnavailable as error:
             raise Overloaded(f"limits cannot be checked now: {error}", retry_after_s=1.0) from None
+        waited_s = system.clock() - asked_s
+        if waited_s > 0.001:
+            system.meter.queued(waited_s)
         if isinstance(counted, Refusal):
             raise self._refused(request, counted, wait_s)
         request.ticket = counted
@@ -229,7 +237,9 @@ class Pipeline:
         join = config.enable_request_deduplication and not _asks_for_variety(call.body)
         if not (read or join):
             return None
-        address = key(Scope(call.tenant), call.route, request.group.name, call.body)
+        # By deployments too: another configuration may mean something else by the same name.
+        asked = " ".join([request.group.name, *(d.id for d in request.group.deployments)])
+        address = key(Scope(call.tenant), call.route, asked, call.body)
         try:
             found = await system.cache.lookup(
                 address, Scope(call.tenant), read=read, join=join, patience_s=self._left(request)
@@ -264,17 +274,20 @@ class Pipeline:
                 landed, ttl_s = self._keep(request, answer)
             return answer
         except GatewayError as failure:
-            error = failure
+            # Our client's own deadline is no news for those who have more time: one of them leads.
+            if not (request.own_deadline and isinstance(failure, GatewayTimeout)):
+                error = failure
             raise
         finally:
+            self._settle(request)
             if lead is not None:
                 packed = None if error is None else codec.pack_error(error)
                 self._system.cache.land(lead, landed, packed, ttl_s)
-            self._settle(request)
 
     async def _reserve(self, request: _Request) -> None:
         system = self._system
         if system.books.full:
+            self._uncount(request)
             raise Overloaded("the ledger is away and its buffer is full", retry_after_s=1.0)
         if request.ticket is None:
             return
@@ -298,8 +311,8 @@ class Pipeline:
         plan = self._plan(request)
         while True:
             attempt, admitted = await self._next(request, plan)
-            system, facts, call = self._system, request.facts, request.call
-            entry = system.books.open_call(call, facts, attempt.deployment)
+            system, facts = self._system, request.facts
+            entry = self._open_entry(request, attempt, admitted)
             begun_s = system.clock()
             try:
                 answer = await self._provider_call(request, attempt.deployment)
@@ -328,9 +341,9 @@ class Pipeline:
         """The next attempt that the breaker lets through, after the pause it needs."""
         system, facts = self._system, request.facts
         while True:
-            attempt = plan.next()
             left_s = self._left(request)
-            if left_s <= attempt.pause_s:
+            attempt = plan.next(left_s)
+            if left_s <= 0:
                 timeout_s = request.deadline_s - request.started_s
                 raise GatewayTimeout(
                     f"no time left for another attempt within {timeout_s:g} s",
@@ -350,6 +363,18 @@ class Pipeline:
             facts.retries, facts.fallbacks = plan.retries, plan.fallbacks
             return attempt, admitted
 
+    def _open_entry(
+        self, request: _Request, attempt: Try, admitted: Pass | None, *, stream: bool = False
+    ) -> OpenEntry | None:
+        """The ledger's entry of an attempt. The breaker has its leave back where there is none."""
+        try:
+            return self._system.books.open_call(
+                request.call, request.facts, attempt.deployment, stream=stream
+            )
+        except GatewayError as error:
+            self._judge(request, attempt.deployment, admitted, error)
+            raise
+
     def _plan(self, request: _Request) -> Plan:
         system = self._system
         config = system.config.gateway
@@ -366,8 +391,10 @@ class Pipeline:
         """One attempt, bounded by what is left of the deadline."""
         system, call = self._system, request.call
         timeout_s = self._left(request)
+        # The Batcher's own clock goes first, so that it, and not we, judges a call that hangs.
+        grace_s = BATCHER_GRACE_S if call.route == "embedding" else 0.0
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s + grace_s):
                 if call.route == "chat":
                     return await system.provider.chat(
                         deployment, call.body, timeout_s=timeout_s, resolve=system.resolve
@@ -390,7 +417,16 @@ class Pipeline:
         """Texts go through the Batcher, which may send them together with other callers'."""
         system, body = self._system, request.call.body
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        params = tuple(sorted((k, v) for k, v in body.items() if k == "dimensions"))
+        params = tuple(
+            sorted(
+                (name, value)
+                for name, value in body.items()
+                if name == "dimensions" or name in request.group.allowed_params
+            )
+        )
+        for name, value in params:
+            if not isinstance(value, str | int | float):
+                raise InvalidRequest.about(name, f"{name} must be a plain value for embeddings")
         coalesce = system.config.gateway.enable_request_batching
         try:
             share = await system.batcher_for(deployment, coalesce).embed(
@@ -427,7 +463,7 @@ class Pipeline:
         while True:
             attempt, admitted = await self._next(request, plan)
             system, facts, call = self._system, request.facts, request.call
-            entry = system.books.open_call(call, facts, attempt.deployment, stream=True)
+            entry = self._open_entry(request, attempt, admitted, stream=True)
             begun_s = system.clock()
             open_stream = (
                 system.provider.chat_stream
@@ -441,27 +477,27 @@ class Pipeline:
                 resolve=system.resolve,
             )
             try:
-                async with asyncio.timeout_at(
-                    asyncio.get_running_loop().time() + self._left(request)
-                ):
+                async with asyncio.timeout(self._left(request)):
                     first = await anext(chunks)
             except (GatewayError, TimeoutError, StopAsyncIteration) as failure:
-                await chunks.aclose()
                 error = _stream_failure(failure, attempt.deployment)
                 facts.provider_s += system.clock() - begun_s
                 system.books.void_call(entry, error)
                 verdict = self._judge(request, attempt.deployment, admitted, error)
+                await chunks.aclose()
                 plan.failed(attempt.deployment, error, verdict)
                 continue
             except BaseException:
-                await chunks.aclose()
                 system.books.void_call(entry, None)
                 self._judge(request, attempt.deployment, admitted, None, ignored=True)
+                await chunks.aclose()
                 raise
             facts.provider_s += system.clock() - begun_s
             system.meter.first_token(call.route, system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
             relay = self._relay(request, attempt, admitted, entry, first, chunks)
+            # Into its `try`, so that closing or dropping it settles even if nobody takes a chunk.
+            await anext(relay)
             return Stream(relay, facts)
 
     async def _relay(
@@ -469,18 +505,22 @@ class Pipeline:
         request: _Request,
         attempt: Try,
         admitted: Pass | None,
-        entry: Any,
+        entry: OpenEntry | None,
         first: dict[str, Any],
-        chunks: AsyncIterator[dict[str, Any]],
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Hand the chunks on, and settle when they end, fail, or nobody wants them any more."""
+        chunks: Chunks,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Hand the chunks on, and settle when they end, fail, or nobody wants them any more.
+
+        The first item is no chunk: it says that the generator has started.
+        """
         system, facts = self._system, request.facts
         begun_s = system.clock()
         tally = schemas.StreamTally(request.call.route)
         error: GatewayError | None = None
         status = "cancelled"
         try:
-            async with aclosing(chunks):  # type: ignore[type-var]
+            async with aclosing(chunks):
+                yield {}
                 tally.add(first)
                 yield first
                 while True:
@@ -525,9 +565,11 @@ class Pipeline:
         verdict = Verdict.IGNORED if ignored else Verdict.SUCCESS
         if error is not None:
             verdict = verdict_of(error)
-            if isinstance(error, GatewayTimeout) and request.call.timeout_s is not None:
+            if isinstance(error, GatewayTimeout) and request.own_deadline:
                 verdict = Verdict.IGNORED  # the client's own deadline blames nobody
-        self._system.meter.provider_call(deployment.id, verdict.value)
+        # Without a wildcard's filled-in name, which is the client's choice.
+        label = deployment.id.removesuffix(f":{deployment.group}")
+        self._system.meter.provider_call(label, verdict.value)
         if admitted is not None:
             retry_after_s = None if error is None else error.retry_after_s
             self._system.breaker.judge(admitted, verdict, retry_after_s)

@@ -46,7 +46,13 @@ from forebay.config import (
     SystemConfig,
     TenantConfig,
 )
-from forebay.errors import CircuitBreakerOpenError, ConfigurationError, GatewayError, Overloaded
+from forebay.errors import (
+    CircuitBreakerOpenError,
+    ConfigurationError,
+    GatewayError,
+    GatewayTimeout,
+    Overloaded,
+)
 from forebay.metrics import Meter
 from forebay.pipeline import Pipeline
 from forebay.providers.base import Provider, verdict_of
@@ -62,6 +68,7 @@ LIMITER_SHARDS = 1
 STATS_TIMEOUT_S = 2.0
 ATTACH_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
+PATIENT_SHARE = 0.9  # of the configured timeout: less than that is a client's own deadline
 
 RuntimeName = Literal["ray", "inline"]
 
@@ -115,10 +122,12 @@ class EmbedCalls:
     async def __call__(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
         if self._opening is None:
             self._opening = asyncio.create_task(attach(self._boot))
+        opening = self._opening
         try:
-            system = await asyncio.shield(self._opening)
-        except GatewayError:
-            self._opening = None
+            system = await asyncio.shield(opening)
+        except Exception:
+            if self._opening is opening:
+                self._opening = None  # the next call tries again
             raise
         return await system.embed_call(lane, texts, timeout_s)
 
@@ -175,9 +184,9 @@ class System:
         self.breaker = CircuitBreakerDesk(refs["circuit-breaker"], holder, clock)
         self.cache = CacheDesk(refs["cache"], holder, clock)
         self.batcher = BatcherDesk(refs["batcher"], holder)
-        self._own_batcher = BatcherDesk(
-            InlineRef("own-batcher", Batcher(factory=lambda: self.embed_call)), holder
-        )
+        own_batcher = InlineRef("own-batcher", Batcher(factory=lambda: self.embed_call))
+        self._own_batcher = BatcherDesk(own_batcher, holder)
+        self._own_batcher_owner: Any = own_batcher.owner
         self._ledger = LedgerDesk(refs["ledger"], holder, clock)
         self.registry = RegistryDesk(refs["registry"], self._configured)
         self.pipeline = Pipeline(self)
@@ -209,6 +218,14 @@ class System:
             self.problem = None
         except ConfigurationError as error:
             self.problem = f"configuration version {version} was not applied: {error}"
+
+    def metrics(self) -> bytes:
+        """This process's counters, in Prometheus text format."""
+        levels = {State.CLOSED: 0, State.FORCED_CLOSED: 0, State.HALF_OPEN: 1}
+        for deployment in self.table.deployments():
+            state = self.breaker.standing(deployment.id).state
+            self.meter.breaker(deployment.id, levels.get(state, 2))
+        return self.meter.render()
 
     def on_change(self, listener: Callable[[System], None]) -> None:
         """Call `listener` now and after each change of the configuration."""
@@ -296,6 +313,7 @@ class System:
                 )
             admitted = passed
         verdict, retry_after_s = Verdict.IGNORED, None
+        patient = timeout_s >= self.config.gateway.timeout * PATIENT_SHARE
         try:
             vectors = await self.provider.embed(
                 deployment, texts, dict(lane.params), timeout_s=timeout_s, resolve=self.resolve
@@ -303,7 +321,9 @@ class System:
             verdict = Verdict.SUCCESS
             return vectors
         except GatewayError as error:
-            verdict, retry_after_s = verdict_of(error), error.retry_after_s
+            # A deadline that a client made short blames nobody.
+            if patient or not isinstance(error, GatewayTimeout):
+                verdict, retry_after_s = verdict_of(error), error.retry_after_s
             raise
         finally:
             if admitted is not None:
@@ -317,20 +337,26 @@ class System:
             await self.registry.start()
             await self.breaker.start()
         except OwnerUnavailable as error:
+            await self.registry.close()
             raise Overloaded(f"cannot attach: {error}", retry_after_s=1.0) from None
         for desk in self._desks()[2:]:
             await desk.start()
 
     async def close(self) -> None:
-        """Hand in what the desks hold, then let go. Owners that are Ray actors go on."""
-        desks = self._desks()
-        for desk in reversed(desks):
-            await desk.close()
-        await self.provider.close()
-        await self._models.close()
-        for ref in self._refs.values():
-            if isinstance(ref, InlineRef):
-                await ref.owner.close()  # type: ignore[attr-defined]
+        """Hand in what the desks hold, then let go. Owners that are Ray actors go on.
+
+        One that fails to close does not keep the others from it; the first failure is raised.
+        """
+        inline = [ref.owner for ref in self._refs.values() if isinstance(ref, InlineRef)]
+        closing: list[Any] = [*reversed(self._desks()), self.provider, self._models]
+        failures: list[Exception] = []
+        for part in [*closing, *inline, self._own_batcher_owner]:
+            try:
+                await part.close()
+            except Exception as error:  # noqa: BLE001 - raised below, when all are closed
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _desks(self) -> list[Any]:
         return [
@@ -511,13 +537,18 @@ async def attach(
     return system
 
 
+def boot_of(config: SystemConfig, namespace: str) -> Boot:
+    """How the owners of a system on Ray are made: what must last is on disk."""
+    return Boot.of(config, namespace, durable=True)
+
+
 def create_owners(config: SystemConfig, namespace: str) -> Boot:
     """Create the owners that are missing, replace those of an older protocol. Blocking."""
     from concurrent.futures import ThreadPoolExecutor
 
     from actors import spawn
 
-    boot = Boot.of(config, namespace, durable=True)
+    boot = boot_of(config, namespace)
     Path(boot.data_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
     specs = [spawn.OwnerSpec(name, *made) for name, made in owners(boot).items()]
     first = spawn.read_boot(namespace) is None

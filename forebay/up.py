@@ -6,6 +6,7 @@ a dozen Python processes importing Ray.
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import os
 import threading
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -54,10 +56,11 @@ class Up:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        while self._undo:
-            words, undo = self._undo.pop()
-            self._say(words)
-            undo()
+        with ExitStack() as all_of_them:  # each, even where another one fails
+            for words, undo in self._undo:
+                all_of_them.callback(undo)
+                all_of_them.callback(self._say, words)
+            self._undo.clear()
 
     def start(self, stop: threading.Event) -> None:
         """Start everything, returning early when `stop` is set.
@@ -68,18 +71,30 @@ class Up:
         begun_s = time.monotonic()
         with ThreadPoolExecutor(2) as threads:
             self._start_ray()
-            from forebay.system import create_owners, remove_owners
-
-            owners = threads.submit(create_owners, self._config, self.namespace)
+            if stop.is_set():
+                return
+            owners = threads.submit(self._start_owners)
             self._say("starting the owners, and Ray Serve")
             serving = threads.submit(self._start_serve)
-            boot = owners.result()
-            self._undo.insert(1, ("stopping the owners", lambda: remove_owners(boot)))
+            owners.result()
             self._say("owners are up")
             serving.result()
+            if stop.is_set():
+                return
             self._say("Ray Serve is up, starting the gateway")
             self._await_ready(threads.submit(self._deploy), stop)
         self.took_s = time.monotonic() - begun_s
+
+    def _start_owners(self) -> None:
+        from actors import spawn
+        from forebay.system import boot_of, create_owners, remove_owners
+
+        if spawn.read_boot(self.namespace) is None:
+            boot = boot_of(self._config, self.namespace)
+            # Before they exist, so that those made before a failure are stopped too; and to be
+            # done after Serve has stopped, when nobody needs them any more.
+            self._undo.insert(1, ("stopping the owners", lambda: remove_owners(boot)))
+        create_owners(self._config, self.namespace)
 
     def _start_ray(self) -> None:
         ingress = importlib.import_module("deployments.ingress")
@@ -133,7 +148,8 @@ class Up:
         from ray import serve
 
         app = importlib.import_module("deployments.app")
-        self._undo.append(("draining the gateway", lambda: serve.delete(app.APP)))
+        if app.APP not in serve.status().applications:
+            self._undo.append(("draining the gateway", lambda: serve.delete(app.APP)))
         try:
             serve.run(app.application(self._config, self.namespace), name=app.APP, route_prefix="/")
         except RuntimeError as error:
@@ -156,10 +172,13 @@ class Up:
 
 
 def _answers(url: str) -> bool:
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # whatever HTTP_PROXY says
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:  # noqa: S310 (our own address)
+        with direct.open(url, timeout=2) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError):
         return False
 
 
@@ -176,7 +195,8 @@ def _why(name: str) -> str:
 
 def _reachable(host: str) -> str:
     """The host that a client on this machine uses for a server bound to `host`."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    return f"[{host}]" if ":" in host else host
 
 
 def _serve_runs() -> bool:

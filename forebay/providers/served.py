@@ -51,6 +51,8 @@ class ServedModels:
         try:
             async for chunk in chunks:
                 yield chunk
+        except Exception as error:
+            raise self._lost(CHAT_DEPLOYMENT, error) from error
         finally:
             chunks.cancel()
 

@@ -601,10 +601,12 @@ class TestEnvironment:
         }
         assert load(None, {**home, **others}).server.port == 8000
 
-    def test_the_data_directory_comes_from_the_environment_or_the_file(self, file: Any) -> None:
+    def test_the_data_directory_comes_from_the_environment_and_nowhere_else(
+        self, file: Any
+    ) -> None:
         assert load(None, {"FOREBAY_DATA_DIR": "/x"}).data_dir == Path("/x")
-        assert load(file("data_dir: /y"), {}).data_dir == Path("/y")
-        assert load(file("data_dir: /y"), {"FOREBAY_DATA_DIR": "/x"}).data_dir == Path("/x")
+        with pytest.raises(ConfigurationError, match="FOREBAY_DATA_DIR"):
+            load(file("data_dir: /y"), {})
         assert load(None, {}).data_dir == Path("~/.local/share/forebay").expanduser()
 
 
