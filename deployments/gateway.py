@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from forebay.routing import allows
 from forebay.secrets import key_secret
 from forebay.system import DEFAULT_TENANT, System, attach, create_owners
 
+GARBAGE_PER_COLLECTION = 10_000  # new objects; Python's 700 is for small programs
 CREATED_S = 1_700_000_000  # OpenAI's model objects carry a birthday; ours have none to tell
 
 
@@ -55,7 +57,18 @@ class Gateway:
         self._system: System = await attach(boot, publish=(document, occasion))
         self._secret = key_secret(os.environ, Path(boot.data_dir))
         self._service = PipelineService(self._system, self._secret)
-        self._warming = loop.create_task(self._system.provider.warm())
+        self._warming = loop.create_task(self._warm())
+
+    async def _warm(self) -> None:
+        """Import LiteLLM before anybody asks, and keep the collector from walking over it again.
+
+        Its import leaves half a million objects that live for ever; every full collection would
+        visit each of them.
+        """
+        await self._system.provider.warm()
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GARBAGE_PER_COLLECTION)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return build_asgi(self._service, echo_id=False)
