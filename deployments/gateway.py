@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from starlette.types import ASGIApp
 
+from actors.ref import OwnerUnavailable
 from deployments import ingress
 from deployments.http import build_asgi
 from deployments.http.auth import Keys
@@ -29,6 +31,8 @@ from forebay.system import DEFAULT_TENANT, System, attach, create_owners
 
 GARBAGE_PER_COLLECTION = 10_000  # new objects; Python's 700 is for small programs
 CREATED_S = 1_700_000_000  # OpenAI's model objects carry a birthday; ours have none to tell
+
+log = logging.getLogger(__name__)
 
 
 class Gateway:
@@ -69,6 +73,10 @@ class Gateway:
         gc.collect()
         gc.freeze()
         gc.set_threshold(GARBAGE_PER_COLLECTION)
+        try:
+            await self._system.complete()
+        except OwnerUnavailable as error:
+            log.warning("%s; the first request that needs it will start it", error)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return build_asgi(self._service, echo_id=False)

@@ -65,6 +65,7 @@ DEFAULT_TENANT = "default"
 NAMESPACE = "forebay"
 LIMITS_REMEMBERED_MAX = 100_000
 LIMITER_SHARDS = 1
+STARTED_LATER = frozenset({"batcher"})
 STATS_TIMEOUT_S = 2.0
 ATTACH_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
@@ -342,6 +343,11 @@ class System:
         for desk in self._desks()[2:]:
             await desk.start()
 
+    async def complete(self) -> None:
+        """See to it that the owners which were left for later run too."""
+        for name in STARTED_LATER:
+            await self._refs[name].ask("protocol", timeout_s=ATTACH_TIMEOUT_S)
+
     async def close(self) -> None:
         """Hand in what the desks hold, then let go. Owners that are Ray actors go on.
 
@@ -543,14 +549,23 @@ def boot_of(config: SystemConfig, namespace: str) -> Boot:
 
 
 def create_owners(config: SystemConfig, namespace: str) -> Boot:
-    """Create the owners that are missing, replace those of an older protocol. Blocking."""
+    """Create the owners that are missing, replace those of an older protocol. Blocking.
+
+    Those that no first request needs are left to whoever misses them (`System.complete`), since
+    two cores are busy enough while everything starts.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from actors import spawn
 
     boot = boot_of(config, namespace)
     Path(boot.data_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
-    specs = [spawn.OwnerSpec(name, *made) for name, made in owners(boot).items()]
+    made = {name: spawn.OwnerSpec(name, *how) for name, how in owners(boot).items()}
+    specs = [
+        spec
+        for name, spec in made.items()
+        if name not in STARTED_LATER or spawn.running(spec, namespace)
+    ]
     first = spawn.read_boot(namespace) is None
     spawn.write_boot(namespace, asdict(boot))
     with ThreadPoolExecutor(len(specs)) as threads:

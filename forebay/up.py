@@ -24,6 +24,7 @@ from forebay.errors import GatewayError
 from forebay.routing import ModelTable
 
 READY_TIMEOUT_S = 180.0
+APP_MODULE = "deployments.app"
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 
 
@@ -69,8 +70,8 @@ class Up:
             GatewayError: something does not start; the message says what to do.
         """
         begun_s = time.monotonic()
-        with ThreadPoolExecutor(2) as threads:
-            self._start_ray()
+        with ThreadPoolExecutor(3) as threads:
+            self._start_ray(threads)
             if stop.is_set():
                 return
             owners = threads.submit(self._start_owners)
@@ -96,12 +97,14 @@ class Up:
             self._undo.insert(1, ("stopping the owners", lambda: remove_owners(boot)))
         create_owners(self._config, self.namespace)
 
-    def _start_ray(self) -> None:
+    def _start_ray(self, threads: ThreadPoolExecutor) -> None:
         ingress = importlib.import_module("deployments.ingress")
         if self._address is None:
             ingress.prepare(os.environ)
             # Ray listens beyond loopback, whatever it is told; so it asks for a token.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+            # Its import takes as long as Ray's processes take to start; it fits in between.
+            threads.submit(importlib.import_module, APP_MODULE)
         from forebay.system import ray_ready
 
         self._say("starting Ray" if self._address is None else f"attaching to {self._address}")
@@ -147,7 +150,7 @@ class Up:
     def _deploy(self) -> None:
         from ray import serve
 
-        app = importlib.import_module("deployments.app")
+        app = importlib.import_module(APP_MODULE)
         if app.APP not in serve.status().applications:
             self._undo.append(("draining the gateway", lambda: serve.delete(app.APP)))
         try:

@@ -15,7 +15,7 @@ from tests.support.upstream import Upstream
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 FULL = bool(os.environ.get("FOREBAY_CHAOS_FULL"))
-KILLS = 20 if FULL else 1
+KILLS = 10 if FULL else 1
 SEED = int(os.environ.get("FOREBAY_CHAOS_SEED") or random.SystemRandom().randrange(2**31))
 
 
