@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -22,12 +21,12 @@ from deployments.http import build_asgi
 from deployments.http.auth import Keys
 from deployments.http.service import Figures, HttpCall, Reply, StreamReply, Told
 from forebay.config import SystemConfig
-from forebay.errors import InvalidRequest, ModelNotFound
+from forebay.errors import ModelNotFound
 from forebay.gateway import health_result
 from forebay.pipeline import Call, Facts, Route
 from forebay.routing import allows
 from forebay.secrets import key_secret
-from forebay.system import DEFAULT_TENANT, System, attach, create_owners
+from forebay.system import System, attach, create_owners
 
 GARBAGE_PER_COLLECTION = 10_000  # new objects; Python's 700 is for small programs
 CREATED_S = 1_700_000_000  # OpenAI's model objects carry a birthday; ours have none to tell
@@ -96,7 +95,7 @@ class Gateway:
             OpenAI's chat completion object.
         """
         request = {name: value for name, value in request.items() if name != "stream"}
-        result = await self._system.pipeline.answer(self._call("chat", request))
+        result = await self._system.pipeline.answer(Call.of("chat", request))
         return result.answer.body
 
     async def embed(
@@ -108,36 +107,20 @@ class Gateway:
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         """Vectors for texts: float32 of shape (n, d), and the usage."""
         body = {**parameters, "input": texts if isinstance(texts, str) else list(texts)}
-        if model is not None:
-            body["model"] = model
-        if tenant_id is not None:
-            body["tenant_id"] = tenant_id
-        result = await self._system.pipeline.answer(self._call("embedding", body))
+        body |= {"model": model, "tenant_id": tenant_id}
+        result = await self._system.pipeline.answer(Call.of("embedding", body))
         assert result.answer.array is not None, "an embedding answer carries vectors"
         return result.answer.array, dict(result.answer.usage or {})
 
     async def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """One chat answer as OpenAI chunks. Call with `handle.options(stream=True)`."""
         request = {name: value for name, value in request.items() if name != "stream"}
-        stream = await self._system.pipeline.stream(self._call("chat", request))
+        stream = await self._system.pipeline.stream(Call.of("chat", request))
         counted = bool((request.get("stream_options") or {}).get("include_usage"))
         async with aclosing(stream.chunks) as chunks:
             async for chunk in chunks:
                 if counted or chunk.get("choices"):  # the last chunk has usage and no choice
                     yield chunk
-
-    def _call(self, route: Route, request: Mapping[str, Any]) -> Call:
-        body = dict(request)
-        tenant = body.pop("tenant_id", None) or DEFAULT_TENANT
-        timeout_s = body.pop("timeout", None)
-        positive = isinstance(timeout_s, int | float) and timeout_s > 0
-        if timeout_s is not None and not positive:
-            raise InvalidRequest.about("timeout", "timeout must be a positive number of seconds")
-        if not isinstance(tenant, str):
-            raise InvalidRequest.about("tenant_id", "tenant_id must be a string")
-        return Call(
-            route, body, tenant, f"req_{uuid.uuid4().hex}", timeout_s=timeout_s, may_wait=True
-        )
 
 
 class PipelineService:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from typing import Any, Literal, Self, TypeVar
 from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, InvalidRequest
 from forebay.loop import LoopThread
-from forebay.pipeline import Call, Result, Route
+from forebay.pipeline import Call, Result
 from forebay.schemas import (
     EmbedResponse,
     GenerateResponse,
@@ -27,7 +26,7 @@ from forebay.schemas import (
     HealthStatus,
     Usage,
 )
-from forebay.system import DEFAULT_TENANT, System, choose_runtime, open_system
+from forebay.system import System, choose_runtime, open_system
 
 T = TypeVar("T")
 Runtime = Literal["auto", "ray", "inline"]
@@ -335,7 +334,7 @@ class LiteLLMGateway:
             if not isinstance(prompt, str) or not prompt:
                 raise InvalidRequest.about("prompt", "prompt must be a non-empty string")
             body["messages"] = [{"role": "user", "content": prompt}]
-        return self._call("chat", model, body)
+        return Call.of("chat", body | ({} if model is None else {"model": model}))
 
     def _embed_call(
         self, text: str | Sequence[str] | None, model: str | None, keywords: Mapping[str, Any]
@@ -346,29 +345,7 @@ class LiteLLMGateway:
         if given is None:
             raise InvalidRequest.about("text", "text must be a string or a list of strings")
         body["input"] = given if isinstance(given, str) else list(given)
-        return self._call("embedding", model, body)
-
-    def _call(self, route: Route, model: str | None, body: dict[str, Any]) -> Call:
-        tenant = body.pop("tenant_id", None) or DEFAULT_TENANT
-        timeout_s = body.pop("timeout", None)
-        cache_ttl_s = body.pop("cache_ttl", None)
-        for name, seconds in (("timeout", timeout_s), ("cache_ttl", cache_ttl_s)):
-            if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
-                raise InvalidRequest.about(name, f"{name} must be a positive number of seconds")
-        if not isinstance(tenant, str):
-            raise InvalidRequest.about("tenant_id", "tenant_id must be a string")
-        body = {name: value for name, value in body.items() if value is not None}
-        if model is not None:
-            body["model"] = model
-        return Call(
-            route,
-            body,
-            tenant,
-            request_id=f"req_{uuid.uuid4().hex}",
-            timeout_s=timeout_s,
-            cache_ttl_s=cache_ttl_s,
-            may_wait=True,
-        )
+        return Call.of("embedding", body | ({} if model is None else {"model": model}))
 
 
 def _attach(runtime: Runtime, namespace: str) -> LiteLLMGateway:

@@ -17,10 +17,11 @@ Rule 2: no step leaves the process unless its desk has run dry.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import uuid
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from actors.batcher.policy import BadVectors, BatcherFull, Lane
 from actors.cache.desk import FlightFailed, Hit, Lead
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 Route = Literal["chat", "completion", "embedding"]
 BATCHER_GRACE_S = 0.25
+DEFAULT_TENANT = "default"
 TEXTS_FIELD: dict[str, str] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
 
@@ -73,6 +75,34 @@ class Call:
     cache_write: bool = True
     cache_ttl_s: float | None = None
     bulk: bool = False
+
+    @classmethod
+    def of(cls, route: Route, keywords: Mapping[str, Any]) -> Self:
+        """A call from Python: OpenAI's parameters, and ours among them.
+
+        Ours are `tenant_id`, `timeout` and `cache_ttl` (seconds). A parameter that is None is as if
+        it had not been given.
+
+        Raises:
+            InvalidRequest: one of ours has a wrong value.
+        """
+        body = {name: value for name, value in keywords.items() if value is not None}
+        tenant = body.pop("tenant_id", DEFAULT_TENANT)
+        timeout_s, cache_ttl_s = body.pop("timeout", None), body.pop("cache_ttl", None)
+        for name, seconds in (("timeout", timeout_s), ("cache_ttl", cache_ttl_s)):
+            if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+                raise InvalidRequest.about(name, f"{name} must be a positive number of seconds")
+        if not isinstance(tenant, str) or not tenant:
+            raise InvalidRequest.about("tenant_id", "tenant_id must be a non-empty string")
+        return cls(
+            route,
+            body,
+            tenant,
+            request_id=f"req_{uuid.uuid4().hex}",
+            timeout_s=timeout_s,
+            may_wait=True,
+            cache_ttl_s=cache_ttl_s,
+        )
 
 
 @dataclass(slots=True)

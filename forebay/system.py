@@ -61,7 +61,6 @@ from forebay.providers.local import InProcessModels, LocalModels
 from forebay.routing import Deployment, ModelTable
 from forebay.secrets import Vault
 
-DEFAULT_TENANT = "default"
 NAMESPACE = "forebay"
 LIMITS_REMEMBERED_MAX = 100_000
 LIMITER_SHARDS = 1

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from forebay.errors import AuthenticationError, ConfigurationError, InvalidRequest
+from forebay.pipeline import DEFAULT_TENANT
 from forebay.secrets import hash_key
 
-DEFAULT_TENANT = "default"
 KEY_CHARS_MAX = 512
 
 _TENANT = re.compile(rb"[A-Za-z0-9._:@-]{1,128}")
