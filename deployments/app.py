@@ -2,9 +2,9 @@
 
 One deployment is on the request path; the embedded models, where the configuration has them, are
 deployments of their own beside it.
-"""
 
-from __future__ import annotations
+Annotations are evaluated here: Serve reads `build`'s to know what its arguments are.
+"""
 
 import os
 import uuid

@@ -52,13 +52,14 @@ class Nodes:
         self.env = env
         self.data_dir = data_dir
         self.port = support.free_port()
+        self.dashboard_port = support.free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
         config = cluster_file()
         head = self._adapted(config["head_start_ray_commands"])
         head = re.sub(r" --autoscaling-config=\S+", "", head)
-        head += " --include-dashboard=false"
+        head += f" --include-dashboard=true --dashboard-port={self.dashboard_port}"
         self._spawn(head)
         self._await_nodes(1)
         worker = self._adapted(config["worker_start_ray_commands"])
@@ -101,6 +102,29 @@ class Nodes:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
+    def serve(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Serve's own command line, against this cluster's dashboard."""
+        address = f"http://127.0.0.1:{self.dashboard_port}"
+        return subprocess.run(
+            [str(Path(sys.executable).parent / "serve"), *arguments, "-a", address],
+            env=self.env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def await_status(self, wanted: str) -> str:
+        """Serve's report, once the application's status is `wanted`."""
+        deadline = time.monotonic() + 120
+        while True:
+            report = self.serve("status").stdout
+            if re.search(rf"^    status: {wanted}", report, re.MULTILINE):
+                return report
+            assert time.monotonic() < deadline, report
+            time.sleep(0.5)
+
     def _await_nodes(self, count: int) -> None:
         code = (
             "import ray; ray.init(address='auto', log_to_driver=False, logging_level='ERROR')\n"
@@ -139,22 +163,36 @@ def nodes(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Itera
         made.stop()
 
 
+def deploy(nodes: Nodes, name: str, **http_options: Any) -> int:
+    """`serve deploy` of serve.yaml with another address and a configuration. The port."""
+    config = nodes.data_dir / "forebay.yaml"
+    spec = yaml.safe_load((ROOT / "serve.yaml").read_text())
+    spec["http_options"] |= {
+        "port": yaml.safe_load(config.read_text())["server"]["port"],
+        **http_options,
+    }
+    spec["applications"][0]["args"] = {"config": str(config)}
+    path = nodes.data_dir / name
+    path.write_text(yaml.safe_dump(spec))
+    done = nodes.serve("deploy", str(path))
+    assert done.returncode == 0, done.stderr
+    return int(spec["http_options"]["port"])
+
+
+def test_serve_deploy_on_a_public_address_without_keys_is_refused(nodes: Nodes) -> None:
+    deploy(nodes, "public.yaml", host="0.0.0.0")
+    report = nodes.await_status("DEPLOY_FAILED")
+    stopped = nodes.serve("shutdown", "-y")
+
+    assert "no tenant has a key" in report
+    assert stopped.returncode == 0
+
+
 def test_two_nodes_answer_and_a_task_on_the_other_node_uses_the_gateway(
     nodes: Nodes, upstream: Upstream
 ) -> None:
-    config = nodes.data_dir / "forebay.yaml"
-    port = yaml.safe_load(config.read_text())["server"]["port"]
-    spec = yaml.safe_load((ROOT / "serve.yaml").read_text())
-    spec["http_options"]["port"] = port
-    spec["applications"][0]["args"] = {"config": str(config)}
-    nodes.run(
-        "import ray; ray.init(address='auto', log_to_driver=False)\n"
-        "from ray import serve\n"
-        f"serve.start(proxy_location={spec['proxy_location']!r}, "
-        f"http_options={spec['http_options']!r})\n"
-        "from deployments.app import Args, build\n"
-        f"serve.run(build(Args(config={str(config)!r})), name='forebay', route_prefix='/')\n"
-    )
+    port = deploy(nodes, "serve.yaml")
+    nodes.await_status("RUNNING")
     body = {"model": "sim", "messages": [{"role": "user", "content": "Hello, cluster"}]}
     deadline = time.monotonic() + 60
     while True:
