@@ -390,10 +390,12 @@ def _text_of(chunk: Mapping[str, Any]) -> str:
 
 
 def health_result(details: dict[str, Any], took_ms: float) -> HealthCheckResult:
-    """What `System.health` tells, judged."""
+    """What `System.health` tells, judged. Nothing is judged where monitoring is off."""
     away = [name for name, owner in details["owners"].items() if not owner["reachable"]]
     open_breakers = details["open_breakers"]
-    if len(away) == len(details["owners"]):
+    if not details["monitored"]:
+        status, message = HealthStatus.UNKNOWN, "enable_health_monitoring is off"
+    elif len(away) == len(details["owners"]):
         status, message = HealthStatus.UNHEALTHY, "no owner can be reached"
     elif away:
         status, message = HealthStatus.DEGRADED, f"unreachable: {', '.join(away)}"

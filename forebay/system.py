@@ -376,12 +376,14 @@ class System:
 
     async def health(self) -> dict[str, Any]:
         """Who answers, which breakers are open, and what each desk holds."""
-        names = list(self._refs)
+        monitored = self.config.gateway.enable_health_monitoring
+        names = list(self._refs) if monitored else []
         answers = await asyncio.gather(*(self._stats_of(name) for name in names))
         deployments = self.table.deployments()
         closed = (State.CLOSED, State.FORCED_CLOSED)
         return {
             "runtime": self.runtime,
+            "monitored": monitored,
             "config_version": self.version,
             "problem": self.problem,
             "models": self.table.names(),

@@ -105,3 +105,9 @@ def test_health_and_usage(gateway: LiteLLMGateway, upstream: Upstream) -> None:
     assert health.status == "healthy", health.details
     assert stats["total_requests"] == 1
     assert f"${stats['total_cost']:.2f}"
+
+
+def test_health_is_unknown_where_monitoring_is_off(upstream: Upstream) -> None:
+    config = GatewayConfig(model_list=models(upstream.url), enable_health_monitoring=False)
+    with LiteLLMGateway(config=config, runtime="inline") as gateway:
+        assert gateway.check_health().status == "unknown"
