@@ -149,7 +149,8 @@ class Nodes:
                 os.killpg(process.pid, 9)
                 process.wait(10)
         # `ray stop` would have done it: a pointer to a dead head makes the next driver wait for it.
-        from ray._private.utils import read_ray_address, reset_ray_address
+        from ray._common.utils import reset_ray_address
+        from ray._private.utils import read_ray_address
 
         if str(read_ray_address()).endswith(f":{self.port}"):
             reset_ray_address()
