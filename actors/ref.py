@@ -7,7 +7,6 @@ owners that are named Ray actors. A desk cannot tell them apart.
 from __future__ import annotations
 
 import inspect
-import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -54,13 +53,3 @@ class InlineRef:
         self.sent[method] += 1
         result = getattr(self.owner, method)(*args)
         return await result if inspect.isawaitable(result) else result
-
-
-def holder_id(node: str) -> str:
-    """This process's name among all holders of leases: node, pid and start time.
-
-    A pid alone is reused; with its start time it is not (proc(5), field 22 of `stat`).
-    """
-    with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:
-        started = stat.read().rpartition(")")[2].split()[19]
-    return f"{node}/{os.getpid()}/{started}"

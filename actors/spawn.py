@@ -187,6 +187,11 @@ def running(spec: OwnerSpec, namespace: str) -> bool:
     return True
 
 
+def nodes_alive() -> set[str]:
+    """Ids of the cluster's nodes that Ray holds for alive. Blocking."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+
+
 def remove(spec: OwnerSpec, namespace: str) -> bool:
     """End the owner for good, after letting it close what it holds. True if there was one."""
     try:

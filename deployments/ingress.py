@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Iterable, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -106,13 +105,13 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
-def require_keys_or_loopback(host: str | None, tenants: Iterable[Any]) -> None:
+def require_keys_or_loopback(host: str | None, has_keys: bool) -> None:
     """Refuse to be reachable from elsewhere while nobody needs a key.
 
     Raises:
         ConfigurationError: `host` is not a loopback address and no tenant has a key.
     """
-    if is_loopback(host) or any(tenant.keys for tenant in tenants):
+    if has_keys or is_loopback(host):
         return
     raise ConfigurationError(
         f"server.host is {host or '0.0.0.0'!r}, which other machines can reach, and no tenant has "

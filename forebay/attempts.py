@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from actors.circuit_breaker.policy import Verdict
-from forebay.errors import CircuitBreakerOpenError, GatewayError
+from forebay.errors import CircuitBreakerOpenError, DeploymentsBusy, GatewayError
 from forebay.routing import Deployment
 
 PAUSE_MAX_S = 30.0
@@ -59,6 +59,7 @@ class Plan:
         self._earliest_s: dict[str, float] = {}  # deployment id → the pause its provider asked for
         self._refused: set[str] = set()  # not to be tried again for this request
         self._reopens_s: list[float] = []
+        self._frees_s: list[float] = []
         self._last: GatewayError | None = None
         self.retries = 0
         self.fallbacks = 0
@@ -68,7 +69,7 @@ class Plan:
 
         Raises:
             GatewayError: what the last attempt failed with, when nothing is left to try;
-            CircuitBreakerOpenError: when nothing could be tried at all.
+            DeploymentsBusy, CircuitBreakerOpenError: when nothing could be tried at all.
         """
         while True:
             candidates = [d for d in self._deployments if d.id not in self._refused]
@@ -98,12 +99,21 @@ class Plan:
         if error.retry_after_s is not None:
             self._earliest_s[deployment.id] = error.retry_after_s
 
-    def refused(self, deployment: Deployment, retry_after_s: float) -> None:
-        """The breaker let nothing through to this deployment; no attempt was made."""
+    def refused(self, deployment: Deployment, retry_after_s: float, *, busy: bool = False) -> None:
+        """No attempt was made: the breaker let nothing through, or its own limits (`busy`)."""
         self._refused.add(deployment.id)
-        self._reopens_s.append(retry_after_s)
+        (self._frees_s if busy else self._reopens_s).append(retry_after_s)
         self._made -= 1
         self.retries -= self._made > 0
+
+    def again(self) -> None:
+        """Begin anew with the first group: those that were busy may be free by now."""
+        self._group_index = -1
+        self._deployments = []
+        self._refused.clear()
+        self._frees_s.clear()
+        self._reopens_s.clear()
+        self.fallbacks = 0
 
     def _next_group(self) -> bool:
         self._group_index += 1
@@ -125,6 +135,12 @@ class Plan:
     def _failure(self) -> GatewayError:
         if self._last is not None:
             return self._last
+        if self._frees_s:
+            return DeploymentsBusy(
+                f"every deployment of {self._groups[0]!r} has used up its own rpm or tpm",
+                model=self._groups[0],
+                retry_after_s=min(self._frees_s),
+            )
         retry_after_s = min(self._reopens_s, default=1.0)
         return CircuitBreakerOpenError(
             f"circuit breaker is OPEN for every deployment of {self._groups[0]!r}",

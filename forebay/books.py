@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from actors.batcher.policy import Paid
 from actors.ledger.desk import LedgerDesk, OpenEntry
-from actors.ledger.policy import GroupBy, LedgerFull
+from actors.ledger.policy import TENANTS_PER_READ_MAX, GroupBy, LedgerFull, Spent
+from actors.rate_limiter.terms import Amount, Seed
 from actors.ref import OwnerUnavailable
 from forebay.codec import Answer
 from forebay.errors import GatewayError, Overloaded
@@ -19,14 +23,27 @@ CLIENT_CLOSED = 499  # nginx's status for a caller who went away; no answer carr
 
 
 class Books:
-    """The ledger's desk, as the pipeline uses it. With `enabled` off nothing is written.
+    """The ledger's desk, as the pipeline and the limiter use it.
+
+    With `enabled` off nothing is written, and a limiter that asks hears that nothing was used
+    before and that all is used since. `count_hits` says of a tenant whether answers from the cache
+    count as its requests.
 
     Failure behaviour: the desk's. `full` says that no further paid call may start.
     """
 
-    def __init__(self, desk: LedgerDesk, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        desk: LedgerDesk,
+        *,
+        enabled: bool,
+        count_hits: Callable[[str], bool] = lambda tenant: True,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         self._desk = desk
         self.enabled = enabled
+        self._count_hits = count_hits
+        self._wall = wall
 
     @property
     def full(self) -> bool:
@@ -77,19 +94,24 @@ class Books:
         else:
             self._desk.void(entry, _line(error), error.status)
 
-    def fail_call(self, entry: OpenEntry | None, error: GatewayError) -> None:
-        """The attempt failed. What was paid all the same, for a part of a split list, is posted."""
+    def fail_call(self, entry: OpenEntry | None, error: GatewayError) -> Amount:
+        """The attempt failed. What was paid all the same, for a part of a split list, is posted.
+
+        Returns what was used.
+        """
         paid: Paid | None = getattr(error, "paid", None)
-        if entry is None or paid is None:
+        if paid is None:
             self.void_call(entry, error)
-            return
-        self._desk.post(
-            entry,
-            prompt_tokens=paid.prompt_tokens,
-            cost_nano=paid.cost_nano,
-            error=_line(error),
-            http_status=error.status,
-        )
+            return Amount()
+        if entry is not None:
+            self._desk.post(
+                entry,
+                prompt_tokens=paid.prompt_tokens,
+                cost_nano=paid.cost_nano,
+                error=_line(error),
+                http_status=error.status,
+            )
+        return Amount(paid.prompt_tokens, paid.cost_nano or 0)
 
     def free(self, call: Call, facts: Facts, took_s: float) -> None:
         """An answer that cost nothing: from the cache, or from somebody else's call."""
@@ -102,6 +124,34 @@ class Books:
                 model=facts.group,
                 latency_ms=int(took_s * 1000),
             )
+
+    def mark(self) -> int:
+        """A name for all that this process has recorded so far."""
+        return self._desk.mark() if self.enabled else 0
+
+    def commit_of(self, mark: int) -> int | None:
+        """The commit of what `mark` names, None while it is not acknowledged.
+
+        A seed knows of it if, and only if, the seed's commit is this or a later one.
+        """
+        return self._desk.commit_of(mark) if self.enabled else 1
+
+    async def seeds(self, tenants: list[str]) -> list[Seed]:
+        """The ledger's word about each of the tenants, in their order.
+
+        All that this process has recorded is in it, unless the flush before it takes too long.
+        Raises OwnerUnavailable.
+        """
+        if not self.enabled:
+            return [Seed(commit=0) for _ in tenants]
+        told: list[Seed] = []
+        for start in range(0, len(tenants), TENANTS_PER_READ_MAX):
+            part = tenants[start : start + TENANTS_PER_READ_MAX]
+            spent = await self._desk.spent(part, int(self._wall() * 1000))
+            told += [
+                _seed(one, self._count_hits(name)) for name, one in zip(part, spent, strict=True)
+            ]
+        return told
 
     async def usage(
         self,
@@ -136,6 +186,20 @@ class Books:
 
     def stats(self) -> dict[str, Any]:
         return self._desk.stats()
+
+
+def _seed(spent: Spent, count_hits: bool) -> Seed:
+    requests = Counter(dict(spent.minutes))
+    if count_hits:
+        requests.update(dict(spent.hit_minutes))
+    return Seed(
+        spent.commit,
+        spent.day,
+        spent.day_nano,
+        spent.month,
+        spent.month_nano,
+        tuple(sorted(requests.items())),
+    )
 
 
 def _line(error: GatewayError) -> str:

@@ -21,11 +21,14 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
+from actors.registry.policy import RegistryUnavailable
+from actors.registry.store import read_access
 from forebay import __version__, running
 from forebay import config as configuration
-from forebay.errors import ConfigurationError, GatewayError
+from forebay.errors import AuthenticationError, ConfigurationError, GatewayError
+from forebay.secrets import HASH_PREFIX, hash_key, key_secret, new_key, operator_key
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 DOWN_TIMEOUT_S = 400.0  # a drain waits for the longest stream
@@ -71,8 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--json", action="store_true", help="print JSON")
         made.set_defaults(run=run)
         if asks:
-            made.add_argument("--url", help="the gateway (default: the one that runs here)")
-            made.add_argument("--key", help="API key (default: FOREBAY_API_KEY)")
+            _reaches_the_gateway(made)
         return made
 
     up = command("up", _up, "start the gateway; Ctrl-C drains and stops it")
@@ -93,10 +95,25 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="keys for tenants").add_subparsers(
         required=True, metavar="ACTION"
     )
-    new = keys.add_parser("new", help="print a new key once, and its hash for the configuration")
+    new = keys.add_parser(
+        "new", help="make a key in the running gateway; with none, print one for the configuration"
+    )
     new.add_argument("tenant")
-    new.add_argument("--json", action="store_true")
-    new.set_defaults(run=_key_new)
+    new.add_argument("--id", help="the key's name (default: made up)")
+    new.add_argument("--admin", action="store_true", help="may change keys and configuration")
+    new.add_argument(
+        "--limit", action="append", default=[], metavar="NAME=VALUE",
+        help="a limit of the tenant, such as requests_per_minute=600",
+    )  # fmt: skip
+    new.add_argument("--model", action="append", metavar="NAME", help="a model it may use")
+    listing = keys.add_parser("list", help="every key in force; keys themselves are not known")
+    revoke = keys.add_parser("revoke", help="end a key, everywhere within a second")
+    revoke.add_argument("id")
+    revoke.add_argument("--tenant", help="whose, where several tenants have a key of this id")
+    for made, run in ((new, _key_new), (listing, _key_list), (revoke, _key_revoke)):
+        made.add_argument("--json", action="store_true", help="print JSON")
+        _reaches_the_gateway(made)
+        made.set_defaults(run=run)
 
     config = commands.add_parser("config", help="the configuration").add_subparsers(
         required=True, metavar="ACTION"
@@ -112,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _reaches_the_gateway(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", help="the gateway (default: the one that runs here)")
+    parser.add_argument(
+        "--key", help="API key (default: FOREBAY_API_KEY, else the operator's for the one here)"
+    )
+
+
 # ------------------------------------------------------------------------------------- up, down
 
 
@@ -120,15 +144,16 @@ def _up(arguments: argparse.Namespace) -> int:
     # By name, as `serve run deployments.app:build` does: imports point the other way.
     ingress = importlib.import_module("deployments.ingress")
     host, port = config.server.host, config.server.port
-    ingress.require_keys_or_loopback(host, config.gateway.tenants)
-    _require_free_port(host, port)
     data_dir = Path(config.data_dir).expanduser()
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     if (other := running.read(data_dir)) is not None:
         raise ConfigurationError(
             f"Forebay runs already at {other.url} (pid {other.pid}) with this data directory; "
             "`forebay down` stops it, FOREBAY_DATA_DIR names another directory"
         )
+    if not ingress.is_loopback(host):
+        ingress.require_keys_or_loopback(host, has_keys(config, data_dir))
+    _require_free_port(host, port)
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     from forebay.up import Up
 
     stop = threading.Event()
@@ -145,6 +170,17 @@ def _up(arguments: argparse.Namespace) -> int:
         finally:
             running.erase(data_dir)
         return DONE
+
+
+def has_keys(config: configuration.SystemConfig, data_dir: Path) -> bool:
+    """Whether a key was ever made, in the configuration or in a system that ran here before."""
+    if any(tenant.keys for tenant in config.gateway.tenants):
+        return True
+    try:
+        access = read_access(str(data_dir / "registry.db"))
+    except RegistryUnavailable as error:
+        raise ConfigurationError(str(error)) from None
+    return access is not None and bool(access.keys or access.revoked)
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, str]:
@@ -279,18 +315,32 @@ def _url(arguments: argparse.Namespace) -> str:
     return "http://127.0.0.1:8000" if found is None else found.url
 
 
+def _key(arguments: argparse.Namespace, url: str) -> str | None:
+    """The key as given, else the operator's, which only the gateway of this data directory gets."""
+    given: str | None = arguments.key or os.environ.get("FOREBAY_API_KEY")
+    if given:
+        return given
+    data_dir = configuration.data_dir(os.environ)
+    found = running.read(data_dir)
+    if found is None or found.url.rstrip("/") != url:
+        return None
+    return operator_key(key_secret(os.environ, data_dir))
+
+
 def _request(
-    arguments: argparse.Namespace, path: str, body: dict[str, Any] | None = None
+    arguments: argparse.Namespace, path: str, body: Any = None, method: str | None = None
 ) -> urllib.request.Request:
     url = _url(arguments)
     if not url.startswith(("http://", "https://")):
         raise ConfigurationError(f"--url must begin with http:// or https://, not {url!r}")
     headers = {"content-type": "application/json"}
-    key = arguments.key or os.environ.get("FOREBAY_API_KEY")
+    key = _key(arguments, url)
     if key:
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigurationError("the API key holds characters that no key has")
         headers["authorization"] = f"Bearer {key}"
     data = None if body is None else json.dumps(body).encode()
-    return urllib.request.Request(url + path, data, headers)  # noqa: S310 (checked above)
+    return urllib.request.Request(url + path, data, headers, method=method)  # noqa: S310 (checked)
 
 
 def _open(request: urllib.request.Request, statuses: tuple[int, ...]) -> Any:
@@ -303,19 +353,23 @@ def _open(request: urllib.request.Request, statuses: tuple[int, ...]) -> Any:
         if error.code in statuses:
             return error
         try:
-            message = json.loads(error.read())["error"]["message"]
+            message = str(json.loads(error.read())["error"]["message"])
         except (ValueError, KeyError, TypeError):
             message = f"HTTP {error.code}"
+        if error.code == AuthenticationError.status:
+            raise AuthenticationError(f"{message} Give one: --key or FOREBAY_API_KEY.") from None
         raise GatewayError(message, status=error.code) from None
 
 
 def _get(
     arguments: argparse.Namespace,
     path: str,
-    body: dict[str, Any] | None = None,
+    body: Any = None,
     statuses: tuple[int, ...] = (200,),
+    method: str | None = None,
 ) -> tuple[int, Any]:
-    with _open(_request(arguments, path, body), statuses) as response:
+    """Status and JSON of an answer; a POST if there is a body and no other method is named."""
+    with _open(_request(arguments, path, body, method), statuses) as response:
         try:
             return response.status, json.loads(response.read() or b"null")
         except ValueError:
@@ -326,23 +380,95 @@ def _get(
 
 
 def _key_new(arguments: argparse.Namespace) -> int:
-    from forebay.secrets import hash_key, key_secret, new_key
-
-    key = new_key()
-    secret = key_secret(os.environ, configuration.data_dir(os.environ))
-    told = {
-        "tenant": arguments.tenant,
-        "id": secrets.token_hex(4),
-        "key": key,
-        "hash": hash_key(key, secret),
-    }
+    """A key made in the gateway that runs, or one for the configuration of one that will."""
+    limits = _limits(arguments.limit)
+    # What is wrong is said here, before anything is asked or made.
+    given: dict[str, Any] = {"id": arguments.tenant, "models": arguments.model}
+    given |= {"admin": arguments.admin, "limits": limits or None}
+    tenant = configuration.TenantConfig(**given)
+    key_id = arguments.id or secrets.token_hex(4)
+    configuration.KeyConfig(id=key_id, hash=HASH_PREFIX + "0" * 64)
+    nothing_runs = running.read(configuration.data_dir(os.environ)) is None
+    if arguments.url is None and nothing_runs:
+        return _key_for_the_configuration(arguments, tenant, key_id, limits)
+    body = {"tenant": tenant.id, "id": key_id, "admin": tenant.admin, "models": tenant.models}
+    body |= {"limits": limits or None}
+    _, made = _get(arguments, "/admin/keys", body, statuses=(201,))
     if arguments.json:
-        print(json.dumps(told))
+        print(json.dumps(made))
+        return DONE
+    print(f"key (shown once): {made['key']}")
+    print(f"  id {made['id']}, tenant {made['tenant']}{', admin' if made['admin'] else ''}")
+    print(f"  curl {_url(arguments)}/v1/models -H 'authorization: Bearer {made['key']}'")
+    return DONE
+
+
+def _key_for_the_configuration(
+    arguments: argparse.Namespace,
+    tenant: configuration.TenantConfig,
+    key_id: str,
+    limits: dict[str, Any],
+) -> int:
+    key = new_key()
+    hashed = hash_key(key, key_secret(os.environ, configuration.data_dir(os.environ)))
+    if arguments.json:
+        told = {"tenant": tenant.id, "id": key_id, "key": key, "hash": hashed}
+        more = {"admin": tenant.admin, "limits": limits, "models": tenant.models}
+        print(json.dumps(told | {name: value for name, value in more.items() if value}))
+        return DONE
+    print(f"key (shown once): {key}")
+    print("no gateway runs here; for its configuration:")
+    print(f"  tenants:\n    - id: {json.dumps(tenant.id)}")
+    print(f'      keys: [{{id: {json.dumps(key_id)}, hash: "{hashed}"}}]')
+    for name, value in (("limits", limits), ("models", tenant.models), ("admin", tenant.admin)):
+        if value:
+            print(f"      {name}: {json.dumps(value)}")  # JSON is YAML
+    return DONE
+
+
+def _limits(given: Sequence[str]) -> dict[str, Any]:
+    """Limits as `--limit NAME=VALUE` names them; their values are checked elsewhere."""
+    limits: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ConfigurationError(f"--limit takes NAME=VALUE, not {text!r}", param="limit")
+        if name in limits:
+            raise ConfigurationError(f"--limit {name} is given twice", param="limit")
+        try:
+            limits[name] = json.loads(value)
+        except ValueError:
+            limits[name] = value
+    return limits
+
+
+def _key_list(arguments: argparse.Namespace) -> int:
+    _, answer = _get(arguments, "/admin/keys")
+    keys = answer["data"]
+    if arguments.json:
+        print(json.dumps(keys))
+        return DONE
+    rows = [("ID", "TENANT", "SOURCE", "ADMIN", "CREATED")]
+    rows += [
+        (key["id"], key["tenant"], key["source"], "yes" if key["admin"] else "",
+         str(key.get("created") or ""))
+        for key in keys
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    return DONE
+
+
+def _key_revoke(arguments: argparse.Namespace) -> int:
+    query = "" if arguments.tenant is None else f"?tenant={quote(arguments.tenant, safe='')}"
+    path = f"/admin/keys/{quote(arguments.id, safe='')}{query}"
+    _, gone = _get(arguments, path, method="DELETE")
+    if arguments.json:
+        print(json.dumps(gone))
     else:
-        print(f"key (shown once): {key}")
-        print("in the configuration:")
-        print(f"  tenants:\n    - id: {told['tenant']}")
-        print(f'      keys: [{{id: {told["id"]}, hash: "{told["hash"]}"}}]')
+        print(f"revoked: key {gone['id']} of {gone['tenant']}")
     return DONE
 
 

@@ -25,6 +25,7 @@ class Answer:
 
     `body` is OpenAI-shaped and JSON-able. For embeddings it has no vectors; they are `array`,
     float32 of shape (n, d). `cost_nano` is integer nano-USD, None when no price is known.
+    `clamped` is the completion tokens that its tenant's limit left it, None where none did.
     """
 
     body: dict[str, Any]
@@ -33,6 +34,7 @@ class Answer:
     model: str
     array: np.ndarray | None = None
     estimated: bool = False
+    clamped: int | None = None
 
 
 def pack(answer: Answer) -> bytes:
@@ -45,6 +47,7 @@ def pack(answer: Answer) -> bytes:
             "cost_nano": answer.cost_nano,
             "model": answer.model,
             "estimated": answer.estimated,
+            "clamped": answer.clamped,
             "shape": None if array is None else array.shape,
         }
     )
@@ -62,8 +65,8 @@ def unpack(data: bytes) -> Answer:
 
 
 def pack_error(error: GatewayError) -> bytes:
-    """The error as JSON: its class's name and its fields."""
-    return orjson.dumps({"class": type(error).__name__, **error.__dict__})
+    """The error as JSON: its class's name and its fields, but for the figures of a moment."""
+    return orjson.dumps({"class": type(error).__name__, **error.__dict__, "figures": None})
 
 
 def unpack_error(data: bytes) -> GatewayError:

@@ -32,6 +32,8 @@ from pydantic import (
 )
 from pydantic.json_schema import SkipJsonSchema
 
+from actors.ledger.policy import nano
+from actors.rate_limiter.terms import Limits
 from forebay import routing, secrets
 from forebay.defaults import USUAL, default_models, models_of
 from forebay.errors import ConfigurationError
@@ -69,6 +71,7 @@ __all__ = [
     "load",
     "nearest",
     "new_key",
+    "parse",
     "show",
     "shown",
     "sqlite_path",
@@ -181,11 +184,47 @@ class RateLimitConfig(Settings):
     enable_queuing: bool = Field(
         default=True, description="Wait where the caller agrees to, not refuse."
     )
-    tokens_per_minute: Count | None = None
+    tokens_per_minute: Count | None = Field(
+        default=None, description="A sixth of them may be used at once."
+    )
     concurrent_requests: Count | None = Field(default=None, description="Most requests in flight.")
     usd_per_day: Positive | None = Field(default=None, description="US dollars per UTC day.")
     usd_per_month: Positive | None = Field(default=None, description="US dollars per UTC month.")
     count_cache_hits: bool = Field(default=True, description="A cached answer counts as a request.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Only what was said can contradict; a default gives way."""
+        refuse(
+            Fault((low,), f"is more than {high}, which is {most:g}, and would have no effect")
+            for low, high in _WITHIN
+            if {low, high} <= self.model_fields_set
+            and (least := getattr(self, low)) is not None
+            and (most := getattr(self, high)) is not None
+            and least > most
+        )
+        return self
+
+    def limits(self, version: int = 0) -> Limits:
+        """The same in the limiter's words: USD become whole nano-USD."""
+        return Limits(
+            requests_per_minute=self.requests_per_minute,
+            burst=self.burst_size,
+            requests_per_hour=self.requests_per_hour,
+            concurrent=self.concurrent_requests,
+            tokens_per_minute=self.tokens_per_minute,
+            day_nano=None if self.usd_per_day is None else nano(self.usd_per_day),
+            month_nano=None if self.usd_per_month is None else nano(self.usd_per_month),
+            version=version,
+        )
+
+
+# Where the first exceeds the second, the first could never be reached.
+_WITHIN = (
+    ("burst_size", "requests_per_hour"),
+    ("requests_per_minute", "requests_per_hour"),
+    ("usd_per_day", "usd_per_month"),
+)
 
 
 class CircuitBreakerConfig(Settings):
@@ -428,6 +467,10 @@ class ServerConfig(Settings):
     lane: Literal["auto", "litellm", "relay"] = Field(
         default="auto", description="The way to providers; auto chooses per deployment."
     )
+    limiter_shards: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1,
+        description="Processes that share the limiting of tenants; may change while it runs.",
+    )
 
 
 class SystemConfig(Settings):
@@ -613,6 +656,26 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None) -> 
     config, problems = _load(path, os.environ if environ is None else environ)
     if config is None:
         raise ConfigurationError("\n".join(map(str, problems)), param=problems[0].field or None)
+    return config
+
+
+def parse(document: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> SystemConfig:
+    """A configuration given as a file's content, by somebody who is not at this machine.
+
+    Raises:
+        ConfigurationError: naming the fields, one problem a line.
+    """
+    data, faults = _gathered(document)
+    if not isinstance(data, dict) or not isinstance(data.get("gateway"), Mapping):
+        raise ConfigurationError("a configuration is a mapping, and so is its gateway")
+    data.pop("data_dir", None)  # this machine's own
+    _fill_in(data, os.environ if environ is None else environ)
+    try:
+        config = _SYSTEM.validate_python(data)
+    except ValidationError as error:
+        faults += translated(error, config_schema())
+    if faults:
+        raise refusal(faults)
     return config
 
 

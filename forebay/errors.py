@@ -8,6 +8,7 @@
     ├── RequestTooLarge (413)                 ├── Overloaded (503)
     ├── RateLimitError (429)                  ├── GatewayTimeout (504, TimeoutError)
     │   ├── BudgetExceeded                    └── ConfigurationError (500, ValueError)
+    │   ├── DeploymentsBusy
     │   └── QueueTimeout (TimeoutError)
 
 Rule 1: every error knows its HTTP status, OpenAI's `type` and `code`, and when to come back.
@@ -17,6 +18,7 @@ Rule 3: no error holds a key; text from a provider is redacted where it enters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 
@@ -24,7 +26,8 @@ class GatewayError(Exception):
     """The root. `status` is the HTTP status, `retry_after_s` seconds until a retry can succeed.
 
     `upstream_status` is the status a provider answered with, where one did; it is what callers
-    need to tell a provider's 400 from ours.
+    need to tell a provider's 400 from ours. `figures` are the limits, "requests" and "tokens", as
+    they stood at a refusal: each has `limit`, `remaining` and `reset_s`.
     """
 
     status: int = 500
@@ -43,6 +46,7 @@ class GatewayError(Exception):
         model: str | None = None,
         provider: str | None = None,
         upstream_status: int | None = None,
+        figures: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -55,6 +59,7 @@ class GatewayError(Exception):
         self.model = model
         self.provider = provider
         self.upstream_status = upstream_status
+        self.figures = figures
 
     def __str__(self) -> str:
         return self.message
@@ -130,6 +135,12 @@ class BudgetExceeded(RateLimitError):
     type = "insufficient_quota"
     code = "budget_exceeded"
     retryable = False
+
+
+class DeploymentsBusy(RateLimitError):
+    """Every deployment that could answer has used up its own `rpm` or `tpm`."""
+
+    code = "deployments_busy"
 
 
 class QueueTimeout(RateLimitError, TimeoutError):

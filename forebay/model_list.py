@@ -36,8 +36,9 @@ class LiteLLMParams(TypedDict, total=False):
 class ModelEntry(TypedDict):
     """One entry of LiteLLM's `model_list`: a deployment, in the group `model_name`.
 
-    Without a `weight` anywhere in a group, `rpm`, or else `tpm`, serve as weights, as they do in
-    LiteLLM's simple shuffle. They are not limits yet. `allowed_params` are parameters beyond
+    `rpm` and `tpm` are the deployment's own limits, held by all processes together. Without a
+    `weight` anywhere in a group, `rpm`, or else `tpm`, serve as weights too, as they do in
+    LiteLLM's simple shuffle. `allowed_params` are parameters beyond
     OpenAI's that callers may send to this deployment.
     """
 
@@ -84,7 +85,11 @@ def entry_faults(entry: Mapping[str, Any]) -> Iterator[Fault]:
     ):
         for name in sorted(NEVER_ALLOWED.intersection(names or ())):
             yield Fault(place, f"{name!r} decides where keys go and is never left to callers")
-    identity = (entry.get("model_info") or {}).get("id")
+    info = entry.get("model_info") or {}
+    for name in ("rpm", "tpm"):
+        if params.get(name, entry.get(name, info.get(name))) == 0:
+            yield Fault((name,), "0 would never let a call through; leave the entry or this out")
+    identity = info.get("id")
     if identity is not None and not re.fullmatch(r"[\x21-\x7e]{1,128}", str(identity)):
         yield Fault(("model_info", "id"), "must be up to 128 printable characters without spaces")
 

@@ -27,9 +27,6 @@ def _only(*values: Any) -> Callable[[Any], bool]:
 _LEAVE_OUT = "is not enforced yet; leave it out"
 
 NOT_BUILT = (
-    NotBuilt("RateLimitConfig", "tokens_per_minute", _only(None), _LEAVE_OUT),
-    NotBuilt("RateLimitConfig", "usd_per_day", _only(None), _LEAVE_OUT),
-    NotBuilt("RateLimitConfig", "usd_per_month", _only(None), _LEAVE_OUT),
     NotBuilt("CircuitBreakerConfig", "slow_call_s", _only(None), _LEAVE_OUT),
     NotBuilt("CircuitBreakerConfig", "slow_call_rate", _only(0.5), _LEAVE_OUT),
     NotBuilt("CacheConfig", "backend", _only("memory"), "only 'memory' is built so far"),

@@ -3,12 +3,12 @@
     1 check      shape, parameters, model known, tenant may use it
     2 count      the request itself; a refusal says when to come back
     3 look up    somebody has the answer, or is getting it, or we lead
-    4 reserve    a slot; choose deployments; open a ledger entry per attempt
+    4 reserve    slot, tokens, money, all or nothing; choose deployments; an entry per attempt
     5 call       the provider, within the deadline; retries and fallbacks as planned
     6 judge      what the breaker learns from the outcome
     7 validate   the answer, by the configured level
     8 keep       whole, valid answers only
-    9 settle     slot and ledger, whatever happened
+    9 settle     reservation and ledger, whatever happened
 
 Rule 1: this file orders the steps; what each one decides is in its own room.
 Rule 2: no step leaves the process unless its desk has run dry.
@@ -29,13 +29,17 @@ from actors.cache.policy import Scope, key
 from actors.circuit_breaker.policy import Pass, Verdict
 from actors.circuit_breaker.policy import Refusal as BreakerRefusal
 from actors.ledger.desk import OpenEntry
-from actors.rate_limiter.policy import Hold, Refusal, Ticket
+from actors.rate_limiter.terms import NOTHING_USED, Amount, Hold, Limits, Refusal, Ticket
 from actors.ref import OwnerUnavailable
-from forebay import codec, schemas, validation
-from forebay.attempts import Plan, Try
+from forebay import bounds, codec, schemas, validation
+from forebay.attempts import Plan
+from forebay.bounds import Bound
 from forebay.codec import Answer
+from forebay.config import RateLimitConfig
 from forebay.errors import (
+    BudgetExceeded,
     CircuitBreakerOpenError,
+    DeploymentsBusy,
     GatewayError,
     GatewayTimeout,
     InvalidRequest,
@@ -44,16 +48,18 @@ from forebay.errors import (
     ProviderError,
     QueueTimeout,
     RateLimitError,
+    RequestTooLarge,
 )
 from forebay.providers.base import Chunks, verdict_of
-from forebay.routing import Deployment, Group, allows
+from forebay.routing import Deployment, Group
+from forebay.tenants import DEFAULT_TENANT
 
 if TYPE_CHECKING:
     from forebay.system import System
 
 Route = Literal["chat", "completion", "embedding"]
 BATCHER_GRACE_S = 0.25
-DEFAULT_TENANT = "default"
+NANO_PER_USD = 1e9
 TEXTS_FIELD: dict[str, str] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
 
@@ -119,6 +125,7 @@ class Facts:
     provider_s: float = 0.0
     total_s: float = 0.0
     config_version: int = 0
+    clamped: int | None = None  # completion tokens that a limit left, where it left less than asked
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -152,8 +159,20 @@ class _Request:
     deadline_s: float
     facts: Facts
     own_deadline: bool = False  # the client's, shorter than the configured one
+    limits: Limits | None = None
+    bound: Bound | None = None
     ticket: Ticket | None = None
     hold: Hold | None = None
+    used: Amount = NOTHING_USED
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One attempt that may be made now: the breaker's leave and the deployment's own limits."""
+
+    deployment: Deployment
+    admitted: Pass | None = None
+    quota: Hold | None = None
 
 
 class Pipeline:
@@ -225,8 +244,8 @@ class Pipeline:
             raise InvalidRequest.about("model", "model must be a string")
         group = system.table.group(name)
         schemas.check(call.route, body, group.allowed_params)
-        tenant = system.tenants.get(call.tenant)
-        if tenant is not None and not allows(tenant.models, name):
+        system.tenants.require(call.tenant)
+        if not system.tenants.allows(call.tenant, name):
             raise PermissionDenied(
                 f"tenant {call.tenant!r} may not use model {name!r}", param="model", model=name
             )
@@ -234,20 +253,28 @@ class Pipeline:
         own_deadline = call.timeout_s is not None and call.timeout_s < config.timeout
         timeout_s = call.timeout_s if own_deadline and call.timeout_s else config.timeout
         facts = Facts(group=group.name, config_version=system.version)
-        return _Request(call, group, now, now + timeout_s, facts, own_deadline)
+        limits = system.tenants.limits_for(call.tenant)
+        return _Request(call, group, now, now + timeout_s, facts, own_deadline, limits)
 
     # 2 ------------------------------------------------------------------------------- count
 
     async def _count(self, request: _Request) -> None:
-        system, call = self._system, request.call
-        limits = system.limits_for(call.tenant)
+        system, call, limits = self._system, request.call, request.limits
         if limits is None:
             return
-        wait_s, queue_max = system.queue_for(call.tenant) if call.may_wait else (0.0, 0)
+        amount = Amount()
+        if limits.meters:
+            request.bound = await system.bounds.of(call, request.group, limits)
+            amount = request.bound.amount
+        wait_s, queue_max = system.tenants.queue_for(call.tenant) if call.may_wait else (0.0, 0)
         asked_s = system.clock()
         try:
             counted = await system.limiter.count(
-                call.tenant, limits, wait_s=min(wait_s, self._left(request)), queue_max=queue_max
+                call.tenant,
+                limits,
+                amount,
+                wait_s=min(wait_s, self._left(request)),
+                queue_max=queue_max,
             )
         except OwnerUnavailable as error:
             raise Overloaded(f"limits cannot be checked now: {error}", retry_after_s=1.0) from None
@@ -285,7 +312,9 @@ class Pipeline:
         facts.cache = "hit" if isinstance(found, Hit) else "joined"
         facts.cost_nano = 0
         system.meter.cache(facts.cache)
-        if isinstance(found, Hit) and not system.count_cache_hits(call.tenant):
+        if answer.clamped is not None:
+            self._tell_clamp(request, answer.clamped)
+        if isinstance(found, Hit) and not system.tenants.counts_cache_hits(call.tenant):
             self._uncount(request)
         system.books.free(call, facts, system.clock() - request.started_s)
         return answer
@@ -321,18 +350,47 @@ class Pipeline:
             raise Overloaded("the ledger is away and its buffer is full", retry_after_s=1.0)
         if request.ticket is None:
             return
-        wait_s, _ = system.queue_for(request.call.tenant) if request.call.may_wait else (0.0, 0)
+        may_wait = request.call.may_wait
+        wait_s, _ = system.tenants.queue_for(request.call.tenant) if may_wait else (0.0, 0)
         try:
-            held = await system.limiter.reserve(
-                request.ticket, wait_s=min(wait_s, self._left(request))
-            )
+            held = await self._hold(request, wait_s)
+            if isinstance(held, Refusal) and self._lower(request, held):
+                held = await self._hold(request, wait_s)
         except OwnerUnavailable as error:
             self._uncount(request)
             raise Overloaded(f"limits cannot be checked now: {error}", retry_after_s=1.0) from None
+        except BaseException:
+            self._uncount(request)
+            raise
         if isinstance(held, Refusal):
             self._uncount(request)
             raise self._refused(request, held, wait_s)
         request.hold = held
+        bound = request.bound
+        if bound is not None and bound.clamp is not None:
+            self._tell_clamp(request, bound.clamp)
+
+    async def _hold(self, request: _Request, wait_s: float) -> Hold | Refusal:
+        assert request.ticket is not None
+        amount = Amount() if request.bound is None else request.bound.amount
+        wait_s = min(wait_s, self._left(request))
+        return await self._system.limiter.reserve(request.ticket, amount, wait_s=wait_s)
+
+    def _lower(self, request: _Request, refusal: Refusal) -> bool:
+        """Whether a shorter answer would do: money that is left is used to the end."""
+        if request.bound is None or refusal.lent or not refusal.kind.startswith("usd_"):
+            return False
+        lower = bounds.lowered(request.bound, int(refusal.remaining))
+        if lower is None or lower == request.bound:
+            return False
+        request.bound = lower
+        return True
+
+    def _tell_clamp(self, request: _Request, clamp: int) -> None:
+        request.facts.clamped = clamp
+        request.facts.warnings.append(
+            f"the answer may have {clamp} tokens at most: the tenant's limit leaves no more"
+        )
 
     # 5 -------------------------------------------------------------------------------- call
 
@@ -340,61 +398,103 @@ class Pipeline:
         """Attempts as planned, until one answers."""
         plan = self._plan(request)
         while True:
-            attempt, admitted = await self._next(request, plan)
+            attempt = await self._next(request, plan)
             system, facts = self._system, request.facts
-            entry = self._open_entry(request, attempt, admitted)
+            entry = self._open_entry(request, attempt)
             begun_s = system.clock()
             try:
                 answer = await self._provider_call(request, attempt.deployment)
-                facts.warnings = self._validate(request, answer)
+                warnings = self._validate(request, answer)
             except GatewayError as error:
                 facts.provider_s += system.clock() - begun_s
-                system.books.fail_call(entry, error)
-                if isinstance(error, CircuitBreakerOpenError):
-                    plan.refused(attempt.deployment, error.retry_after_s or 0.0)
+                if isinstance(error, CircuitBreakerOpenError | DeploymentsBusy):
+                    system.books.fail_call(entry, error)
+                    busy = isinstance(error, DeploymentsBusy)
+                    plan.refused(attempt.deployment, error.retry_after_s or 0.0, busy=busy)
                     continue
-                verdict = self._judge(request, attempt.deployment, admitted, error)
+                self._use(request, system.books.fail_call(entry, error))
+                verdict = self._judge(request, attempt, error)
                 plan.failed(attempt.deployment, error, verdict)
                 continue
             except BaseException:
                 system.books.void_call(entry, None)
-                self._judge(request, attempt.deployment, admitted, None, ignored=True)
+                self._judge(request, attempt, None, ignored=True)
                 raise
             facts.provider_s += system.clock() - begun_s
             facts.cost_nano = answer.cost_nano
-            self._judge(request, attempt.deployment, admitted, None)
+            facts.warnings += warnings
+            self._judge(request, attempt, None, usage=answer.usage)
             system.books.post_call(entry, answer)
+            self._learn(request, answer)
             system.meter.usage(*_tokens(answer.usage), answer.cost_nano)
             return answer
 
-    async def _next(self, request: _Request, plan: Plan) -> tuple[Try, Pass | None]:
-        """The next attempt that the breaker lets through, after the pause it needs."""
+    async def _next(self, request: _Request, plan: Plan) -> _Attempt:
+        """The next attempt that breaker and quota let through, after the pause it needs."""
         system, facts = self._system, request.facts
+        waits_until_s = system.clock() + self._patience(request)
         while True:
             left_s = self._left(request)
-            attempt = plan.next(left_s)
+            try:
+                planned = plan.next(left_s)
+            except DeploymentsBusy as busy:
+                again_s = system.clock() + (busy.retry_after_s or 0.0)
+                if again_s >= waits_until_s:
+                    raise
+                await asyncio.sleep(again_s - system.clock())
+                plan.again()
+                continue
             if left_s <= 0:
                 timeout_s = request.deadline_s - request.started_s
                 raise GatewayTimeout(
                     f"no time left for another attempt within {timeout_s:g} s",
                     model=facts.group,
                 )
-            if attempt.pause_s:
-                await asyncio.sleep(attempt.pause_s)
-            admitted: Pass | None = None
-            if system.config.gateway.enable_circuit_breaker and request.call.route != "embedding":
-                answer = await system.breaker.admit(attempt.deployment.id)
-                if isinstance(answer, BreakerRefusal):
-                    plan.refused(attempt.deployment, answer.retry_after_s)
-                    continue
-                admitted = answer
+            if planned.pause_s:
+                await asyncio.sleep(planned.pause_s)
+            attempt = _Attempt(planned.deployment)
+            # The Batcher asks both for embeddings: once for each provider call, whoever shares it.
+            if request.call.route != "embedding" and not await self._may(request, plan, attempt):
+                continue
             facts.deployment = attempt.deployment.id
             facts.attempts += 1
             facts.retries, facts.fallbacks = plan.retries, plan.fallbacks
-            return attempt, admitted
+            return attempt
+
+    async def _may(self, request: _Request, plan: Plan, attempt: _Attempt) -> bool:
+        """Whether breaker and quota let an attempt through. What they gave is noted in it."""
+        system, deployment = self._system, attempt.deployment
+        if system.config.gateway.enable_circuit_breaker:
+            answer = await system.breaker.admit(deployment.id)
+            if isinstance(answer, BreakerRefusal):
+                plan.refused(deployment, answer.retry_after_s)
+                return False
+            attempt.admitted = answer
+        call, group = request.call, request.group
+        try:
+            quota = await system.quotas.take_call(deployment, call, group, request.bound)
+        except BaseException as error:
+            self._judge(request, attempt, None, ignored=True)
+            if isinstance(error, OwnerUnavailable):
+                raise Overloaded(f"limits cannot be checked: {error}", retry_after_s=1.0) from None
+            raise
+        if isinstance(quota, Refusal):
+            self._judge(request, attempt, None, ignored=True)
+            plan.refused(deployment, quota.retry_after_s, busy=True)
+            return False
+        attempt.quota = quota
+        return True
+
+    def _patience(self, request: _Request) -> float:
+        """How long the request may wait for a deployment's own limits, in seconds."""
+        if not request.call.may_wait:
+            return 0.0
+        config = self._system.config.gateway
+        told = config.rate_limit_config or RateLimitConfig()
+        return min(self._left(request), told.queue_timeout if told.enable_queuing else 0.0)
 
     def _open_entry(
-        self, request: _Request, attempt: Try, admitted: Pass | None, *, stream: bool = False
+        self, request: _Request, attempt: _Attempt, *, stream: bool = False
     ) -> OpenEntry | None:
         """The ledger's entry of an attempt. The breaker has its leave back where there is none."""
         try:
@@ -402,7 +502,7 @@ class Pipeline:
                 request.call, request.facts, attempt.deployment, stream=stream
             )
         except GatewayError as error:
-            self._judge(request, attempt.deployment, admitted, error)
+            self._judge(request, attempt, error)
             raise
 
     def _plan(self, request: _Request) -> Plan:
@@ -420,6 +520,7 @@ class Pipeline:
     async def _provider_call(self, request: _Request, deployment: Deployment) -> Answer:
         """One attempt, bounded by what is left of the deadline."""
         system, call = self._system, request.call
+        body = self._body(request, deployment)
         timeout_s = self._left(request)
         # The Batcher's own clock goes first, so that it, and not we, judges a call that hangs.
         grace_s = BATCHER_GRACE_S if call.route == "embedding" else 0.0
@@ -427,11 +528,11 @@ class Pipeline:
             async with asyncio.timeout(timeout_s + grace_s):
                 if call.route == "chat":
                     return await system.provider.chat(
-                        deployment, call.body, timeout_s=timeout_s, resolve=system.resolve
+                        deployment, body, timeout_s=timeout_s, resolve=system.resolve
                     )
                 if call.route == "completion":
                     return await system.provider.completion(
-                        deployment, call.body, timeout_s=timeout_s, resolve=system.resolve
+                        deployment, body, timeout_s=timeout_s, resolve=system.resolve
                     )
                 return await self._embed(request, deployment, timeout_s)
         except TimeoutError as error:
@@ -442,6 +543,13 @@ class Pipeline:
                 model=deployment.group,
                 provider=deployment.provider,
             ) from None
+
+    def _body(self, request: _Request, deployment: Deployment) -> dict[str, Any]:
+        """What is sent: the caller's own body, clamped where a limit of tokens or money says so."""
+        body, bound = request.call.body, request.bound
+        if bound is None or bound.clamp is None:
+            return body
+        return bounds.clamped(request.call.route, body, bound, deployment)
 
     async def _embed(self, request: _Request, deployment: Deployment, timeout_s: float) -> Answer:
         """Texts go through the Batcher, which may send them together with other callers'."""
@@ -491,9 +599,9 @@ class Pipeline:
         """Attempts as planned, until one gives a first chunk."""
         plan = self._plan(request)
         while True:
-            attempt, admitted = await self._next(request, plan)
+            attempt = await self._next(request, plan)
             system, facts, call = self._system, request.facts, request.call
-            entry = self._open_entry(request, attempt, admitted, stream=True)
+            entry = self._open_entry(request, attempt, stream=True)
             begun_s = system.clock()
             open_stream = (
                 system.provider.chat_stream
@@ -502,7 +610,7 @@ class Pipeline:
             )
             chunks = open_stream(
                 attempt.deployment,
-                _with_usage(call.body),
+                _with_usage(self._body(request, attempt.deployment)),
                 timeout_s=self._left(request),
                 resolve=system.resolve,
             )
@@ -513,19 +621,19 @@ class Pipeline:
                 error = _stream_failure(failure, attempt.deployment)
                 facts.provider_s += system.clock() - begun_s
                 system.books.void_call(entry, error)
-                verdict = self._judge(request, attempt.deployment, admitted, error)
+                verdict = self._judge(request, attempt, error)
                 await chunks.aclose()
                 plan.failed(attempt.deployment, error, verdict)
                 continue
             except BaseException:
                 system.books.void_call(entry, None)
-                self._judge(request, attempt.deployment, admitted, None, ignored=True)
+                self._judge(request, attempt, None, ignored=True)
                 await chunks.aclose()
                 raise
             facts.provider_s += system.clock() - begun_s
             system.meter.first_token(call.route, system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
-            relay = self._relay(request, attempt, admitted, entry, first, chunks)
+            relay = self._relay(request, attempt, entry, first, chunks)
             # Into its `try`, so that closing or dropping it settles even if nobody takes a chunk.
             await anext(relay)
             return Stream(relay, facts)
@@ -533,8 +641,7 @@ class Pipeline:
     async def _relay(
         self,
         request: _Request,
-        attempt: Try,
-        admitted: Pass | None,
+        attempt: _Attempt,
         entry: OpenEntry | None,
         first: dict[str, Any],
         chunks: Chunks,
@@ -568,14 +675,15 @@ class Pipeline:
         finally:
             facts.provider_s += system.clock() - begun_s
             ignored = status == "cancelled"
-            self._judge(request, attempt.deployment, admitted, error, ignored=ignored)
             answer = tally.answer(request.call.body, status == "ok")
             if answer.cost_nano is None:
                 answer.cost_nano = system.provider.price(
                     attempt.deployment, answer.usage, model=answer.model
                 )
             facts.cost_nano = answer.cost_nano
+            self._judge(request, attempt, error, ignored=ignored, usage=answer.usage)
             system.books.post_call(entry, answer, error)
+            self._learn(request, answer)
             system.meter.usage(*_tokens(answer.usage), answer.cost_nano)
             self._settle(request)
             self._finish(request.call, request, status)
@@ -585,24 +693,28 @@ class Pipeline:
     def _judge(
         self,
         request: _Request,
-        deployment: Deployment,
-        admitted: Pass | None,
+        attempt: _Attempt,
         error: GatewayError | None,
         *,
         ignored: bool = False,
+        usage: Mapping[str, Any] | None = None,
     ) -> Verdict:
-        """Tell the breaker what came of an attempt. The Batcher tells it for embeddings."""
+        """Tell breaker and quota what came of an attempt. The Batcher tells them for embeddings."""
         verdict = Verdict.IGNORED if ignored else Verdict.SUCCESS
         if error is not None:
             verdict = verdict_of(error)
             if isinstance(error, GatewayTimeout) and request.own_deadline:
                 verdict = Verdict.IGNORED  # the client's own deadline blames nobody
         # Without a wildcard's filled-in name, which is the client's choice.
+        deployment = attempt.deployment
         label = deployment.id.removesuffix(f":{deployment.group}")
         self._system.meter.provider_call(label, verdict.value)
-        if admitted is not None:
+        if attempt.quota is not None:
+            prompt, completion = _tokens(usage)
+            self._system.limiter.settle(attempt.quota, Amount(prompt + completion))
+        if attempt.admitted is not None:
             retry_after_s = None if error is None else error.retry_after_s
-            self._system.breaker.judge(admitted, verdict, retry_after_s)
+            self._system.breaker.judge(attempt.admitted, verdict, retry_after_s)
         return verdict
 
     # 7 ---------------------------------------------------------------------------- validate
@@ -619,15 +731,31 @@ class Pipeline:
         """The answer as bytes for those who wait, and for how long to store it, if at all."""
         config = self._system.config.gateway
         ttl_s = request.call.cache_ttl_s or float(config.cache_ttl_s)
-        store = config.enable_caching and request.call.cache_write and not request.facts.warnings
+        facts = request.facts
+        whole = not _is_cut(answer) if facts.clamped is not None else not facts.warnings
+        store = config.enable_caching and request.call.cache_write and whole
+        answer.clamped = facts.clamped
         return codec.pack(answer), ttl_s if store else None
 
     # 9 ------------------------------------------------------------------------------ settle
 
     def _settle(self, request: _Request | None) -> None:
         if request is not None and request.hold is not None:
-            self._system.limiter.settle(request.hold)
+            self._system.limiter.settle(request.hold, request.used)
             request.hold = None
+
+    def _learn(self, request: _Request, answer: Answer) -> None:
+        """An answer was paid for: so much of the reservation is used."""
+        bound, limits = request.bound, request.limits
+        if bound is None or limits is None:
+            return
+        nano = answer.cost_nano if answer.cost_nano is not None else bound.nano
+        self._use(request, Amount(bounds.used(answer.usage, bound), nano or 0))
+        cut = request.facts.clamped is not None and _is_cut(answer)
+        self._system.bounds.learn(request.call, request.group, answer.usage, cut=cut)
+
+    def _use(self, request: _Request, used: Amount) -> None:
+        request.used = Amount(request.used.tokens + used.tokens, request.used.nano + used.nano)
 
     def _uncount(self, request: _Request) -> None:
         if request.ticket is not None:
@@ -652,14 +780,33 @@ class Pipeline:
         return max(0.0, request.deadline_s - self._system.clock())
 
     def _refused(self, request: _Request, refusal: Refusal, waited_s: float) -> GatewayError:
-        tenant = request.call.tenant
-        self._system.meter.limited(tenant, refusal.kind)
-        kind = RateLimitError if waited_s <= 0 else QueueTimeout
-        return kind(
-            f"tenant {tenant!r} is over its limit of {refusal.limit:g} "
-            f"{refusal.kind.replace('_', ' ')}; retry after {refusal.retry_after_s:.3f} s",
+        tenant, kind = request.call.tenant, refusal.kind
+        self._system.meter.limited(tenant, kind)
+        is_money = kind.startswith("usd_")
+        limit = f"${refusal.limit / NANO_PER_USD:g}" if is_money else f"{refusal.limit:g}"
+        words = f"{limit} {kind.replace('_', ' ')}"
+        details: dict[str, Any] = {
+            "model": request.facts.group,
+            "figures": self._system.limiter.figures(tenant),
+        }
+        if refusal.never and not is_money:
+            return RequestTooLarge(
+                f"this request alone is more than tenant {tenant!r} may ever use: {words}",
+                code="tokens_over_limit",
+                **details,
+            )
+        if is_money and not refusal.lent:
+            after_s = None if refusal.never else refusal.retry_after_s
+            when = "; it never fits" if after_s is None else f"; it begins anew in {after_s:.0f} s"
+            return BudgetExceeded(
+                f"tenant {tenant!r} has used up its {words}{when}", retry_after_s=after_s, **details
+            )
+        error = RateLimitError if waited_s <= 0 else QueueTimeout
+        return error(
+            f"tenant {tenant!r} is over its limit of {words}; "
+            f"retry after {refusal.retry_after_s:.3f} s",
             retry_after_s=refusal.retry_after_s,
-            model=request.facts.group,
+            **details,
         )
 
 
@@ -669,12 +816,17 @@ def _asks_for_variety(body: dict[str, Any]) -> bool:
     return (temperature is not None and temperature > 0) or (n is not None and n > 1)
 
 
+def _is_cut(answer: Answer) -> bool:
+    """Whether the answer ended because it could have no more tokens."""
+    return any(c.get("finish_reason") == "length" for c in answer.body.get("choices") or ())
+
+
 def _with_usage(body: dict[str, Any]) -> dict[str, Any]:
     """The body, asking for usage in the stream: the ledger wants to count, not to estimate."""
     return {**body, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
 
 
-def _tokens(usage: dict[str, Any] | None) -> tuple[int, int]:
+def _tokens(usage: Mapping[str, Any] | None) -> tuple[int, int]:
     usage = usage or {}
     return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
 

@@ -63,7 +63,8 @@ class Deployment:
     has the name after its id. `params` are `litellm_params` without `model` and
     without what routing uses; they hold references and `SecretStr`s, for `secrets.resolve`.
 
-    `rpm` and `tpm` are weights here, as in LiteLLM's simple shuffle; they are not limits yet.
+    `rpm` and `tpm` limit it (see `bounds.deployment_limits`); here they serve as weights too, as in
+    LiteLLM's simple shuffle. A pattern's deployments share one limit, that of `limited_as`.
     """
 
     id: str
@@ -77,6 +78,11 @@ class Deployment:
     tpm: int | None = None
     allowed_params: frozenset[str] = frozenset()
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def limited_as(self) -> str:
+        """The name that its own limits are held under: no tenant can have it."""
+        return f"deployment/{self.id.removesuffix(f':{self.group}')}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ SECRETS_MAX = 10_000
 KEY_SECRET_BYTES_MIN = 16
 HASH_PREFIX = "hmac-sha256:"
 KEY_PREFIX = "sk-fb-"
+OPERATOR_PREFIX = "sk-fb-op-"
 MASK = "***"
 
 _ENVIRONMENT = "os.environ/"
@@ -268,6 +269,15 @@ def hash_key(key: str, secret: bytes) -> str:
     """An API key as it is stored: `hmac-sha256:` and 64 hexadecimal digits (RFC 2104)."""
     digest = hmac.new(secret, key.encode("utf-8", "surrogatepass"), hashlib.sha256)
     return HASH_PREFIX + digest.hexdigest()
+
+
+def operator_key(secret: bytes) -> str:
+    """The key of whoever can read the key secret: the command line on a node of the system.
+
+    It is derived, so there is nothing to store or to revoke; a new secret makes a new one.
+    """
+    digest = hmac.new(secret, b"forebay operator", hashlib.sha256).digest()
+    return OPERATOR_PREFIX + base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
 def _keep(secret: str, vault: Vault | None) -> str:

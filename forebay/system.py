@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +27,17 @@ from actors.circuit_breaker.desk import CircuitBreakerDesk
 from actors.circuit_breaker.owner import CircuitBreaker
 from actors.circuit_breaker.policy import Refusal as BreakerRefusal
 from actors.circuit_breaker.policy import Rules, State, Verdict
+from actors.holders import holder_id
 from actors.ledger.desk import LedgerDesk
 from actors.ledger.owner import Ledger
+from actors.rate_limiter.deaths import DeathWatch
 from actors.rate_limiter.desk import RateLimiterDesk
 from actors.rate_limiter.owner import RateLimiter
-from actors.rate_limiter.policy import Limits
-from actors.ref import Clock, InlineRef, OwnerRef, OwnerUnavailable, holder_id
+from actors.rate_limiter.terms import Amount, Layout, Refusal, Seed
+from actors.ref import Clock, InlineRef, OwnerRef, OwnerUnavailable
 from actors.registry.desk import RegistryDesk
 from actors.registry.owner import Registry
+from actors.registry.policy import Access
 from forebay import config as configuration
 from forebay import routing, running, secrets
 from forebay.books import Books
@@ -42,13 +45,12 @@ from forebay.config import (
     CacheConfig,
     CircuitBreakerConfig,
     GatewayConfig,
-    RateLimitConfig,
     SystemConfig,
-    TenantConfig,
 )
 from forebay.errors import (
     CircuitBreakerOpenError,
     ConfigurationError,
+    DeploymentsBusy,
     GatewayError,
     GatewayTimeout,
     Overloaded,
@@ -58,12 +60,14 @@ from forebay.pipeline import Pipeline
 from forebay.providers.base import Provider, verdict_of
 from forebay.providers.litellm import LiteLLMProvider
 from forebay.providers.local import InProcessModels, LocalModels
+from forebay.reckoning import Quotas, Reckoner
 from forebay.routing import Deployment, ModelTable
 from forebay.secrets import Vault
+from forebay.tenants import Tenants
 
 NAMESPACE = "forebay"
-LIMITS_REMEMBERED_MAX = 100_000
-LIMITER_SHARDS = 1
+LIMITER = "rate-limiter-"
+LIMITER_SHARDS_MAX = 64
 STARTED_LATER = frozenset({"batcher"})
 STATS_TIMEOUT_S = 2.0
 ATTACH_TIMEOUT_S = 30.0
@@ -81,7 +85,7 @@ class Boot:
     data_dir: str = ""
     registry_path: str | None = None
     ledger_path: str | None = None
-    limiter_shards: int = LIMITER_SHARDS
+    limiter_shards: int = 1
     cache_bytes_max: int = 256 * 1024 * 1024
 
     @classmethod
@@ -98,6 +102,7 @@ class Boot:
             data_dir=str(data_dir),
             registry_path=str(data_dir / "registry.db") if durable else None,
             ledger_path=None if ledger is None else str(ledger),
+            limiter_shards=config.server.limiter_shards,
             cache_bytes_max=cache.max_bytes,
         )
 
@@ -138,15 +143,20 @@ class EmbedCalls:
 
 def owners(boot: Boot) -> dict[str, tuple[type, dict[str, Any]]]:
     """Every owner by actor name: its class and its arguments."""
-    shards = [f"rate-limiter-{shard}" for shard in range(boot.limiter_shards)]
+    layout = Layout(shards=boot.limiter_shards)
     return {
-        **{shard: (RateLimiter, {}) for shard in shards},
+        **{f"{LIMITER}{shard}": limiter(shard, layout) for shard in range(layout.shards)},
         "registry": (Registry, {"path": boot.registry_path}),
         "circuit-breaker": (CircuitBreaker, {}),
         "cache": (Cache, {"max_bytes": boot.cache_bytes_max}),
         "batcher": (Batcher, {"factory": BatcherCalls(boot)}),
         "ledger": (Ledger, {"path": boot.ledger_path}),
     }
+
+
+def limiter(shard: int, layout: Layout) -> tuple[type, dict[str, Any]]:
+    """One of the limiter's owners: its class and its arguments."""
+    return RateLimiter, {"shard": shard, "layout": layout}
 
 
 class System:
@@ -165,22 +175,29 @@ class System:
         holder: str,
         private: bool,
         models: LocalModels,
+        more: Callable[[str, type, dict[str, Any]], OwnerRef],
         clock: Clock = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
+        """`more` reaches an owner that `refs` lack, by name, class and arguments."""
         self.runtime = runtime
         self.holder = holder
         self.clock = clock
         self.rng = rng or random.Random()
         self.version = 0
+        self.boot: Boot | None = None
         self._refs = dict(refs)
+        self._more = more
         self._private = private
         self._models = models
         self._vault = Vault(Path(config.data_dir))
         self.meter = Meter(self._refs.values)
         self.provider: Provider = LiteLLMProvider(models)
-        limiter_refs = [ref for name, ref in refs.items() if name.startswith("rate-limiter")]
-        self.limiter = RateLimiterDesk(limiter_refs, holder, clock)
+        limiters = [ref for name, ref in refs.items() if name.startswith(LIMITER)]
+        self.limiter = RateLimiterDesk(limiters, holder, clock, book=self)
+        self._layout = Layout(shards=len(limiters))
+        self._relaying: asyncio.Task[None] | None = None
+        self._deaths = DeathWatch(self.limiter, holder, self._nodes_alive)
         self.breaker = CircuitBreakerDesk(refs["circuit-breaker"], holder, clock)
         self.cache = CacheDesk(refs["cache"], holder, clock)
         self.batcher = BatcherDesk(refs["batcher"], holder)
@@ -188,7 +205,8 @@ class System:
         self._own_batcher = BatcherDesk(own_batcher, holder)
         self._own_batcher_owner: Any = own_batcher.owner
         self._ledger = LedgerDesk(refs["ledger"], holder, clock)
-        self.registry = RegistryDesk(refs["registry"], self._configured)
+        self.registry = RegistryDesk(refs["registry"], self._configured, self._accessed)
+        self.bounds = Reckoner(self.provider, self._candidates)
         self.pipeline = Pipeline(self)
         self.problem: str | None = None
         self._listeners: list[Callable[[System], None]] = []
@@ -200,9 +218,14 @@ class System:
         table = ModelTable.build(config.gateway)
         self.config = config
         self.table = table
-        self.tenants: dict[str, TenantConfig] = {t.id: t for t in config.gateway.tenants}
-        self._limits: dict[str, tuple[Limits, RateLimitConfig] | None] = {}
-        self.books = Books(self._ledger, enabled=config.gateway.enable_llmops)
+        self.access = self.registry.last_access or Access()
+        self.tenants = Tenants(config.gateway, self.access, self.version)
+        self.quotas = Quotas(self.limiter, self.bounds, self.version)
+        self.books = Books(
+            self._ledger,
+            enabled=config.gateway.enable_llmops,
+            count_hits=self.tenants.counts_cache_hits,
+        )
         if not self._private or self.runtime == "inline":
             self.breaker.set_rules(_rules(config.gateway), self.version)
         for listener in self._listeners:
@@ -211,6 +234,8 @@ class System:
     def _configured(self, version: int, document: Mapping[str, Any]) -> None:
         """The Registry has a new version."""
         self.version = version
+        shards = (document.get("server") or {}).get("limiter_shards", self._layout.shards)
+        self._relay(Layout(version, int(shards)))
         if self._private or not document:
             return
         try:
@@ -218,6 +243,13 @@ class System:
             self.problem = None
         except ConfigurationError as error:
             self.problem = f"configuration version {version} was not applied: {error}"
+
+    def _accessed(self, access: Access) -> None:
+        """Keys or tenants were made or revoked at run time."""
+        self.access = access
+        self.tenants = Tenants(self.config.gateway, access, self.version)
+        for listener in self._listeners:
+            listener(self)
 
     def metrics(self) -> bytes:
         """This process's counters, in Prometheus text format."""
@@ -237,48 +269,68 @@ class System:
         resolved: dict[str, Any] = secrets.resolve(params, os.environ, self._vault)
         return resolved
 
-    # ------------------------------------------------------------------------------- limits
+    # --------------------------------------------------------------------- the limiter's owners
 
-    def limits_for(self, tenant: str) -> Limits | None:
-        """The tenant's limits, None where nothing limits it."""
-        found = self._limits_of(tenant)
-        return None if found is None else found[0]
+    def _relay(self, layout: Layout) -> None:
+        """The tenants are spread over so many owners from now on."""
+        if layout.version <= self._layout.version:
+            return
+        self._layout = layout
+        before = self._relaying
 
-    def queue_for(self, tenant: str) -> tuple[float, int]:
-        """Longest wait in seconds, and how many may wait, for callers that agree to wait."""
-        found = self._limits_of(tenant)
-        if found is None or not found[1].enable_queuing:
-            return 0.0, 0
-        return found[1].queue_timeout, found[1].max_queue_size
+        async def relay() -> None:
+            if before is not None:
+                await before
+            await self.limiter.relayout(layout, self._limiters(layout))
 
-    def count_cache_hits(self, tenant: str) -> bool:
-        found = self._limits_of(tenant)
-        return found is None or found[1].count_cache_hits
+        self._relaying = asyncio.get_running_loop().create_task(relay())
 
-    def _limits_of(self, tenant: str) -> tuple[Limits, RateLimitConfig] | None:
-        try:
-            return self._limits[tenant]
-        except KeyError:
-            pass
-        if len(self._limits) >= LIMITS_REMEMBERED_MAX:
-            self._limits.clear()
-        gateway = self.config.gateway
-        known = self.tenants.get(tenant)
-        limits = (known.limits if known is not None else None) or gateway.rate_limit_config
-        found = None
-        if limits is not None and gateway.enable_rate_limiting:
-            found = (
-                Limits(
-                    requests_per_minute=limits.requests_per_minute,
-                    burst=limits.burst_size,
-                    requests_per_hour=limits.requests_per_hour,
-                    concurrent=limits.concurrent_requests,
-                    version=self.version,
-                ),
-                limits,
-            )
-        self._limits[tenant] = found
-        return found
+    def _limiters(self, layout: Layout) -> list[OwnerRef]:
+        """The owners of a layout. Those of a smaller one before may go on; nobody asks them."""
+        names = [f"{LIMITER}{shard}" for shard in range(layout.shards)]
+        for shard, name in enumerate(names):
+            if name not in self._refs:
+                self._refs[name] = self._more(name, *limiter(shard, layout))
+        return [self._refs[name] for name in names]
+
+    async def spread(self, shards: int) -> None:
+        """Make all owners of the limiter obey a new number of them, before anybody else does.
+
+        The old owners let go of what moves first; the new ones lend nothing until every lease of
+        the old is over. Call it just before the configuration that says so is put.
+
+        Raises:
+            OwnerUnavailable: one of them does not answer; nothing was changed for good.
+        """
+        layout = Layout(self.version + 1, shards)
+        old = self._limiters(Layout(shards=self._layout.shards))
+        for ref in [*old, *self._limiters(layout)[len(old) :]]:
+            await ref.ask("adopt", layout, timeout_s=ATTACH_TIMEOUT_S)
+        if self.boot is not None:
+            from actors import spawn
+
+            self.boot = replace(self.boot, limiter_shards=shards)
+            boot = asdict(self.boot)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, spawn.write_boot, self.boot.namespace, boot)
+
+    async def _nodes_alive(self) -> set[str] | None:
+        if self.runtime == "inline":
+            return None
+        from actors import spawn
+
+        return await asyncio.get_running_loop().run_in_executor(None, spawn.nodes_alive)
+
+    # What the limiter needs of the ledger; `books` changes with the configuration.
+
+    def mark(self) -> int:
+        return self.books.mark()
+
+    def commit_of(self, mark: int) -> int | None:
+        return self.books.commit_of(mark)
+
+    async def seeds(self, tenants: list[str]) -> list[Seed]:
+        return await self.books.seeds(tenants)
 
     # ------------------------------------------------------------------------------ routing
 
@@ -286,6 +338,11 @@ class System:
         """The group's deployments in the order to try them now."""
         standing = self.breaker.standing
         return routing.order(self.table.group(group), standing, self.rng)
+
+    def _candidates(self, group: str) -> list[Deployment]:
+        """Every deployment that may answer for the group, its fallbacks' included."""
+        groups = [group, *self.table.fallbacks(group)]
+        return [d for name in groups for d in self.table.group(name).deployments]
 
     def batcher_for(self, deployment: Deployment, coalesce: bool) -> BatcherDesk:
         """The shared Batcher, or this process's own.
@@ -313,19 +370,32 @@ class System:
                 )
             admitted = passed
         verdict, retry_after_s = Verdict.IGNORED, None
+        used = Amount()
+        quota = None
         patient = timeout_s >= self.config.gateway.timeout * PATIENT_SHARE
         try:
+            quota = await self.quotas.take_texts(deployment, texts)
+            if isinstance(quota, Refusal):
+                raise DeploymentsBusy(
+                    f"{deployment.group!r} has used up its own rpm or tpm",
+                    model=deployment.group,
+                    retry_after_s=quota.retry_after_s,
+                )
             vectors = await self.provider.embed(
                 deployment, texts, dict(lane.params), timeout_s=timeout_s, resolve=self.resolve
             )
-            verdict = Verdict.SUCCESS
+            verdict, used = Verdict.SUCCESS, Amount(vectors.prompt_tokens)
             return vectors
+        except OwnerUnavailable as error:
+            raise Overloaded(f"limits cannot be checked: {error}", retry_after_s=1.0) from None
         except GatewayError as error:
             # A deadline that a client made short blames nobody.
             if patient or not isinstance(error, GatewayTimeout):
                 verdict, retry_after_s = verdict_of(error), error.retry_after_s
             raise
         finally:
+            if quota is not None and not isinstance(quota, Refusal):
+                self.limiter.settle(quota, used)
             if admitted is not None:
                 self.breaker.judge(admitted, verdict, retry_after_s)
 
@@ -353,6 +423,8 @@ class System:
         One that fails to close does not keep the others from it; the first failure is raised.
         """
         inline = [ref.owner for ref in self._refs.values() if isinstance(ref, InlineRef)]
+        if self._relaying is not None:
+            await asyncio.gather(self._relaying, return_exceptions=True)
         closing: list[Any] = [*reversed(self._desks()), self.provider, self._models]
         failures: list[Exception] = []
         for part in [*closing, *inline, self._own_batcher_owner]:
@@ -372,6 +444,7 @@ class System:
             self.batcher,
             self._own_batcher,
             self._ledger,
+            self._deaths,
         ]
 
     async def health(self) -> dict[str, Any]:
@@ -489,6 +562,7 @@ async def open_inline(config: SystemConfig) -> System:
         holder=holder_id("local"),
         private=True,
         models=InProcessModels(),
+        more=lambda name, cls, arguments: InlineRef(name, cls(**arguments)),
     )
     calls.append(system)
     await system.start()
@@ -515,10 +589,10 @@ async def attach(
     from actors import spawn
     from forebay.providers.served import ServedModels
 
-    refs = {
-        name: spawn.RayRef(spawn.OwnerSpec(name, cls, arguments), boot.namespace)
-        for name, (cls, arguments) in owners(boot).items()
-    }
+    def reach(name: str, cls: type, arguments: dict[str, Any]) -> OwnerRef:
+        return spawn.RayRef(spawn.OwnerSpec(name, cls, arguments), boot.namespace)
+
+    refs = {name: reach(name, *how) for name, how in owners(boot).items()}
     config, version = private, 0
     try:
         if publish is not None:
@@ -538,8 +612,10 @@ async def attach(
         holder=holder_id(ray.get_runtime_context().get_node_id()[:12]),
         private=private is not None,
         models=ServedModels(),
+        more=reach,
     )
     system.version = version
+    system.boot = boot
     await system.start()
     return system
 
@@ -585,7 +661,9 @@ def remove_owners(boot: Boot) -> None:
     """End this system's owners for good and forget it. What is durable stays on disk. Blocking."""
     from actors import spawn
 
-    for name, made in owners(boot).items():
+    # There may be more of the limiter's than at the start, or there may have been.
+    widest = replace(boot, limiter_shards=LIMITER_SHARDS_MAX)
+    for name, made in owners(widest).items():
         spawn.remove(spawn.OwnerSpec(name, *made), boot.namespace)
     spawn.erase_boot(boot.namespace)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +18,17 @@ from actors.ledger.policy import (
     Entry,
     GroupBy,
     LedgerFull,
+    Spent,
     Status,
+    StoreFailed,
 )
-from actors.ref import Clock, OwnerRef
+from actors.ref import Clock, OwnerRef, OwnerUnavailable
 
 ENTRIES_BUFFERED_MAX = 50_000
 """Most calls under way plus entries not acknowledged; some 25 MB."""
 ENTRIES_PER_MESSAGE_MAX = 500
+COMMITS_KEPT = 10_000
+"""Most acknowledgements whose commit is remembered; over eight minutes at SEND_AFTER_S."""
 SEND_AFTER_S = 0.05
 BACK_OFF_S = (0.05, 1.0)
 CLOSE_WAIT_S = 5.0
@@ -49,9 +55,12 @@ class LedgerDesk:
     """Owns the entries of this process that the ledger has not acknowledged yet.
 
     They leave in order, SEND_AFTER_S after the first one or as soon as ENTRIES_PER_MESSAGE_MAX
-    wait, and are kept until the owner says that they are durable. Bounded by ENTRIES_BUFFERED_MAX,
-    calls under way included: then `full` is true, `open` raises LedgerFull, and entries of answers
-    that cost nothing (hits, refusals) are dropped and counted.
+    wait, and are kept until the owner says that they are durable. A message that was not
+    acknowledged is sent again with the same entries and no others, so that one commit is true of
+    all of them. Of acknowledged messages the last COMMITS_KEPT commits are remembered.
+
+    Bounded by ENTRIES_BUFFERED_MAX, calls under way included: then `full` is true, `open` raises
+    LedgerFull, and entries of answers that cost nothing (hits, refusals) are dropped and counted.
 
     Failure behaviour: with the owner away or its store failing, the desk keeps everything and tries
     again for ever, until it is full and paid calls stop. When this process dies, what it had not
@@ -83,6 +92,9 @@ class LedgerDesk:
         self._failures = 0
         self._last_error: str | None = None
         self._seq = 0
+        self._sending = 0
+        # (how many were acknowledged by then, the commit that says so), both growing.
+        self._commits: deque[tuple[int, int]] = deque(maxlen=COMMITS_KEPT)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due = asyncio.Event()
@@ -252,6 +264,35 @@ class LedgerDesk:
             self._flushers.remove(waiting)
         return len(self._buffer)
 
+    def mark(self) -> int:
+        """How many entries this process has recorded so far: a name for the last of them."""
+        return self._recorded
+
+    def commit_of(self, mark: int) -> int | None:
+        """The commit of the entry that `mark` names; None until it is acknowledged.
+
+        A `Spent` has that entry in it if, and only if, its own commit is this or a later one. Of a
+        mark that is older than COMMITS_KEPT acknowledgements, it is the oldest commit remembered,
+        which is later than the true one.
+        """
+        if mark <= 0:
+            return 0
+        if mark > self._acknowledged:
+            return None
+        return self._commits[bisect_left(self._commits, (mark,))][1]
+
+    async def spent(self, tenants: list[str], at_ms: int) -> list[Spent]:
+        """What the tenants had used at `at_ms`, in their order, after a flush.
+
+        At most TENANTS_PER_READ_MAX tenants. Raises OwnerUnavailable, also for a store that fails.
+        """
+        await self.flush()
+        try:
+            answer: list[Spent] = await self._ref.ask("spent", tenants, at_ms)
+        except StoreFailed as error:
+            raise OwnerUnavailable(self._ref.name, error.reason) from None
+        return answer
+
     async def usage(
         self,
         tenant: str | None = None,
@@ -348,10 +389,12 @@ class LedgerDesk:
         """Empties the buffer. False, and the rest is kept, when a message is not acknowledged."""
         self._due.clear()
         while self._buffer:
-            batch = self._buffer[:ENTRIES_PER_MESSAGE_MAX]
-            self._seq += 1
+            if self._sending == 0:
+                self._sending = min(len(self._buffer), ENTRIES_PER_MESSAGE_MAX)
+                self._seq += 1
+            batch = self._buffer[: self._sending]
             try:
-                await self._ref.ask("append", self._holder, self._seq, batch)
+                commit: int = await self._ref.ask("append", self._holder, self._seq, batch)
             except Exception as error:  # noqa: BLE001
                 # Whatever it is, nothing was acknowledged: the batch stays, `stats` tells, and a
                 # desk that never gets through fills up and stops paid calls. Dying would hide it.
@@ -360,7 +403,9 @@ class LedgerDesk:
                 self._due.set()
                 return False
             del self._buffer[: len(batch)]
+            self._sending = 0
             self._acknowledged += len(batch)
+            self._commits.append((self._acknowledged, commit))
             self._wake_flushers()
         return True
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
-from actors.ledger.policy import Entry, GroupBy, StoreFailed
+from actors.ledger.policy import TENANTS_PER_READ_MAX, Entry, GroupBy, Spent, StoreFailed
 from actors.ledger.store import SqliteStore
 from actors.ref import Clock
 
@@ -48,7 +48,7 @@ class Ledger:
     survives.
     """
 
-    PROTOCOL = 1
+    PROTOCOL = 2
 
     def __init__(
         self,
@@ -72,11 +72,15 @@ class Ledger:
         return self.PROTOCOL
 
     async def append(self, holder: str, seq: int, entries: list[Entry]) -> int:
-        """Makes the entries durable and returns how many of them are: all.
+        """Makes all of the entries durable and returns their commit, a number.
 
-        Safe to repeat: an id that is known is passed over. `holder` and `seq` name the message in
-        the log of a session; the ids decide.
+        A `spent` with this `commit` or a later one has all of them in it, one with an earlier
+        commit lacks at least one; it has none of them if all came in this message for the first
+        time, however often it was sent. Safe to repeat: an id that is known is passed over.
+        `holder` and `seq` name the message in the log of a session; the ids decide.
         """
+        if not entries:
+            return await self._read(self._store.last)
         if self._rows_queued + len(entries) > ROWS_QUEUED_MAX:
             raise StoreFailed(f"{self._rows_queued} rows wait for the disk")
         self._rows_queued += len(entries)
@@ -97,6 +101,16 @@ class Ledger:
         if group_by not in (None, *get_args(GroupBy)):
             raise ValueError(f"group_by is one of {get_args(GroupBy)}, not {group_by!r}")
         return await self._read(lambda: self._store.usage(tenant, since_ms, until_ms, group_by))
+
+    async def spent(self, tenants: list[str], at_ms: int) -> list[Spent]:
+        """What each of the tenants had used at `at_ms` (UTC epoch ms), in their order.
+
+        Everything acknowledged before is in it. Raises ValueError for more than
+        TENANTS_PER_READ_MAX tenants.
+        """
+        if len(tenants) > TENANTS_PER_READ_MAX:
+            raise ValueError(f"{len(tenants)} tenants in one read, {TENANTS_PER_READ_MAX} may be")
+        return await self._read(lambda: self._store.spent(tenants, at_ms))
 
     async def count(self) -> int:
         """Rows in the store."""
@@ -186,19 +200,20 @@ class Ledger:
     def _commit(self, jobs: list[_Job]) -> None:
         if not jobs:
             return
-        entries = [entry for job in jobs for entry in job.entries]
-        new = self._attempt(lambda: self._store.append(entries))
-        if isinstance(new, StoreFailed) and len(jobs) > 1:
+        done = self._attempt(lambda: self._store.append([job.entries for job in jobs]))
+        if not isinstance(done, StoreFailed):
+            new, commits = done
+            self._commits += 1
+            self._rows_new += new
+            self._rows_known += sum(len(job.entries) for job in jobs) - new
+            for job, commit in zip(jobs, commits, strict=True):
+                self._settle(job, commit)
+        elif len(jobs) > 1:
             # One message that cannot be stored must not fail those that shared its commit.
             for job in jobs:
                 self._commit([job])
-            return
-        if not isinstance(new, StoreFailed):
-            self._commits += 1
-            self._rows_new += new
-            self._rows_known += len(entries) - new
-        for job in jobs:
-            self._settle(job, new if isinstance(new, StoreFailed) else len(job.entries))
+        else:
+            self._settle(jobs[0], done)
 
     def _attempt(self, work: Callable[[], T]) -> T | StoreFailed:
         """The result, or the failure as a value; after a failure the store starts afresh."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from datetime import date, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Status = Literal["posted", "voided", "refused", "hit", "joined"]
 """posted: a provider was paid or may be. voided: the attempt failed and costs nothing. refused: no
@@ -30,6 +31,13 @@ TOKENS_MAX = 10**12
 COST_NANO_MAX = 10**15
 """Most money one entry can hold: a million USD."""
 ERROR_CHARS_MAX = 500
+
+DAY_MS = 86_400_000
+MINUTE_MS = 60_000
+MINUTES_TOLD = 62
+"""An hour, and what a sum by whole minutes may be late at either end."""
+TENANTS_PER_READ_MAX = 1000
+"""Most tenants of one `spent`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +175,49 @@ def fold(entries: Iterable[Entry]) -> Totals:
     for entry in entries:
         totals += count(entry)
     return totals
+
+
+class Spent(NamedTuple):
+    """What one tenant used of its limits over time, as far as the ledger knows at one moment.
+
+    `commit` is the number of the last entry known then. `day` counts UTC days since 1970, `month`
+    is year * 12 + month - 1; `day_nano` and `month_nano` were paid in them. `minutes` are requests
+    that were not refused, as (age in whole minutes, how many) of the last MINUTES_TOLD, those
+    answered from the cache in `hit_minutes` instead. What comes from a clock that is ahead has
+    age 0.
+    """
+
+    commit: int
+    day: int
+    day_nano: int
+    month: int
+    month_nano: int
+    minutes: tuple[tuple[int, int], ...] = ()
+    hit_minutes: tuple[tuple[int, int], ...] = ()
+
+
+class Calendar(NamedTuple):
+    """Where a time lies: its UTC day and month, and the month's days `first_day <= day < end_day`.
+
+    Days count from 1970, months from the year 0.
+    """
+
+    day: int
+    month: int
+    first_day: int
+    end_day: int
+
+
+_EPOCH = date(1970, 1, 1).toordinal()
+
+
+def calendar(at_ms: int) -> Calendar:
+    """Raises ValueError or OverflowError beyond the year 9999."""
+    day = at_ms // DAY_MS
+    first = date.fromordinal(_EPOCH + day).replace(day=1)
+    end = (first + timedelta(days=31)).replace(day=1)
+    month = first.year * 12 + first.month - 1
+    return Calendar(day, month, first.toordinal() - _EPOCH, end.toordinal() - _EPOCH)
 
 
 def nano(usd: float | Decimal) -> int:

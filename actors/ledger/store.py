@@ -12,10 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from actors.file_lock import FileLock, FileLocked
-from actors.ledger.policy import COLUMNS, SERVED, SUMS, Entry, GroupBy, StoreFailed, Totals
+from actors.ledger.policy import (
+    COLUMNS,
+    DAY_MS,
+    MINUTE_MS,
+    MINUTES_TOLD,
+    SERVED,
+    SUMS,
+    Entry,
+    GroupBy,
+    Spent,
+    StoreFailed,
+    Totals,
+    calendar,
+)
 from actors.ref import Clock
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 GROUPS_MAX = 1000
 """Most groups of one usage answer; what is beyond them is added up as `OTHERS`."""
 OTHERS = "(others)"
@@ -45,6 +58,17 @@ CREATE INDEX entries_by_tenant ON entries (tenant, at_ms);
 CREATE INDEX entries_by_request ON entries (request_id);
 """
 
+# What each tenant paid per UTC day since 1970: a sum over entries, kept so that a month of millions
+# of them is read as 31 rows. It is written in the transaction of the entries that it sums.
+SCHEMA_DAYS = """
+CREATE TABLE days (
+    tenant TEXT NOT NULL,
+    day INTEGER NOT NULL,
+    cost_nano INTEGER NOT NULL,
+    PRIMARY KEY (tenant, day)
+) WITHOUT ROWID;
+"""
+
 # Every name in the SQL of this file is written here; every value is bound.
 # ruff: noqa: S608
 
@@ -53,6 +77,24 @@ INSERT = (
     f"INSERT INTO entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
     " ON CONFLICT (id) DO NOTHING"
 )
+
+ADD_TO_DAYS = f"""
+INSERT INTO days (tenant, day, cost_nano)
+SELECT tenant, at_ms / {DAY_MS} AS day, SUM(cost_nano) FROM entries
+WHERE rowid > ? AND status = 'posted' GROUP BY tenant, day
+ON CONFLICT (tenant, day) DO UPDATE SET cost_nano = cost_nano + excluded.cost_nano
+"""
+
+SELECT_LAST = "SELECT COALESCE(MAX(rowid), 0) FROM entries"
+SELECT_NUMBER = "SELECT rowid FROM entries WHERE id = ?"
+SELECT_DAYS = "SELECT day, cost_nano FROM days WHERE tenant = ? AND day >= ? AND day < ?"
+SELECT_MINUTES = f"""
+SELECT MAX(0, ?1 - at_ms) / {MINUTE_MS} AS age, SUM(status != 'hit'), SUM(status = 'hit')
+FROM entries
+WHERE tenant = ?2 AND at_ms > ?1 - {MINUTES_TOLD * MINUTE_MS}
+AND at_ms < ?1 + {MINUTES_TOLD * MINUTE_MS} AND attempt = 1 AND status != 'refused'
+GROUP BY age ORDER BY age
+"""
 
 SELECT_REQUEST = f"SELECT {', '.join(COLUMNS)} FROM entries WHERE request_id = ? ORDER BY rowid"
 
@@ -89,6 +131,10 @@ class SqliteStore:
     rows are on disk (WAL, `synchronous=FULL`). Failures are StoreFailed, sqlite3.Error or OSError;
     after one the caller calls `close`, and the next use opens the file anew, so that nothing is
     decided on pages that an fsync failed to write.
+
+    Entries are numbered from 1 in the order they are stored (`rowid`) and are never deleted. Since
+    a read sees whole transactions only, one that knows number n knows every message whose last
+    entry is numbered n or less, and nothing of any other message.
     """
 
     def __init__(self, path: str | None, clock: Clock, lock_wait_s: float) -> None:
@@ -138,19 +184,42 @@ class SqliteStore:
             if self._lock is not None:
                 self._lock.release()
 
-    def append(self, entries: Sequence[Entry]) -> int:
-        """All of them or none. Returns how many were new."""
+    def append(self, messages: Sequence[Sequence[Entry]]) -> tuple[int, list[int]]:
+        """All of them or none. Returns how many entries were new, and a commit for each message.
+
+        The commit is the number of the last of all entries now, or, where some of the message's
+        were known before, that of the message's own last one: a read may have been between. An
+        empty message gets the former.
+        """
         connection = self.connection
-        before = connection.total_changes
         connection.execute("BEGIN IMMEDIATE")
         try:
-            connection.executemany(INSERT, map(_row, entries))
+            before, new = self.last(), [self._insert(entries) for entries in messages]
+            last = self.last()
+            connection.execute(ADD_TO_DAYS, (before,))
+            commits = [
+                last if count == len(entries) else self._last_of(entries)
+                for entries, count in zip(messages, new, strict=True)
+            ]
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
-        return connection.total_changes - before
+        return sum(new), commits
+
+    def _insert(self, entries: Sequence[Entry]) -> int:
+        before = self.connection.total_changes
+        self.connection.executemany(INSERT, map(_row, entries))
+        return self.connection.total_changes - before
+
+    def _last_of(self, entries: Sequence[Entry]) -> int:
+        ids = [(_clean(entry.id),) for entry in entries]
+        return max(int(self.connection.execute(SELECT_NUMBER, id_).fetchone()[0]) for id_ in ids)
+
+    def last(self) -> int:
+        """The number of the last entry, 0 if there is none."""
+        return int(self.connection.execute(SELECT_LAST).fetchone()[0])
 
     def count(self) -> int:
         row = self.connection.execute("SELECT COUNT(*) FROM entries").fetchone()
@@ -160,6 +229,28 @@ class SqliteStore:
         """The entries of one request id, in the order they were appended."""
         rows = self.connection.execute(SELECT_REQUEST, (_clean(request_id),))
         return [_entry(row) for row in rows]
+
+    def spent(self, tenants: Sequence[str], at_ms: int) -> list[Spent]:
+        """What each of the tenants had used at `at_ms`, all of the same moment in the ledger."""
+        # One connection on one thread: nothing is written between these statements.
+        commit, when = self.last(), calendar(at_ms)
+        told: list[Spent] = []
+        for name in map(_clean, tenants):
+            month = (name, when.first_day, when.end_day)
+            paid: dict[int, int] = dict(self.connection.execute(SELECT_DAYS, month))
+            ages = self.connection.execute(SELECT_MINUTES, (at_ms, name)).fetchall()
+            told.append(
+                Spent(
+                    commit,
+                    when.day,
+                    paid.get(when.day, 0),
+                    when.month,
+                    sum(paid.values()),
+                    tuple((age, others) for age, others, _ in ages if others),
+                    tuple((age, hits) for age, _, hits in ages if hits),
+                )
+            )
+        return told
 
     def usage(
         self,
@@ -198,12 +289,20 @@ def _ensure_schema(connection: sqlite3.Connection) -> None:
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if version == SCHEMA_VERSION:
         return
+    if version == 1:
+        upgrade = f"{SCHEMA_DAYS} {ADD_TO_DAYS.replace('?', '0')};"
+        connection.executescript(
+            f"BEGIN; {upgrade} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+        )
+        return
     if version != 0 or connection.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
         raise StoreFailed(
             f"the file is not a ledger of version {SCHEMA_VERSION} (it says {version}); it was left"
             " as it is"
         )
-    connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    connection.executescript(
+        f"BEGIN; {SCHEMA} {SCHEMA_DAYS} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+    )
 
 
 def _where(tenant: str | None, since_ms: int | None, until_ms: int | None) -> tuple[str, list[Any]]:

@@ -1,22 +1,34 @@
-"""The Registry: the configuration's versions, durable before they are acknowledged."""
+"""The Registry: the configuration's versions, and the keys and tenants made at run time.
+
+All of it is durable before it is acknowledged, and before anybody hears of it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from actors.ref import Clock
 from actors.registry.policy import (
+    ACCESS_KEY,
     CONFIG_KEY,
     LOCK_WAIT_S,
+    Access,
     Head,
+    InvalidRecord,
+    KeyRecord,
     RegistryUnavailable,
+    Revocation,
+    TenantRecord,
     Version,
     VersionConflict,
     canonical,
+    checked_key,
+    checked_tenant,
+    checked_text,
 )
 from actors.registry.store import Store
 from actors.watch import HOLD_S, SnapshotHost, Snapshots
@@ -25,18 +37,19 @@ T = TypeVar("T")
 
 
 class Registry:
-    """Keeps every version of the configuration and tells everybody the newest.
+    """Keeps the configuration's versions and the access given at run time; tells all the newest.
 
-    Owns: the versions' file (`path`; None keeps them in memory), and the newest version in memory.
-    Documents hold no secrets; who puts them sees to that.
-    Bounds: a document's bytes, the versions and put ids kept (see `policy`).
-    Failure behaviour: nothing acknowledged is lost: a version is on disk before `put` returns and
+    Owns: their file (`path`; None keeps them in memory), and in memory the newest version and the
+    access. Documents hold no secrets, and keys come as hashes; who sends them sees to that.
+    Bounds: a document's bytes, the versions kept, the keys, tenants and revocations, the ids of
+    changes (see `policy`). Full of keys, tenants or revocations, it says `RegistryFull`.
+    Failure behaviour: nothing acknowledged is lost: a change is on disk before it is answered and
     before anybody hears of it. The file has one owner; a second one waits ten seconds for the
     first to end, then every call of its raises `RegistryUnavailable`, and the next call tries
-    again. While the Registry is away everybody obeys the version they have.
+    again. While the Registry is away everybody obeys the version and the access they have.
     """
 
-    PROTOCOL = 1
+    PROTOCOL = 2
 
     def __init__(
         self,
@@ -51,9 +64,10 @@ class Registry:
         self._store = Store(path, clock, pause, lock_wait_s)
         self._writer = ThreadPoolExecutor(1, "registry")
         self._head: Head | None = None
+        self._access: Access | None = None
         self._opening: asyncio.Future[None] | None = None
-        self._puts: set[asyncio.Future[int]] = set()
-        self._counts = {"puts": 0, "conflicts": 0}
+        self._changes: set[asyncio.Future[int]] = set()
+        self._counts = {"puts": 0, "conflicts": 0, "keys_added": 0, "keys_revoked": 0}
         self._closed = False
 
     def protocol(self) -> int:
@@ -76,17 +90,64 @@ class Registry:
             InvalidDocument: the document is not plain JSON, or too large.
             RegistryUnavailable: the file cannot be used.
         """
-        text = canonical(document)
-        # A task of its own: who waits may go away, but what is stored must be published.
-        work = asyncio.ensure_future(self._commit(text, note, expected, put_id))
-        self._puts.add(work)
-        work.add_done_callback(self._puts.discard)
-        return await asyncio.shield(work)
+        return await self._finished(self._commit(canonical(document), note, expected, put_id))
 
     async def current(self) -> tuple[int, dict[str, Any]]:
         """The newest version and its document; (0, {}) while there is none."""
         head = await self._opened()
         return head.version, head.document()
+
+    async def add_key(
+        self, record: KeyRecord, tenant: TenantRecord | None = None, op_id: str = ""
+    ) -> int:
+        """Give a key, and return the access version that has it, once it is on disk.
+
+        With `tenant`, its settings are that tenant's from now on, whether it was here or not. Who
+        asks makes sure that the key's tenant exists somewhere. An `op_id` that was taken before
+        gives the version of then, and changes nothing. Being cancelled does not undo it.
+
+        Raises:
+            KeyExists: the hash is or was a key here, or the tenant has a key of this id here.
+            RegistryFull: there is no room for another key or tenant.
+            InvalidRecord: a record cannot be kept, or `tenant` is not the key's.
+            RegistryUnavailable: the file cannot be used.
+        """
+        record = checked_key(record)
+        if tenant is not None:
+            tenant = checked_tenant(tenant)
+            if tenant.id != record.tenant:
+                raise InvalidRecord(f"key of tenant {record.tenant!r}, settings of {tenant.id!r}")
+        if op_id:
+            checked_text("an operation's id", op_id)
+        return await self._finished(self._give(record, tenant, op_id))
+
+    async def revoke_key(self, tenant: str, key_id: str, key_hash: str, op_id: str = "") -> int:
+        """Make a key void for ever, and return the access version that has it so, once on disk.
+
+        The hash decides; `tenant` and `key_id` are for those who read it. Whether there is such a
+        key is not looked at: it may stand in the configuration. A key that is revoked stays so,
+        and its id may be given again to another. Being cancelled does not undo it.
+
+        Raises:
+            RegistryFull: there is no room for another revocation.
+            InvalidRecord: a text cannot be kept.
+            RegistryUnavailable: the file cannot be used.
+        """
+        revocation = Revocation(
+            checked_text("a key's id", key_id),
+            checked_text("a key's tenant", tenant),
+            checked_text("a key's hash", key_hash),
+            self._now_ms(),
+        )
+        if op_id:
+            checked_text("an operation's id", op_id)
+        return await self._finished(self._revoke(revocation, op_id))
+
+    async def access(self) -> Access:
+        """All that was given and revoked at run time."""
+        await self._opened()
+        assert self._access is not None
+        return self._access
 
     async def history(self, limit: int = 20) -> list[Version]:
         """The newest versions, newest first."""
@@ -94,15 +155,23 @@ class Registry:
         return await self._write(self._store.history, limit)
 
     async def watch(self, seen: dict[str, int], hold_s: float = HOLD_S) -> Snapshots:
-        """The key `config`: {"version": int, "document": dict}, once there is a version."""
+        """The key `access`: an `Access`; and `config`, once there is a version.
+
+        `config` is {"version": int, "document": dict}.
+        """
         await self._opened()
         changes = await self.snapshots.watch(seen, hold_s)
-        return {key: (number, self._said(head)) for key, (number, head) in changes.items()}
+        return {key: (number, _said(value)) for key, (number, value) in changes.items()}
 
     def stats(self) -> dict[str, Any]:
+        access = self._access or Access()
         return {
             **self._counts,
             "version": None if self._head is None else self._head.version,
+            "access": None if self._access is None else access.version,
+            "keys": len(access.keys),
+            "tenants": len(access.tenants),
+            "revoked": len(access.revoked),
             "watchers": self.snapshots.waiting,
         }
 
@@ -111,25 +180,46 @@ class Registry:
         if self._closed:
             return
         self.snapshots.close()
-        await asyncio.gather(*self._puts, return_exceptions=True)
+        await asyncio.gather(*self._changes, return_exceptions=True)
         await self._write(self._store.close)
         self._closed = True
         self._writer.shutdown(wait=False)
 
-    def _said(self, head: Head | None) -> dict[str, Any] | None:
-        return None if head is None else {"version": head.version, "document": head.document()}
+    async def _finished(self, change: Coroutine[Any, Any, int]) -> int:
+        # A task of its own: who waits may go away, but what is stored must be published.
+        work = asyncio.ensure_future(change)
+        self._changes.add(work)
+        work.add_done_callback(self._changes.discard)
+        return await asyncio.shield(work)
 
     async def _commit(self, text: str, note: str, expected: int | None, put_id: str) -> int:
         await self._opened()
-        at_ms = int(self._wall() * 1000)
+        put = self._store.put
         try:
-            version, head = await self._write(self._store.put, text, note, expected, put_id, at_ms)
+            version, head = await self._write(put, text, note, expected, put_id, self._now_ms())
         except VersionConflict:
             self._counts["conflicts"] += 1
             raise
         self._counts["puts"] += 1
         self._take(head)
         return version
+
+    async def _give(self, record: KeyRecord, tenant: TenantRecord | None, op_id: str) -> int:
+        await self._opened()
+        version, access = await self._write(self._store.add_key, record, tenant, op_id)
+        self._counts["keys_added"] += 1
+        self._take_access(access)
+        return version
+
+    async def _revoke(self, revocation: Revocation, op_id: str) -> int:
+        await self._opened()
+        version, access = await self._write(self._store.revoke_key, revocation, op_id)
+        self._counts["keys_revoked"] += 1
+        self._take_access(access)
+        return version
+
+    def _now_ms(self) -> int:
+        return int(self._wall() * 1000)
 
     async def _opened(self) -> Head:
         """The newest version; the first callers open the file together."""
@@ -142,7 +232,10 @@ class Registry:
 
     async def _open(self) -> None:
         try:
-            self._take(await self._write(self._store.head))
+            access = await self._write(self._store.access)
+            head = await self._write(self._store.head)
+            self._take_access(access)  # first, so that nobody obeys a document without it
+            self._take(head)
         finally:
             self._opening = None
 
@@ -154,7 +247,18 @@ class Registry:
         if head.version > 0:
             self.snapshots.publish(CONFIG_KEY, head)
 
+    def _take_access(self, access: Access) -> None:
+        if self._access is None or access.version > self._access.version:
+            self._access = access
+            self.snapshots.publish(ACCESS_KEY, access)
+
     async def _write(self, work: Callable[..., T], *args: Any) -> T:
         if self._closed:
             raise RegistryUnavailable(self._store.path, "the registry is closed")
         return await asyncio.get_running_loop().run_in_executor(self._writer, work, *args)
+
+
+def _said(value: Head | Access) -> dict[str, Any] | Access:
+    if isinstance(value, Access):
+        return value
+    return {"version": value.version, "document": value.document()}

@@ -1,19 +1,21 @@
-"""The versions on disk, in SQLite. Everything here blocks; one thread does all of it.
+"""What the Registry keeps, on disk, in SQLite. Everything here blocks; one thread does all of it.
 
 Rule 1: exactly one connection, in the process that holds the lock (SQLite 3.40 in WAL mode can
         damage a file that two connections checkpoint at the same moment).
 Rule 2: what was returned is on disk: WAL with `synchronous=FULL` syncs at each commit.
 Rule 3: after an error the connection is given up, and the next use opens the file anew: what is
         in memory after a failed fsync is not what is on disk.
+Rule 4: who only reads holds the lock too, for that long (see rule 1), and writes nothing.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from actors.file_lock import FileLock, FileLocked
@@ -21,20 +23,27 @@ from actors.ref import Clock
 from actors.registry.policy import (
     LOCK_WAIT_S,
     NOTE_CHARS_MAX,
+    OPS_MAX,
     PUTS_MAX,
+    READ_WAIT_S,
     VERSIONS_MAX,
+    Access,
     Head,
+    KeyRecord,
     RegistryUnavailable,
+    Revocation,
+    TenantRecord,
     Version,
     VersionConflict,
+    canonical,
     digest,
 )
 
-FORMAT = 1  # SQLite's user_version
 MEMORY = ":memory:"
 
-SCHEMA = f"""
-BEGIN;
+# From each format to the next. A step that files in the field have gone through never changes.
+STEPS = (
+    """
 CREATE TABLE versions (
     version  INTEGER PRIMARY KEY,
     at_ms    INTEGER NOT NULL,
@@ -47,18 +56,77 @@ CREATE TABLE puts (
     id      TEXT NOT NULL UNIQUE,
     version INTEGER NOT NULL
 );
-PRAGMA user_version = {FORMAT};
-COMMIT;
-"""
+""",
+    """
+CREATE TABLE access (
+    one     INTEGER PRIMARY KEY CHECK (one = 1),
+    version INTEGER NOT NULL
+);
+INSERT INTO access (one, version) VALUES (1, 0);
+CREATE TABLE keys (
+    number     INTEGER PRIMARY KEY,
+    hash       TEXT NOT NULL UNIQUE,
+    tenant     TEXT NOT NULL,
+    id         TEXT NOT NULL,
+    admin      INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL,
+    UNIQUE (tenant, id)
+);
+CREATE TABLE tenants (
+    number   INTEGER PRIMARY KEY,
+    id       TEXT NOT NULL UNIQUE,
+    settings TEXT NOT NULL
+);
+CREATE TABLE revocations (
+    number INTEGER PRIMARY KEY,
+    hash   TEXT NOT NULL UNIQUE,
+    tenant TEXT NOT NULL,
+    id     TEXT NOT NULL,
+    at_ms  INTEGER NOT NULL
+);
+CREATE TABLE ops (
+    number  INTEGER PRIMARY KEY,
+    id      TEXT NOT NULL UNIQUE,
+    version INTEGER NOT NULL
+);
+""",
+)
+FORMAT = len(STEPS)  # SQLite's user_version
+
+
+def read_access(path: str, wait_s: float = READ_WAIT_S) -> Access | None:
+    """The access in the file of a system that does not run; None when there is no file.
+
+    Holds the owner's lock while it reads and writes nothing: a file of an older format stays one.
+
+    Raises:
+        RegistryUnavailable: a running system has the file, or it cannot be read.
+    """
+    path = os.path.abspath(os.path.expanduser(path))
+    if not os.path.exists(path):
+        return None
+    lock = FileLock(path)
+    try:
+        lock.acquire(wait_s)
+        try:
+            return _read_access(path)
+        finally:
+            lock.release()
+    except FileLocked as error:
+        raise RegistryUnavailable(path, f"{error}: the system runs, so ask it instead") from None
+    except (sqlite3.Error, OSError) as error:
+        raise RegistryUnavailable(path, str(error)) from error
 
 
 class Store:
-    """Versions in one file, or in memory when `path` is None.
+    """Versions and the access in one file, or in memory when `path` is None.
 
-    Owns: the file, its lock, the connection. Bounds: `VERSIONS_MAX` versions and `PUTS_MAX` put
-    ids, the oldest forgotten first.
+    Owns: the file, its lock, the connection, and the access as that connection has it. Bounds:
+    `VERSIONS_MAX` versions, `PUTS_MAX` put ids and `OPS_MAX` ids of changes of the access, the
+    oldest forgotten first; `Access` bounds itself.
     Failure behaviour: the file is opened on first use, and again after an error. Every failure of
-    the file is a `RegistryUnavailable` that says what is wrong with it.
+    the file is a `RegistryUnavailable` that says what is wrong with it. A file of an older format
+    is brought up to this one, each step wholly or not at all; one of a later format is refused.
     """
 
     def __init__(
@@ -73,6 +141,7 @@ class Store:
         self._lock_wait_s = lock_wait_s
         self._locked = False
         self._connection: sqlite3.Connection | None = None
+        self._access: Access | None = None
 
     def head(self) -> Head:
         """The newest version."""
@@ -112,6 +181,41 @@ class Store:
             )
             return [Version(*row) for row in rows]
 
+    def access(self) -> Access:
+        """The newest access."""
+        with self._opened() as connection:
+            return self._newest(connection)
+
+    def add_key(
+        self, record: KeyRecord, tenant: TenantRecord | None, op_id: str
+    ) -> tuple[int, Access]:
+        """Store a key, and its tenant's settings; the op's version and the newest access.
+
+        An op id that is known stores nothing.
+
+        Raises:
+            KeyExists, RegistryFull: see `Access.with_key`.
+        """
+        return self._change(
+            op_id,
+            lambda access: access.with_key(record, tenant),
+            lambda connection: _give(connection, record, tenant),
+        )
+
+    def revoke_key(self, revocation: Revocation, op_id: str) -> tuple[int, Access]:
+        """Store that a key is revoked; the op's version and the newest access.
+
+        An op id that is known, or a hash that is revoked, stores nothing new.
+
+        Raises:
+            RegistryFull: see `Access.without_key`.
+        """
+        return self._change(
+            op_id,
+            lambda access: access.without_key(revocation),
+            lambda connection: _take_away(connection, revocation),
+        )
+
     def close(self) -> None:
         """Close the file and let go of the lock."""
         self._disconnect()
@@ -134,6 +238,32 @@ class Store:
                 self._disconnect()
             raise RegistryUnavailable(self.path, str(error)) from error
 
+    def _newest(self, connection: sqlite3.Connection) -> Access:
+        if self._access is None:
+            self._access = _access(connection)
+        return self._access
+
+    def _change(
+        self,
+        op_id: str,
+        decide: Callable[[Access], Access],
+        write: Callable[[sqlite3.Connection], None],
+    ) -> tuple[int, Access]:
+        with self._opened() as connection:
+            access = self._newest(connection)
+            with _transaction(connection):
+                known = connection.execute("SELECT version FROM ops WHERE id = ?", (op_id,))
+                if op_id and (row := known.fetchone()):
+                    return int(row[0]), access
+                after = decide(access)
+                if after is not access:
+                    write(connection)
+                    connection.execute("UPDATE access SET version = ?", (after.version,))
+                if op_id:
+                    _remember_op(connection, op_id, after.version)
+            self._access = after
+            return after.version, after
+
     def _open(self) -> None:
         if self._lock is not None and not self._locked:
             Path(self.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -146,11 +276,10 @@ class Store:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            found = connection.execute("PRAGMA user_version").fetchone()[0]
-            if found == 0:
-                connection.executescript(SCHEMA)
-            elif found != FORMAT:
-                raise sqlite3.DatabaseError(f"its format is {found}, this Forebay reads {FORMAT}")
+            for step in range(_format(connection), FORMAT):
+                connection.executescript(
+                    f"BEGIN; {STEPS[step]} PRAGMA user_version = {step + 1}; COMMIT;"
+                )
         except sqlite3.Error:
             connection.close()
             raise
@@ -158,6 +287,7 @@ class Store:
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
+        self._access = None
         if connection is not None:
             connection.close()
 
@@ -195,3 +325,63 @@ def _remember(connection: sqlite3.Connection, put_id: str, version: int) -> None
         "INSERT INTO puts (id, version) VALUES (?, ?)", (put_id, version)
     ).lastrowid
     connection.execute("DELETE FROM puts WHERE number <= ?", ((number or 0) - PUTS_MAX,))
+
+
+def _read_access(path: str) -> Access:
+    # What an owner that was killed left is in the log beside the file. Without one, a connection
+    # that takes the file for immutable makes no files of its own.
+    log = f"{path}-wal"
+    killed = os.path.exists(log) and os.path.getsize(log) > 0
+    mode = "mode=ro" if killed else "mode=ro&immutable=1"
+    with closing(sqlite3.connect(f"{Path(path).as_uri()}?{mode}", uri=True)) as connection:
+        return Access() if _format(connection) < 2 else _access(connection)
+
+
+def _format(connection: sqlite3.Connection) -> int:
+    found = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if not 0 <= found <= FORMAT:
+        raise sqlite3.DatabaseError(f"its format is {found}, this Forebay reads {FORMAT}")
+    return found
+
+
+def _access(connection: sqlite3.Connection) -> Access:
+    version = connection.execute("SELECT version FROM access").fetchone()[0]
+    keys = connection.execute(
+        "SELECT id, tenant, hash, admin, created_ms FROM keys ORDER BY number"
+    )
+    tenants = connection.execute("SELECT id, settings FROM tenants ORDER BY number")
+    revoked = connection.execute("SELECT id, tenant, hash, at_ms FROM revocations ORDER BY number")
+    return Access(
+        int(version),
+        {row[2]: KeyRecord(row[0], row[1], row[2], bool(row[3]), row[4]) for row in keys},
+        {row[0]: TenantRecord(row[0], json.loads(row[1])) for row in tenants},
+        {row[2]: Revocation(*row) for row in revoked},
+    )
+
+
+def _give(connection: sqlite3.Connection, record: KeyRecord, tenant: TenantRecord | None) -> None:
+    connection.execute(
+        "INSERT INTO keys (id, tenant, hash, admin, created_ms) VALUES (?, ?, ?, ?, ?)",
+        (record.id, record.tenant, record.hash, record.admin, record.created_ms),
+    )
+    if tenant is not None:
+        connection.execute(
+            "INSERT INTO tenants (id, settings) VALUES (?, ?) "
+            "ON CONFLICT (id) DO UPDATE SET settings = excluded.settings",
+            (tenant.id, canonical(tenant.settings)),
+        )
+
+
+def _take_away(connection: sqlite3.Connection, revocation: Revocation) -> None:
+    connection.execute("DELETE FROM keys WHERE hash = ?", (revocation.hash,))
+    connection.execute(
+        "INSERT INTO revocations (id, tenant, hash, at_ms) VALUES (?, ?, ?, ?)",
+        (revocation.id, revocation.tenant, revocation.hash, revocation.at_ms),
+    )
+
+
+def _remember_op(connection: sqlite3.Connection, op_id: str, version: int) -> None:
+    number = connection.execute(
+        "INSERT INTO ops (id, version) VALUES (?, ?)", (op_id, version)
+    ).lastrowid
+    connection.execute("DELETE FROM ops WHERE number <= ?", ((number or 0) - OPS_MAX,))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.http import native, openai, ops
+from deployments.http import admin, native, openai, ops
 from deployments.http.exchange import (
     Endpoint,
     Exchange,
@@ -37,6 +37,9 @@ PATHS: Mapping[str, Mapping[str, Handler]] = {
     "/v1/models": {"GET": openai.list_models},
     "/v1/models/{id:path}": {"GET": openai.one_model},
     "/v1/usage": {"GET": ops.usage},
+    "/admin/keys": {"GET": admin.list_keys, "POST": admin.create_key},
+    "/admin/keys/{id}": {"DELETE": admin.revoke_key},
+    "/admin/config": {"GET": admin.read_config, "PUT": admin.write_config},
     "/openapi.json": {"GET": ops.openapi},
 }
 NATIVE = "/api/v1/gateway/"

@@ -2,74 +2,71 @@
 
 Rule 1: a key is compared by its HMAC only; the table holds no key, and nothing here keeps one.
 Rule 2: unknown, revoked, malformed and missing keys get one and the same answer.
-Rule 3: a tenant's name is taken from a header only where no keys exist at all.
+Rule 3: a tenant's name is taken from a header only where the system is open to all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
-from forebay.errors import AuthenticationError, ConfigurationError, InvalidRequest
-from forebay.pipeline import DEFAULT_TENANT
-from forebay.secrets import hash_key
+from forebay.errors import AuthenticationError, InvalidRequest
+from forebay.secrets import hash_key, operator_key
+from forebay.tenants import DEFAULT_TENANT
 
 KEY_CHARS_MAX = 512
+OPERATOR = "operator"
 
-_TENANT = re.compile(rb"[A-Za-z0-9._:@-]{1,128}")
-
-
-class KeyConfig(Protocol):
-    """A key as the configuration holds it."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def hash(self) -> str: ...
+_NAME = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 
 
-class TenantKeys(Protocol):
-    """The part of a tenant's configuration that says who it is."""
+@dataclass(frozen=True, slots=True)
+class KeyEntry:
+    """A key that is in force: whose it is, and its hash."""
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def keys(self) -> Sequence[KeyConfig]: ...
-    @property
-    def admin(self) -> bool: ...
+    tenant: str
+    id: str
+    hash: str
+    admin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TenantIdentity:
-    """Whom a request speaks for. `key_id` is None where no keys are configured."""
+    """Whom a request speaks for. `key_id` is None where the system is open to all."""
 
     tenant: str
     key_id: str | None = None
     admin: bool = False
 
 
-class Keys:
-    """The key table of one configuration: immutable, replaced as a whole when it changes.
+def is_name(text: str) -> bool:
+    """Whether a text can be the name of a tenant or of a key."""
+    return _NAME.fullmatch(text) is not None
 
-    Bounded by the configuration. Failure behaviour: without any key every caller is the tenant
-    `default` (or the one that `X-Tenant-ID` names) and may do everything; that such a system
-    listens on loopback only is checked where it starts.
+
+class Keys:
+    """The keys in force: immutable, replaced as a whole when one comes or goes.
+
+    Of two entries with one hash the first one holds. The operator's key is always among them.
+    Bounded by what it is made from. Failure behaviour: where `open_to_all` every caller is the
+    tenant `default` (or the one that `X-Tenant-ID` names) and may do everything; that such a
+    system can be reached from loopback only is for its maker to see to. Else whoever has no key
+    in force is refused, even if there is none.
     """
 
-    def __init__(self, tenants: Iterable[TenantKeys], secret: bytes) -> None:
+    def __init__(self, entries: Iterable[KeyEntry], secret: bytes, *, open_to_all: bool) -> None:
         self._secret = secret
-        self._by_hash: dict[str, TenantIdentity] = {}
-        for tenant in tenants:
-            for key in tenant.keys:
-                identity = TenantIdentity(tenant.id, key.id, tenant.admin)
-                if self._by_hash.setdefault(key.hash, identity) != identity:
-                    raise ConfigurationError(f"key {key.id!r} of {tenant.id!r} is given twice")
+        self._open_to_all = open_to_all
+        operator = hash_key(operator_key(secret), secret)
+        self._by_hash = {operator: TenantIdentity(DEFAULT_TENANT, OPERATOR, admin=True)}
+        for entry in entries:
+            identity = TenantIdentity(entry.tenant, entry.id, entry.admin)
+            self._by_hash.setdefault(entry.hash, identity)
 
     @property
-    def none_configured(self) -> bool:
-        return not self._by_hash
+    def open_to_all(self) -> bool:
+        return self._open_to_all
 
     def tenant_for(self, key: str) -> TenantIdentity | None:
         """The owner of `key`, or None. The look-up is by digest, so its time tells nothing."""
@@ -82,7 +79,7 @@ class Keys:
 
         Raises AuthenticationError (401), or InvalidRequest (400) for a tenant's name that is none.
         """
-        if not self._by_hash:
+        if self._open_to_all:
             return _named(headers.get(b"x-tenant-id"))
         identity = self.tenant_for(_key(headers))
         if identity is None:
@@ -94,19 +91,19 @@ class Keys:
 
 
 def _key(headers: Mapping[bytes, bytes]) -> str:
-    """The key as sent, "" when there is none."""
-    given = headers.get(b"authorization")
-    if given is None:
-        return headers.get(b"x-api-key", b"").decode("latin-1")
-    scheme, _, key = given.partition(b" ")
-    return key.strip().decode("latin-1") if scheme.lower() == b"bearer" else ""
+    """The bearer's key as sent, else `x-api-key`; "" when there is none."""
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer" or not key.strip():
+        key = headers.get(b"x-api-key", b"")
+    return key.strip().decode("latin-1")
 
 
 def _named(tenant: bytes | None) -> TenantIdentity:
     if tenant is None:
         return TenantIdentity(DEFAULT_TENANT, admin=True)
-    if not _TENANT.fullmatch(tenant):
+    name = tenant.decode("latin-1")
+    if not is_name(name):
         raise InvalidRequest.about(
             "X-Tenant-ID", "X-Tenant-ID must be 1 to 128 letters, digits or ._:@-"
         )
-    return TenantIdentity(tenant.decode(), admin=True)
+    return TenantIdentity(name, admin=True)

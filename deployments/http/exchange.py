@@ -14,6 +14,7 @@ import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
+from urllib.parse import parse_qsl
 
 import orjson
 from starlette.types import Receive, Scope, Send
@@ -26,6 +27,7 @@ from forebay.errors import (
     BudgetExceeded,
     GatewayError,
     InvalidRequest,
+    PermissionDenied,
     RateLimitError,
 )
 from forebay.schemas import BODY_BYTES_MAX, parse_json
@@ -100,6 +102,27 @@ class Exchange:
         identity = self.service.keys.identify(self.headers)
         self.tenant = identity.tenant
         return identity
+
+    def admin(self) -> TenantIdentity:
+        """The caller, who must be an admin; AuthenticationError or PermissionDenied."""
+        identity = self.identify()
+        if not identity.admin:
+            raise PermissionDenied("This needs an admin's key.", code="admin_only")
+        return identity
+
+    def tenant_asked(self, what: str) -> str | None:
+        """The tenant that `?tenant=` names: an admin may name any, others only themselves."""
+        identity = self.identify()
+        tenant = self.query().get("tenant")
+        if identity.admin:
+            return tenant
+        if tenant not in (None, identity.tenant):
+            raise PermissionDenied(f"A tenant sees only its own {what}.", param="tenant")
+        return identity.tenant
+
+    def query(self) -> dict[str, str]:
+        """The query string; of a name that is given twice the last one counts."""
+        return dict(parse_qsl(self.scope["query_string"].decode("latin-1")))
 
     async def json_body(self) -> dict[str, Any]:
         """The request's JSON object; 413, 415 or 400 when there is none."""
@@ -286,13 +309,26 @@ def refusal_headers(exchange: Exchange, error: GatewayError) -> list[Header]:
         wait_s = max(0.0, error.retry_after_s)
         headers.append((b"retry-after", b"%d" % math.ceil(wait_s)))
         headers.append((b"retry-after-ms", b"%d" % math.ceil(wait_s * 1000)))
-    if isinstance(error, BudgetExceeded):
+    if not _worth_a_retry(error):
         headers.append((b"x-should-retry", b"false"))
     if isinstance(error, AuthenticationError):
         headers.append((b"www-authenticate", b"Bearer"))
-    if isinstance(error, RateLimitError) and exchange.tenant is not None:
+    if error.figures is not None:
+        headers += limit_headers(error.figures)
+    elif isinstance(error, RateLimitError) and exchange.tenant is not None:
         headers += limit_headers(exchange.service.figures(exchange.tenant))
     return headers
+
+
+def _worth_a_retry(error: GatewayError) -> bool:
+    """Whether waiting helps: not for a spent budget, nor for what no limit will ever allow.
+
+    A provider that gives no time may be better any moment.
+    """
+    if isinstance(error, BudgetExceeded):
+        return False
+    told = error.retry_after_s is not None or error.upstream_status is not None
+    return told or not isinstance(error, RateLimitError)
 
 
 def limit_headers(figures: Mapping[str, Any] | None) -> list[Header]:

@@ -87,9 +87,9 @@ async def providers(exchange: Exchange) -> None:
 
 
 async def rate_limits(exchange: Exchange) -> None:
-    """GET /api/v1/gateway/rate-limits."""
-    identity = exchange.identify()
-    await _send(exchange, None, await exchange.service.rate_limits(identity.tenant))
+    """GET /api/v1/gateway/rate-limits: a tenant sees its own, an admin that of `?tenant=`."""
+    tenant = exchange.tenant_asked("limits") or exchange.identify().tenant
+    await _send(exchange, None, await exchange.service.rate_limits(tenant))
 
 
 def error_envelope(
@@ -175,6 +175,7 @@ def _envelope(exchange: Exchange, reply: Told | None, data: Any, wall: Wall) -> 
             "cache": reply.cache,
             "overhead_ms": reply.overhead_ms,
             "config_version": reply.config_version,
+            "warnings": list(reply.warnings),
         }
     return {
         "success": True,

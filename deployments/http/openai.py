@@ -7,8 +7,9 @@ Rule 2: vectors are written as bytes, never as Python lists.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import orjson
@@ -18,6 +19,12 @@ from deployments.http.exchange import JSON, ClientGone, Exchange, Header, limit_
 from deployments.http.service import HttpCall, Reply, Route, StreamReply, Told
 from deployments.http.sse import Encode, close, frame, send_stream
 from forebay.errors import InvalidRequest
+
+WARNING_CHARS_MAX = 160
+WARNINGS_BYTES_MAX = 2048
+"""Of x-forebay-warnings, which holds as many as fit: at least one, whatever has to be escaped."""
+
+_PLAIN = " !'()*+/:;=?@[]|$&"
 
 Answer = Callable[[HttpCall], Awaitable[Reply | StreamReply]]
 
@@ -169,6 +176,8 @@ def told(exchange: Exchange, reply: Told) -> list[Header]:
         headers.append((b"x-litellm-response-cost", usd(reply.cost_nano)))
     if reply.clamped is not None:
         headers.append((b"x-forebay-clamped", b"%d" % reply.clamped))
+    if reply.warnings:
+        headers.append((b"x-forebay-warnings", _listed(reply.warnings)))
     if reply.figures:
         headers += limit_headers(reply.figures)
     return headers
@@ -187,3 +196,12 @@ def usd(nano: int) -> bytes:
 def _ascii(name: str) -> bytes:
     """A name as a header value; whatever does not belong in one is escaped."""
     return name.encode("ascii", "backslashreplace") if name.isprintable() else repr(name).encode()
+
+
+def _listed(warnings: Sequence[str]) -> bytes:
+    """Warnings as a header value: URL-escaped, so that a comma is always between two of them."""
+    listed = ", ".join(quote(warning[:WARNING_CHARS_MAX], safe=_PLAIN) for warning in warnings)
+    if len(listed) <= WARNINGS_BYTES_MAX:
+        return listed.encode()
+    whole = listed[: WARNINGS_BYTES_MAX + 1].rpartition(", ")[0]
+    return whole.encode()

@@ -36,7 +36,7 @@ def document() -> dict[str, Any]:
             "description": "One gateway to many LLM providers: OpenAI's routes and Forebay's own.",
         },
         "security": _KEY,
-        "paths": {**_openai_paths(), **_native_paths(), **_ops_paths()},
+        "paths": {**_openai_paths(), **_native_paths(), **_ops_paths(), **_admin_paths()},
         "components": {
             "schemas": {**openapi_schemas(), **_answers()},
             "securitySchemes": {
@@ -93,7 +93,12 @@ def _native_paths() -> dict[str, Any]:
             "get": _get("providers", "What is configured", _ref("Envelope"))
         },
         "/api/v1/gateway/rate-limits": {
-            "get": _get("rateLimits", "The caller's limits", _ref("Envelope"))
+            "get": _get(
+                "rateLimits",
+                "The caller's limits; an admin may name another tenant",
+                _ref("Envelope"),
+                [_parameter("tenant", "query")],
+            )
         },
     }
 
@@ -121,6 +126,38 @@ def _ops_paths() -> dict[str, Any]:
     }
 
 
+def _admin_paths() -> dict[str, Any]:
+    tenant, matches = _parameter("tenant", "query"), _parameter("if-match", "header")
+    return {
+        "/admin/keys": {
+            "get": _get("listKeys", "Every key in force; no key is told", _ref("KeyList")),
+            "post": {
+                **_get("createKey", "A new key, told this once", _ref("NewKey"), status="201"),
+                "requestBody": _request("KeyRequest"),
+            },
+        },
+        "/admin/keys/{id}": {
+            "delete": _get(
+                "revokeKey",
+                "The key is refused everywhere within a second",
+                _ref("RevokedKey"),
+                [_parameter("id", "path"), tenant],
+            )
+        },
+        "/admin/config": {
+            "get": _get("readConfig", "The configuration in force", _ref("Configuration")),
+            "put": {
+                **_get("writeConfig", "The new version", _ref("ConfigVersion"), [matches]),
+                "requestBody": _request("ConfigDocument"),
+            },
+        },
+    }
+
+
+def _request(name: str) -> dict[str, Any]:
+    return {"required": True, "content": {_JSON: {"schema": _ref(name)}}}
+
+
 def _post(
     operation: str,
     summary: str,
@@ -141,7 +178,7 @@ def _post(
         "operationId": operation,
         "summary": summary,
         "parameters": [_parameter(name, "header") for name in _STEERING],
-        "requestBody": {"required": True, "content": {_JSON: {"schema": _ref(request)}}},
+        "requestBody": _request(request),
         "responses": {
             "200": {"description": "The answer", "content": content},
             "4XX": _answer("Refused", _ref("ErrorEnvelope" if native else "Error")),
@@ -166,13 +203,14 @@ def _get(
     parameters: list[dict[str, Any]] | None = None,
     *,
     security: list[dict[str, list[str]]] = _KEY,
+    status: str = "200",
 ) -> dict[str, Any]:
     return {
         "operationId": operation,
         "summary": summary,
         "security": security,
         "parameters": parameters or [],
-        "responses": {"200": _answer(summary, schema), "4XX": _answer("Refused", _ref("Error"))},
+        "responses": {status: _answer(summary, schema), "4XX": _answer("Refused", _ref("Error"))},
     }
 
 
@@ -249,6 +287,36 @@ def _answers() -> dict[str, Schema]:
             ("text", "done"), text=string, done={"type": "boolean"}, finish_reason=maybe
         ),
         "EmbedRequest": _object(("texts",), texts=texts, model=string, dimensions=integer),
+        **_admin_schemas(),
+    }
+
+
+def _admin_schemas() -> dict[str, Schema]:
+    string: Schema = {"type": "string"}
+    flag: Schema = {"type": "boolean"}
+    free: Schema = {"type": "object"}
+    version: Schema = {"type": "integer"}
+    whose = {"id": string, "tenant": string}
+    key = {**whose, "admin": flag, "created": {"type": ["string", "number"]}}
+    listed = _object(
+        ("id", "tenant", "admin", "source"), source={"enum": ["config", "runtime"]}, **key
+    )
+    return {
+        "KeyRequest": {
+            **_object(("tenant",), **whose, admin=flag, limits=free, models=_list(string)),
+            "additionalProperties": False,
+            "description": "`limits` and `models` are the tenant's from then on.",
+        },
+        "NewKey": _object(
+            ("id", "tenant", "key", "hash", "admin", "created"), key=string, hash=string, **key
+        ),
+        "KeyList": _object(("data",), object=string, data=_list(listed)),
+        "RevokedKey": _object(("id", "tenant", "revoked"), revoked={"const": True}, **whose),
+        "ConfigDocument": {**free, "description": "As in the configuration file."},
+        "Configuration": _object(
+            ("version", "config"), version=version, config=_ref("ConfigDocument")
+        ),
+        "ConfigVersion": _object(("version",), version=version),
     }
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 from typing import Literal, cast
-from urllib.parse import parse_qsl
 
 from deployments.http.exchange import Exchange
 from deployments.http.openapi import rendered
-from forebay.errors import InvalidRequest, PermissionDenied
+from forebay.errors import InvalidRequest
 
 GROUPS = ("model", "day", "tenant")
 GroupBy = Literal["model", "day", "tenant"]
@@ -28,8 +27,8 @@ async def health_ready(exchange: Exchange) -> None:
 
 
 async def health_detail(exchange: Exchange) -> None:
-    """GET /health/detail: owners, desks, breakers."""
-    exchange.identify()
+    """GET /health/detail: owners, desks, breakers. For admins."""
+    exchange.admin()
     await exchange.send_json(await exchange.service.health(True))
 
 
@@ -41,13 +40,8 @@ async def metrics(exchange: Exchange) -> None:
 
 async def usage(exchange: Exchange) -> None:
     """GET /v1/usage: a tenant sees its own, an admin key any or all."""
-    identity = exchange.identify()
-    query = dict(parse_qsl(exchange.scope["query_string"].decode("latin-1")))
-    tenant = query.get("tenant")
-    if not identity.admin:
-        if tenant not in (None, identity.tenant):
-            raise PermissionDenied("A tenant sees only its own usage.", param="tenant")
-        tenant = identity.tenant
+    tenant = exchange.tenant_asked("usage")
+    query = exchange.query()
     group_by = query.get("group_by")
     if group_by is not None and group_by not in GROUPS:
         raise InvalidRequest.about("group_by", f"group_by must be one of {', '.join(GROUPS)}.")

@@ -103,7 +103,7 @@ class Service(Protocol):
 
     @property
     def keys(self) -> Keys:
-        """The key table in force; a new object whenever the configuration changes."""
+        """The keys in force; a new object whenever one comes or goes."""
 
     @property
     def config_version(self) -> int: ...
@@ -143,4 +143,44 @@ class Service(Protocol):
         """What is configured, as `/api/v1/gateway/providers` shows it; no secrets."""
 
     async def rate_limits(self, tenant: str) -> dict[str, Any]:
-        """The tenant's limits and what is left of them."""
+        """The tenant's limits and what is left of them; 404 for a tenant nobody knows."""
+
+    async def create_key(
+        self,
+        tenant: str,
+        *,
+        key_id: str | None,
+        admin: bool,
+        limits: dict[str, Any] | None,
+        models: list[str] | None,
+    ) -> dict[str, Any]:
+        """Make a key, durably: `{id, tenant, key, hash, admin, created}`. Only here is it told.
+
+        `limits` and `models`, where given, hold for the tenant from now on.
+
+        Raises:
+            ConfigurationError: limits or models are wrong.
+            InvalidRequest: 409 (`key_exists`), the tenant has a key of this id.
+        """
+
+    async def list_keys(self) -> list[dict[str, Any]]:
+        """Each key in force: `{id, tenant, admin, source, created?}`, source config or runtime."""
+
+    async def revoke_key(self, key_id: str, tenant: str | None) -> dict[str, Any]:
+        """End a key, durably before this returns: `{id, tenant, revoked: True}`.
+
+        Raises:
+            InvalidRequest: 404 (`key_not_found`), or 409 (`key_ambiguous`): several tenants have a
+                key of this id and `tenant` is None.
+        """
+
+    async def read_config(self) -> dict[str, Any]:
+        """`{version, config}`, without secrets."""
+
+    async def write_config(self, document: dict[str, Any], expected: int | None) -> int:
+        """Put a configuration in force, durably; its version.
+
+        Raises:
+            ConfigurationError: it is wrong; the message names each field.
+            InvalidRequest: 412 (`version_conflict`), the newest version is not `expected`.
+        """

@@ -17,6 +17,7 @@ from forebay.errors import GatewayError, GatewayTimeout, ProviderError, RateLimi
 
 if TYPE_CHECKING:
     from actors.batcher.policy import Vectors
+    from forebay.providers.prices import PriceBound
     from forebay.routing import Deployment
 
 __all__ = ["Answer", "Chunks", "Provider", "Resolve", "verdict_of"]
@@ -110,6 +111,14 @@ class Provider(Protocol):
         `model` is the name the provider reported, which prices a deployment whose own name does
         not tell the model (Azure's, aliases).
         """
+        ...
+
+    def price_bound(self, deployment: Deployment) -> PriceBound | None:
+        """The most that the deployment charges per token; None when no price is known."""
+        ...
+
+    def count_tokens(self, deployment: Deployment, text: str) -> int | None:
+        """An upper bound of the tokens of a text; None where nothing but its size is known."""
         ...
 
     async def warm(self) -> None:

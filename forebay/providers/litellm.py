@@ -26,8 +26,9 @@ from forebay.providers import shapes
 from forebay.providers.base import Answer, Resolve
 from forebay.providers.calls import Call
 from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
-from forebay.providers.prices import Prices
+from forebay.providers.prices import PriceBound, Prices
 from forebay.providers.streams import LiteLLMChunks, Opened
+from forebay.providers.tokenizers import Tokenizers
 from forebay.providers.vectors import decoded
 from forebay.tally import StreamTally
 
@@ -88,6 +89,7 @@ class LiteLLMProvider:
         self._is_internal: Any = None
         self._prices = Prices()
         self._floats_only: set[str] = set()
+        self._tokenizers: Tokenizers | None = None
 
     async def warm(self) -> None:
         """Import LiteLLM, off the event loop."""
@@ -202,6 +204,21 @@ class LiteLLMProvider:
         not tell the model.
         """
         return self._prices.of_usage(deployment, usage, model)
+
+    def price_bound(self, deployment: Deployment) -> PriceBound | None:
+        """What the deployment charges at most per token; None when no price is known.
+
+        LiteLLM's list is known after `warm` only.
+        """
+        return self._prices.bound(deployment)
+
+    def count_tokens(self, deployment: Deployment, text: str) -> int | None:
+        """An upper bound of the tokens of a text; None before `warm`, and for embedded models."""
+        if self._litellm is None or deployment.provider == LOCAL:
+            return None
+        if self._tokenizers is None:
+            self._tokenizers = Tokenizers.bundled()
+        return self._tokenizers.count(deployment, text)
 
     # ----------------------------------------------------------------------------------------
 

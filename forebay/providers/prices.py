@@ -8,9 +8,10 @@ Rule 3: a deployment's own prices never reach LiteLLM, which would change its li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actors.ledger.policy import nano
 
@@ -23,6 +24,58 @@ NAMES_MAX = 10_000  # model names remembered as priced or not; above it the memo
 INPUT, OUTPUT = "input_cost_per_token", "output_cost_per_token"
 CACHE_READ, CACHE_WRITE = "cache_read_input_token_cost", "cache_creation_input_token_cost"
 OWN = (INPUT, OUTPUT, CACHE_READ, CACHE_WRITE)
+
+
+PROBE_TOKENS = 1_000
+LONG_PROMPT_TOKENS = 100_000  # above this the dearer tiers of a price list may begin
+LONG_PROBE_TOKENS = 1_500_000
+NANO = Decimal(10**9)
+
+
+class Rate(NamedTuple):
+    """The most that a token costs, in nano-USD."""
+
+    prompt: Decimal
+    completion: Decimal
+
+    def nano(self, prompt: int, completion: int) -> int:
+        """What so many tokens cost at most."""
+        cost = self.prompt * prompt + self.completion * completion
+        return int(cost.to_integral_value(ROUND_CEILING))
+
+    def affords(self, nano: int, prompt: int) -> int:
+        """Completion tokens that so much money buys beside the prompt."""
+        left = nano - self.nano(prompt, 0)
+        if left < 0:
+            return -1
+        return int(left // self.completion) if self.completion > 0 else 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class PriceBound:
+    """What a deployment charges at most per token: for plain text, and for anything else."""
+
+    plain: Rate
+    dearest: Rate
+
+    def rate(self, prompt: int, is_plain: bool) -> Rate:
+        """The rate of a request with so many prompt tokens."""
+        return self.plain if is_plain and prompt <= LONG_PROMPT_TOKENS else self.dearest
+
+
+def dearest(bounds: Iterable[PriceBound | None]) -> PriceBound | None:
+    """One that none of them exceeds; None if none is known."""
+    known = [bound for bound in bounds if bound is not None]
+    if not known:
+        return None
+    return PriceBound(
+        _most(bound.plain for bound in known), _most(bound.dearest for bound in known)
+    )
+
+
+def _most(rates: Iterable[Rate]) -> Rate:
+    prompts, completions = zip(*rates, strict=True)
+    return Rate(max(prompts), max(completions))
 
 
 def is_price(name: str) -> bool:
@@ -40,6 +93,7 @@ class Prices:
     def __init__(self, litellm: Any = None) -> None:
         self.litellm = litellm
         self._listed: dict[str, bool] = {}
+        self._bounds: dict[str, PriceBound | None] = {}
 
     def of_answer(
         self, deployment: Deployment, usage: Mapping[str, Any] | None, model: str, usd: float | None
@@ -68,6 +122,47 @@ class Prices:
             if self._is_listed(name):
                 return self._from_list(name, usage)
         return None
+
+    def bound(self, deployment: Deployment) -> PriceBound | None:
+        """What the deployment charges at most; None when no price is known.
+
+        Prices that are not per token (per image, per search) are not in it.
+        """
+        if self._has_own(deployment):
+            return _own_bound(_own(deployment))
+        if deployment.provider == LOCAL:
+            free = Rate(Decimal(0), Decimal(0))
+            return PriceBound(free, free)
+        if self.litellm is None:
+            return None
+        name = self._name(deployment)
+        if name not in self._bounds:
+            if len(self._bounds) >= NAMES_MAX:
+                self._bounds.clear()
+            self._bounds[name] = self._listed_bound(name)
+        return self._bounds[name]
+
+    def _listed_bound(self, name: str) -> PriceBound | None:
+        """Asked of LiteLLM by example: a short text, one that fills its cache, and a long one."""
+        if not self._is_listed(name):
+            return None
+        usual = {"prompt_tokens": PROBE_TOKENS, "completion_tokens": 0}
+        prompts = [
+            self._probe(name, usual),
+            self._probe(name, {**usual, "cache_creation_input_tokens": PROBE_TOKENS}),
+            self._probe(name, {**usual, "prompt_tokens": LONG_PROBE_TOKENS}),
+        ]
+        short = self._probe(name, {"prompt_tokens": 0, "completion_tokens": PROBE_TOKENS})
+        long = {"prompt_tokens": LONG_PROBE_TOKENS, "completion_tokens": PROBE_TOKENS}
+        both = self._from_list(name, long) or 0
+        alone = self._from_list(name, {**long, "completion_tokens": 0}) or 0
+        answer = max(short, Decimal(both - alone) / PROBE_TOKENS)
+        return PriceBound(Rate(max(prompts[:2]), short), Rate(max(prompts), answer))
+
+    def _probe(self, name: str, usage: Mapping[str, int]) -> Decimal:
+        """Nano-USD per token of such a usage."""
+        nano_usd = self._from_list(name, usage) or 0
+        return Decimal(nano_usd) / max(1, usage["prompt_tokens"] + usage["completion_tokens"])
 
     def _name(self, deployment: Deployment) -> str:
         base = deployment.info.get("base_model") or deployment.params.get("base_model")
@@ -116,6 +211,15 @@ def _own(deployment: Deployment) -> dict[str, Decimal] | None:
         except InvalidOperation:
             return None
     return prices
+
+
+def _own_bound(prices: dict[str, Decimal] | None) -> PriceBound | None:
+    if prices is None:
+        return None
+    free = Decimal(0)
+    prompt = max(prices.get(name, free) for name in (INPUT, CACHE_READ, CACHE_WRITE))
+    rate = Rate(prompt * NANO, prices.get(OUTPUT, free) * NANO)
+    return PriceBound(rate, rate)
 
 
 def _added_up(prices: Mapping[str, Decimal] | None, usage: Mapping[str, Any]) -> int | None:

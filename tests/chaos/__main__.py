@@ -1,4 +1,7 @@
-"""`python -m tests.chaos --full` runs every chaos test at its full count and writes RESULTS.md."""
+"""`python -m tests.chaos --full` runs every chaos test at its full count and writes RESULTS.md.
+
+Owners killed under load first, then limits under everything, each with a system to itself.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +17,29 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+SUITES = (HERE, ROOT / "tests" / "system" / "test_limits.py")
+NOTHING_COLLECTED = 5
+TELLING = ("  chaos:", "  limits:")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.chaos", description=__doc__)
     parser.add_argument("--full", action="store_true", help="full counts; writes RESULTS.md")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
+    parser.add_argument("--only", default="", help="tests whose names match, as pytest's -k")
     arguments = parser.parse_args()
     environ = {**os.environ, "FOREBAY_CHAOS_SEED": str(arguments.seed)}
     if arguments.full:
         environ["FOREBAY_CHAOS_FULL"] = "1"
     begun_s = time.monotonic()
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(HERE),
-            "-v",
-            "--timeout=1800",
-            "-p",
-            "no:cacheprovider",
-        ],
-        cwd=ROOT,
-        env=environ,
-        text=True,
-        stdout=subprocess.PIPE,
-        check=False,
-    )
-    print(ran.stdout)
+    runs = [_run(suite, environ, arguments.only) for suite in SUITES]
+    code = max(ran.returncode for ran in runs)
     if arguments.full:
         lines = [
             line.strip()
+            for ran in runs
             for line in ran.stdout.splitlines()
-            if line.startswith("  chaos:") or (line.strip().startswith("=") and "passed" in line)
+            if line.startswith(TELLING) or _is_sum(line)
         ]
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
@@ -63,9 +55,29 @@ def main() -> int:
             f"`python -m tests.chaos --full --seed {arguments.seed}`, "
             f"{datetime.now(UTC):%Y-%m-%d}, after commit {commit}, "
             f"{os.cpu_count()} cores, Python {platform.python_version()}, {took_s:.0f} s, "
-            f"exit code {ran.returncode}.\n\n{told}\n"
+            f"exit code {code}.\n\n{told}\n"
         )
-    return ran.returncode
+    return code
+
+
+def _run(suite: Path, environ: dict[str, str], only: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", str(suite), "-v", "--timeout=1800"]
+    command += ["-p", "no:cacheprovider", *(["-k", only] if only else [])]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, bufsize=1
+    ) as running:
+        assert running.stdout is not None
+        said = []
+        for line in running.stdout:
+            print(line, end="", flush=True)
+            said.append(line)
+    returned = 0 if running.returncode == NOTHING_COLLECTED and only else running.returncode
+    return subprocess.CompletedProcess(command, returned, "".join(said))
+
+
+def _is_sum(line: str) -> bool:
+    """pytest's last line."""
+    return line.strip().startswith("=") and ("passed" in line or "failed" in line)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from deployments.http import HttpCall, Keys, Reply, StreamReply
+from deployments.http import HttpCall, KeyEntry, Keys, Reply, StreamReply
 from forebay import schemas
 from forebay.errors import GatewayError, ModelNotFound
 from forebay.secrets import hash_key
@@ -33,19 +33,6 @@ TELLS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Key:
-    id: str
-    hash: str
-
-
-@dataclass(frozen=True)
-class Tenant:
-    id: str
-    keys: Sequence[Key] = ()
-    admin: bool = False
-
-
-@dataclass(frozen=True)
 class Figure:
     limit: float
     remaining: float
@@ -54,11 +41,16 @@ class Figure:
 
 def keys_of(admins: Sequence[str] = (), **keys: str) -> Keys:
     """A table where `acme="k"` makes "k" a key of tenant acme."""
-    tenants = [
-        Tenant(tenant, [Key(f"{tenant}-key", hash_key(key, SECRET))], tenant in admins)
+    entries = [
+        KeyEntry(tenant, f"{tenant}-key", hash_key(key, SECRET), tenant in admins)
         for tenant, key in keys.items()
     ]
-    return Keys(tenants, SECRET)
+    return Keys(entries, SECRET, open_to_all=False)
+
+
+def no_keys() -> Keys:
+    """Nobody ever had a key."""
+    return Keys([], SECRET, open_to_all=True)
 
 
 def chat_body(text: str = "Hello!") -> dict[str, Any]:
@@ -127,9 +119,12 @@ class ScriptedChunks:
 
 @dataclass
 class ScriptedService:
-    """Answers with what it was given; an exception in the script is raised."""
+    """Answers with what it was given; an exception in the script is raised.
 
-    keys: Keys = field(default_factory=lambda: Keys([], SECRET))
+    `refusal` is raised by whatever changes something, and by `rate_limits`.
+    """
+
+    keys: Keys = field(default_factory=no_keys)
     config_version: int = 7
     answer: Any = field(default_factory=chat_body)
     chunks: Any = None
@@ -139,6 +134,7 @@ class ScriptedService:
     tells: dict[str, Any] = field(default_factory=lambda: dict(TELLS))
     calls: list[HttpCall] = field(default_factory=list)
     queries: list[dict[str, Any]] = field(default_factory=list)
+    refusal: GatewayError | None = None
 
     async def chat(self, call: HttpCall) -> Reply | StreamReply:
         self.calls.append(call)
@@ -192,7 +188,45 @@ class ScriptedService:
         return [{"name": "openai", "models": ["small"]}]
 
     async def rate_limits(self, tenant: str) -> dict[str, Any]:
+        self._refuse()
         return {"tenant": tenant, "requests_per_minute": 60}
+
+    async def create_key(self, tenant: str, **asked: Any) -> dict[str, Any]:
+        self._refuse()
+        self.queries.append({"tenant": tenant, **asked})
+        name = asked["key_id"] or "k1"
+        made = {"id": name, "tenant": tenant, "admin": asked["admin"], "created": "2026-01-01"}
+        return {**made, "key": "sk-fb-new", "hash": "hmac-sha256:00"}
+
+    async def list_keys(self) -> list[dict[str, Any]]:
+        return [
+            {"id": "ci", "tenant": "acme", "admin": False, "source": "config"},
+            {
+                "id": "k1",
+                "tenant": "acme",
+                "admin": False,
+                "source": "runtime",
+                "created": "2026-01-01",
+                "hash": "hmac-sha256:00",
+            },
+        ]
+
+    async def revoke_key(self, key_id: str, tenant: str | None) -> dict[str, Any]:
+        self._refuse()
+        self.queries.append({"key_id": key_id, "tenant": tenant})
+        return {"id": key_id, "tenant": tenant or "acme", "revoked": True}
+
+    async def read_config(self) -> dict[str, Any]:
+        return {"version": self.config_version, "config": {"gateway": {"timeout": 60}}}
+
+    async def write_config(self, document: dict[str, Any], expected: int | None) -> int:
+        self._refuse()
+        self.queries.append({"document": document, "expected": expected})
+        return self.config_version + 1
+
+    def _refuse(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
 
     async def _before(self) -> None:
         if isinstance(self.answer, asyncio.Event):

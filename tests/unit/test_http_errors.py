@@ -41,7 +41,7 @@ async def test_an_unknown_path_is_404() -> None:
     assert answered.error["code"] == "unknown_url"
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/dashboard", "/admin/config"])
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/dashboard", "/admin/breakers"])
 async def test_what_is_not_built_is_404_and_no_stub(path: str) -> None:
     assert (await post(ScriptedService(), CHAT, path)).status == 404
 
@@ -172,6 +172,38 @@ async def test_a_refusal_says_when_to_come_back() -> None:
     assert answered.headers["x-ratelimit-remaining-requests"] == "0"
     assert answered.headers["x-ratelimit-reset-requests"] == "950ms"
     assert "x-should-retry" not in answered.headers
+
+
+async def test_the_figures_of_the_refusal_itself_go_first() -> None:
+    figures = {"requests": Figure(60, 0, 2.0), "tokens": Figure(1000, 12.9, 0.5)}
+    service = raises(RateLimitError("over", retry_after_s=2, figures=figures))
+    service.limits = {"requests": Figure(60, 59, 0.1)}
+    headers = (await post(service, CHAT)).headers
+
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+    assert headers["x-ratelimit-reset-requests"] == "2s"
+    assert headers["x-ratelimit-limit-tokens"] == "1000"
+    assert headers["x-ratelimit-remaining-tokens"] == "12"
+
+
+async def test_what_no_limit_can_ever_allow_asks_not_to_retry() -> None:
+    answered = await post(raises(RateLimitError("larger than the limit")), CHAT)
+
+    assert answered.status == 429
+    assert answered.headers["x-should-retry"] == "false"
+    assert "retry-after" not in answered.headers
+
+
+async def test_a_provider_that_gives_no_time_may_be_tried_again() -> None:
+    answered = await post(raises(RateLimitError("slow down", upstream_status=429)), CHAT)
+
+    assert "x-should-retry" not in answered.headers
+
+
+async def test_a_retry_is_never_too_early_by_rounding() -> None:
+    headers = (await post(raises(RateLimitError("over", retry_after_s=1.0001)), CHAT)).headers
+
+    assert (headers["retry-after"], headers["retry-after-ms"]) == ("2", "1001")
 
 
 async def test_an_overload_says_when_to_come_back() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deployments.http import build_asgi
-from forebay.errors import RateLimitError
+from forebay.errors import InvalidRequest, RateLimitError
 from tests.support.scripted_service import (
     Answered,
     Client,
@@ -173,3 +173,42 @@ async def test_providers_and_limits() -> None:
 
     assert providers["data"] == {"providers": [{"name": "openai", "models": ["small"]}]}
     assert limits["data"] == {"tenant": "default", "requests_per_minute": 60}
+
+
+async def test_a_tenant_sees_its_own_limits_and_an_admin_anybodys() -> None:
+    app = build_asgi(ScriptedService(keys=keys_of(acme="k", ops="o", admins=("ops",))))
+    path = BASE + "/rate-limits"
+    seen = {
+        (key, query): (await Client(app, key).get(path + query)).json()["data"]
+        for key in ("k", "o")
+        for query in ("", "?tenant=acme", "?tenant=ops")
+    }
+
+    assert {pair: data and data["tenant"] for pair, data in seen.items()} == {
+        ("k", ""): "acme",
+        ("k", "?tenant=acme"): "acme",
+        ("k", "?tenant=ops"): None,
+        ("o", ""): "ops",
+        ("o", "?tenant=acme"): "acme",
+        ("o", "?tenant=ops"): "ops",
+    }
+
+
+async def test_a_tenant_nobody_knows_is_404_in_the_envelope() -> None:
+    refusal = InvalidRequest("no such tenant", code="tenant_not_found", status=404)
+    answered = await Client(build_asgi(ScriptedService(refusal=refusal))).get(
+        BASE + "/rate-limits?tenant=nobody"
+    )
+
+    assert answered.status == 404
+    assert answered.json()["error"]["code"] == "tenant_not_found"
+
+
+async def test_warnings_are_in_the_envelope() -> None:
+    service = ScriptedService()
+    service.tells["warnings"] = ["max_tokens was lowered to 5"]
+    generated = (await post(service, "/generate", {"prompt": "hi"})).json()
+    embedded = (await post(service, "/embeddings", {"texts": ["a"]})).json()
+
+    assert generated["data"]["warnings"] == generated["metadata"]["warnings"]
+    assert embedded["metadata"]["warnings"] == ["max_tokens was lowered to 5"]

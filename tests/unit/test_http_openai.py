@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
+import pytest
 
 from deployments.http import build_asgi
 from forebay.errors import ModelNotFound
@@ -102,6 +104,35 @@ async def test_the_response_headers_tell_how_the_answer_came_to_be() -> None:
     assert headers["x-ratelimit-reset-requests"] == "200ms"
     assert headers["x-ratelimit-reset-tokens"] == "1m1.5s"
     assert "x-forebay-clamped" not in headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_shortened_answer_says_so(stream: bool) -> None:
+    service = ScriptedService()
+    service.tells |= {"clamped": 5, "warnings": ["max_tokens: 9, now 5", "é\r\nx-evil: 1"]}
+    answered = await post(service, PATH, {**CHAT, "stream": stream})
+
+    assert answered.headers["x-forebay-clamped"] == "5"
+    listed = answered.headers["x-forebay-warnings"].split(", ")
+    assert [unquote(text) for text in listed] == service.tells["warnings"]
+    assert "warnings" not in answered.body.decode()
+
+
+async def test_many_warnings_are_cut_between_two_of_them() -> None:
+    service = ScriptedService()
+    service.tells["warnings"] = [f"{n} {'é' * 500}" for n in range(50)]
+    header = (await post(service, PATH, CHAT)).headers["x-forebay-warnings"]
+
+    assert len(header) <= 2048
+    assert [unquote(text)[:3] for text in header.split(", ")][:2] == ["0 é", "1 é"]
+
+
+async def test_one_long_warning_always_fits() -> None:
+    service = ScriptedService()
+    service.tells["warnings"] = ["\U0001f600" * 500]
+    header = (await post(service, PATH, CHAT)).headers["x-forebay-warnings"]
+
+    assert set(unquote(header)) == {"\U0001f600"}
 
 
 async def test_a_name_from_outside_cannot_break_a_header() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from actors.ledger import desk as desk_module
 from actors.ledger.desk import LedgerDesk
 from actors.ledger.owner import Ledger
-from actors.ledger.policy import Entry, LedgerFull, StoreFailed, fold
+from actors.ledger.policy import Entry, LedgerFull, Spent, StoreFailed, fold
 from actors.ref import InlineRef, OwnerUnavailable
 
 CALL: dict[str, Any] = {
@@ -53,10 +54,14 @@ async def no_pause(_: float) -> None:
     await asyncio.sleep(0)
 
 
-def make(ref: Any, now: list[float] | None = None) -> LedgerDesk:
+def make(
+    ref: Any,
+    now: list[float] | None = None,
+    pause: Callable[[float], Awaitable[None]] = no_pause,
+) -> LedgerDesk:
     times = now or [0.0]
     return LedgerDesk(
-        ref, "desk", clock=lambda: times[0], wall=lambda: 1_700_000_000.5, pause=no_pause
+        ref, "desk", clock=lambda: times[0], wall=lambda: 1_700_000_000.5, pause=pause
     )
 
 
@@ -224,3 +229,150 @@ async def test_closing_hands_in_the_rest() -> None:
 def test_two_desks_of_one_name_never_mint_the_same_id() -> None:
     first, second = make(BadLine(None)), make(BadLine(None))
     assert first.open(**CALL).id != second.open(**CALL).id
+
+
+AT_MS = 1_700_000_000_500
+
+
+def pay(desk: LedgerDesk, tenant: str = "acme") -> int:
+    """Records an entry of 1 nano-USD and returns its mark."""
+    desk.post(desk.open(**CALL | {"tenant": tenant}), prompt_tokens=1, cost_nano=1)
+    return desk.mark()
+
+
+async def test_a_mark_has_a_commit_once_it_is_acknowledged() -> None:
+    owner = Ledger()
+    desk, other = make(InlineRef("ledger", owner)), make(InlineRef("ledger", owner))
+    await desk.start()
+    await other.start()
+    assert (desk.mark(), desk.commit_of(0)) == (0, 0)
+    first = pay(desk)
+    assert (first, desk.commit_of(first)) == (1, None)
+    await desk.flush()
+    pay(other)
+    await other.flush()
+    second = pay(desk)
+    assert desk.commit_of(second) is None
+    await desk.flush()
+    assert [desk.commit_of(mark) for mark in (0, first, second)] == [0, 1, 3]
+    assert other.commit_of(1) == 2
+    await desk.close()
+    await other.close()
+    await owner.close()
+
+
+async def test_of_marks_long_ago_the_oldest_commit_known_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(desk_module, "COMMITS_KEPT", 2)
+    owner = Ledger()
+    desk = make(InlineRef("ledger", owner))
+    await desk.start()
+    for _ in range(4):
+        pay(desk)
+        await desk.flush()
+    assert [desk.commit_of(mark) for mark in range(5)] == [0, 3, 3, 3, 4]
+    await desk.close()
+    await owner.close()
+
+
+async def test_a_message_is_sent_again_as_it_was() -> None:
+    owner = Ledger()
+    desk: LedgerDesk
+
+    async def more_comes(_: float) -> None:
+        pay(desk)
+
+    desk = make(BadLine(owner, "a"), pause=more_comes)
+    await desk.start()
+    pay(desk)
+    await desk.flush()
+    await desk.flush()
+    assert (desk.mark(), desk.stats()["messages"]) == (2, 2)
+    assert [desk.commit_of(mark) for mark in (1, 2)] == [1, 2]
+    await desk.close()
+    await owner.close()
+
+
+async def test_what_is_spent_includes_what_this_process_has_just_recorded() -> None:
+    owner = Ledger()
+    desk = make(InlineRef("ledger", owner))
+    await desk.start()
+    mark = pay(desk)
+    (acme, nobody) = await desk.spent(["acme", "nobody"], AT_MS)
+    assert (acme.commit, acme.day_nano, acme.minutes) == (1, 1, ((0, 1),))
+    assert (nobody.commit, nobody.day_nano, nobody.minutes) == (1, 0, ())
+    assert desk.commit_of(mark) == 1
+    await desk.close()
+    await owner.close()
+
+
+async def test_a_store_that_cannot_be_read_is_an_owner_that_is_away() -> None:
+    owner = Ledger()
+    await owner.append("h", 1, [])
+    await owner.close()
+    with pytest.raises(OwnerUnavailable, match="the ledger is closed"):
+        await make(InlineRef("ledger", owner)).spent(["acme"], AT_MS)
+
+
+@given(
+    scripts=st.lists(st.text(alphabet="..xfaa22", max_size=10), min_size=1, max_size=4),
+    seed=st.integers(0, 2**32),
+    rounds=st.integers(1, 12),
+    per_message=st.integers(1, 4),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_read_knows_an_entry_exactly_if_its_commit_is_not_later(
+    scripts: list[str], seed: int, rounds: int, per_message: int
+) -> None:
+    async def session() -> None:
+        dice = random.Random(seed)
+        owner = Ledger()
+        reads: list[dict[str, Spent]] = []
+        paid: list[tuple[str, LedgerDesk, int]] = []
+
+        async def read() -> None:
+            # Each entry has a tenant of its own, so that a read tells which entries it knows.
+            names = [tenant for tenant, _, _ in paid]
+            told = await owner.spent(names, AT_MS)
+            assert len({spent.commit for spent in told}) <= 1
+            reads.append(dict(zip(names, told, strict=True)))
+
+        async def pause(_: float) -> None:  # between a failed message and the next try
+            await act()
+            await read()
+
+        async def act() -> None:
+            for _ in range(dice.randrange(6)):
+                desk = dice.choice(desks)
+                tenant = f"t{len(paid)}"
+                paid.append((tenant, desk, pay(desk, tenant)))
+
+        desks = [make(BadLine(owner, script), pause=pause) for script in scripts]
+        for desk in desks:
+            await desk.start()
+        for _ in range(rounds):
+            await act()
+            jobs = [dice.choice(desks).flush(60) for _ in range(dice.randrange(3))]
+            await asyncio.gather(*jobs, *(read() for _ in range(dice.randrange(3))))
+        # A desk that pauses has something left, and may give the others more.
+        while any(desk.stats()["buffered"] for desk in desks):
+            for desk in desks:
+                await desk.flush(60)
+        await read()
+        for known in reads:
+            for tenant, desk, mark in paid:
+                commit = desk.commit_of(mark)
+                assert commit is not None
+                if tenant in known:
+                    assert known[tenant].day_nano == int(commit <= known[tenant].commit)
+                    assert known[tenant].month_nano == known[tenant].day_nano
+                    assert sum(n for _, n in known[tenant].minutes) == known[tenant].day_nano
+        assert len(paid) == await owner.count()
+        for desk in desks:
+            await desk.close()
+        await owner.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(desk_module, "ENTRIES_PER_MESSAGE_MAX", per_message)
+        asyncio.run(session())

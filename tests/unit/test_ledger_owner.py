@@ -8,6 +8,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from actors.file_lock import FileLock
 from actors.ledger import store
 from actors.ledger.owner import Ledger
-from actors.ledger.policy import STATUSES, Entry, StoreFailed, fold
+from actors.ledger.policy import (
+    DAY_MS,
+    MINUTE_MS,
+    STATUSES,
+    TENANTS_PER_READ_MAX,
+    Entry,
+    Spent,
+    StoreFailed,
+    fold,
+)
 from actors.ledger.store import OTHERS
 
-DAY_MS = 86_400_000
+NOW_MS = 1_700_000_000_000
 
 
 def entry(number: int, **fields: Any) -> Entry:
@@ -90,7 +101,7 @@ async def test_an_entry_is_recorded_once_however_often_it_is_sent() -> None:
         some = [entry(1), entry(2)]
         assert await ledger.append("h", 1, some) == 2
         assert await ledger.append("h", 1, some) == 2
-        assert await ledger.append("h", 2, [entry(2, cost_nano=9), entry(3)]) == 2
+        assert await ledger.append("h", 2, [entry(2, cost_nano=9), entry(3)]) == 3
         assert await ledger.count() == 3
         assert await ledger.entries("r2") == [entry(2)]
         assert ledger.stats()["rows_known"] == 3
@@ -168,13 +179,16 @@ class Deliveries(RuleBasedStateMachine):
         self.acknowledged: dict[str, Entry] = {}
         self.waiting: list[list[Entry]] = []
         self.delivered: list[list[Entry]] = []
+        self.commits: dict[str, int] = {}
         self.number = 0
 
     def run(self, awaitable: Any) -> Any:
         return self.loop.run_until_complete(awaitable)
 
     def deliver(self, batch: list[Entry]) -> None:
-        assert self.run(self.ledger.append("h", len(self.delivered), batch)) == len(batch)
+        commit = self.run(self.ledger.append("h", len(self.delivered), batch))
+        for sent in batch:
+            assert self.commits.setdefault(sent.id, commit) == commit
         self.delivered.append(batch)
 
     @rule(size=st.integers(0, 5), cost_nano=st.integers(0, 10**12))
@@ -303,7 +317,7 @@ async def test_a_ledger_file_has_one_owner_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(StoreFailed, match=rf"in use by process {os.getpid()}"):
             await second.append("h", 1, [entry(2)])
         await first.close()
-        assert await second.append("h", 1, [entry(2)]) == 1
+        assert await second.append("h", 1, [entry(2)]) == 2
         assert await second.count() == 2
         await second.close()
 
@@ -365,7 +379,7 @@ async def test_a_message_that_cannot_be_stored_fails_alone() -> None:
             ledger.append("h", 3, [entry(4)]),
             return_exceptions=True,
         )
-        assert [answers[0], answers[2]] == [1, 1]
+        assert [answers[0], answers[2]] == [1, 2]
         assert isinstance(answers[1], StoreFailed)
         assert await ledger.count() == 2
 
@@ -413,6 +427,142 @@ async def test_a_caller_that_gives_up_does_not_undo_the_write() -> None:
     await with_ledger(work)
 
 
+async def test_a_commit_tells_reads_that_have_a_message_from_those_that_lack_it() -> None:
+    async def work(ledger: Ledger) -> None:
+        async def knows(tenant: str) -> tuple[int, bool]:
+            (spent,) = await ledger.spent([tenant], NOW_MS)
+            return spent.commit, spent.day_nano > 0
+
+        def paid(number: int, tenant: str) -> Entry:
+            return entry(number, tenant=tenant, at_ms=NOW_MS)
+
+        assert await ledger.append("h", 1, []) == 0
+        assert await knows("a") == (0, False)
+        mine = [paid(1, "a"), paid(2, "a")]
+        first, second = await asyncio.gather(
+            ledger.append("h", 1, mine), ledger.append("i", 1, [paid(3, "b")])
+        )
+        between = await knows("a")
+        assert await ledger.append("i", 2, [paid(4, "b")]) == 4
+        assert 2 <= first <= between[0] == 3
+        assert second == 3
+        assert between[1]
+        # The answer was lost: the read between had the rows, so no later commit may be told.
+        assert await ledger.append("h", 1, mine) == 2
+        # A known entry in new company: what is new came later.
+        assert await ledger.append("h", 2, [*mine, paid(5, "a")]) == 5
+        assert await ledger.append("h", 3, []) == 5
+
+    await with_ledger(work)
+
+
+async def test_messages_that_failed_together_get_commits_of_their_own() -> None:
+    async def work(ledger: Ledger) -> None:
+        bad = entry(0, prompt_tokens=2**70)
+        answers = await asyncio.gather(
+            *(ledger.append("h", n, [entry(n)]) for n in range(1, 4)),
+            ledger.append("h", 4, [bad]),
+            ledger.append("h", 2, [entry(2)]),
+            return_exceptions=True,
+        )
+        assert isinstance(answers[3], StoreFailed)
+        assert answers[4] in (2, answers[1])
+        assert [answer >= n for n, answer in enumerate(answers[:3], 1)] == [True] * 3  # type: ignore[operator]
+
+    await with_ledger(work)
+
+
+def spent_of(some: list[Entry], tenant: str, at_ms: int) -> Spent:
+    """What `spent` says, by hand."""
+    mine = [e for e in some if e.tenant == tenant]
+    today = time.gmtime(at_ms / 1000)
+
+    def paid(length: int) -> int:
+        return sum(
+            e.cost_nano
+            for e in mine
+            if e.status == "posted" and time.gmtime(e.at_ms / 1000)[:length] == today[:length]
+        )
+
+    def ages(hits: bool) -> tuple[tuple[int, int], ...]:
+        counted = Counter(
+            max(0, at_ms - e.at_ms) // MINUTE_MS
+            for e in mine
+            if e.attempt == 1 and e.status != "refused" and (e.status == "hit") == hits
+            if abs(at_ms - e.at_ms) < 62 * MINUTE_MS
+        )
+        return tuple(sorted(counted.items()))
+
+    day, month = at_ms // DAY_MS, today.tm_year * 12 + today.tm_mon - 1
+    return Spent(len(some), day, paid(3), month, paid(2), ages(False), ages(True))
+
+
+@given(some=entry_lists, at_ms=st.integers(0, 40 * DAY_MS), batch=st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_what_is_spent_is_the_sum_of_its_entries(some: list[Entry], at_ms: int, batch: int) -> None:
+    async def work(ledger: Ledger) -> None:
+        for start in range(0, len(some), batch):
+            await ledger.append("h", start, some[start : start + batch])
+            await ledger.append("h", start, some[start : start + batch])
+        tenants = ["zenith", "nobody", "ünïcode", "acme"]
+        times = [at_ms, *(e.at_ms + shift for e in some[:5] for shift in (0, -1, 61 * MINUTE_MS))]
+        for when in (when for when in times if when >= 0):
+            told = await ledger.spent(tenants, when)
+            assert told == [spent_of(some, tenant, when) for tenant in tenants]
+
+    asyncio.run(with_ledger(work))
+
+
+async def test_requests_are_told_by_their_age_and_hits_apart() -> None:
+    async def work(ledger: Ledger) -> None:
+        def aged(number: int, minutes: float, **fields: Any) -> Entry:
+            at_ms = NOW_MS - int(minutes * MINUTE_MS)
+            return entry(number, at_ms=at_ms, cost_nano=0, **fields)
+
+        some = [
+            aged(1, 0.5),
+            aged(2, 61.9),
+            aged(3, 62.0),
+            aged(4, 7.0, status="hit"),
+            aged(5, 7.5, status="voided"),
+            aged(6, 7.6, attempt=2),
+            aged(7, 7.7, status="refused"),
+            aged(8, 7.8, status="joined"),
+            aged(9, -0.2),
+            aged(10, -90.0),
+        ]
+        await ledger.append("h", 1, some)
+        (spent,) = await ledger.spent(["acme"], NOW_MS)
+        assert spent.minutes == ((0, 2), (7, 2), (61, 1))
+        assert spent.hit_minutes == ((7, 1),)
+        assert (spent.month, spent.day) == (2023 * 12 + 10, 19_675)
+
+    await with_ledger(work)
+
+
+async def test_a_read_has_a_bound() -> None:
+    async def work(ledger: Ledger) -> None:
+        most = [f"t{n}" for n in range(TENANTS_PER_READ_MAX)]
+        assert len(await ledger.spent(most, NOW_MS)) == TENANTS_PER_READ_MAX
+        with pytest.raises(ValueError, match="1001 tenants"):
+            await ledger.spent([*most, "one more"], NOW_MS)
+        assert await ledger.spent([], NOW_MS) == []
+
+    await with_ledger(work)
+
+
+async def test_a_ledger_of_version_1_gets_its_daily_sums(tmp_path: Path) -> None:
+    path = str(tmp_path / "ledger.db")
+    some = [entry(n, at_ms=NOW_MS + n * DAY_MS) for n in range(3)]
+    some.append(entry(3, status="voided", at_ms=NOW_MS))
+    await with_ledger(lambda ledger: ledger.append("h", 1, some), path)
+    old = sqlite3.connect(path)
+    old.executescript("DROP TABLE days; PRAGMA user_version = 1;")
+    old.close()
+    told = await with_ledger(lambda ledger: ledger.spent(["acme"], NOW_MS), path)
+    assert told[0][:5] == (4, 19_675, 300, 2023 * 12 + 10, 300 + 301 + 302)
+
+
 async def test_a_closed_ledger_refuses_and_closes_twice() -> None:
     ledger = Ledger()
     await ledger.append("h", 1, [])
@@ -423,5 +573,5 @@ async def test_a_closed_ledger_refuses_and_closes_twice() -> None:
 
 
 def test_a_ledger_is_made_without_an_event_loop_and_without_touching_the_disk() -> None:
-    assert Ledger("/nowhere/at/all.db").protocol() == 1
+    assert Ledger("/nowhere/at/all.db").protocol() == 2
     assert pickle.loads(pickle.dumps({"path": None, "lock_wait_s": 10.0}))

@@ -1,0 +1,467 @@
+"""What exact limits cost: requests/s, messages to owners, CPU with many tenants, memory.
+
+    python -m benchmarks.limits            # about five minutes
+    python -m benchmarks.limits --quick    # about two
+    python -m benchmarks.limits --only on-off,memory
+
+Caching and deduplication are off. All load comes over HTTP from a process of its own, against one
+simulated upstream on loopback; what is compared takes turns, several times, so that whatever else
+the machine does meets both sides.
+
+  on-off    one hot tenant with all kinds of limits (requests per minute and hour, burst, tokens
+            per minute, concurrent, USD per day and month) against one without any, in one system
+  messages  messages to owners per request, by name, while the limited tenant is under load
+  tenants   CPU per request, of the serving process and of the limiter's owner: a system with
+            10,000 tenants, requests going round all of them, against one with 10
+  memory    the owner's class alone, without Ray: memory with 100,000 tenants, and time per ask
+
+The load is honest: every prompt is unique, an answer must hold its own prompt's digest, all are
+200, the ledger and the upstream's log have as many rows as requests were sent, and the answers'
+headers say that the one tenant is limited and the other is not. Exit code 1 when one of these does
+not hold; missed goals are only told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from benchmarks.passthrough import LEDGER_WAIT_S, START_S, at, ledger_rows, owner_messages
+from benchmarks.processes import ROOT, Child, free_port, machine
+from forebay.secrets import hash_key, new_key
+from tests.support.loader import Load, Result, in_process
+from tests.support.upstream import Upstream
+
+CONCURRENCY = 64
+FEW, MANY, OWNED = 10, 10_000, 100_000
+PARTS = ("on-off", "messages", "tenants", "memory")
+NO_LIMITS = {"requests_per_minute": None, "requests_per_hour": None}
+ALL_LIMITS = {
+    "requests_per_minute": 6_000_000,
+    "requests_per_hour": 360_000_000,
+    "burst_size": 100_000,
+    "tokens_per_minute": 1_000_000_000,
+    "concurrent_requests": 1_000,
+    "usd_per_day": 1_000_000,
+    "usd_per_month": 10_000_000,
+}
+GOALS = {
+    "requests/s, limits on / off": (0.95, ">="),
+    "owner messages per request": (0.05, "<="),
+    "CPU per request, 10,000 / 10 tenants": (1.1, "<="),
+}
+
+
+@dataclass(slots=True)
+class Report:
+    machine: dict[str, Any]
+    figures: dict[str, float] = field(default_factory=dict)
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    messages: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long a turn is, how many there are of each side, and how many tenants are many."""
+
+    seconds: float
+    rounds: int
+    warmup: int
+    many: int = MANY
+
+
+WARMING = Plan(1.0, 1, 0)
+
+
+@dataclass(slots=True)
+class Cost:
+    """One turn: what it served, and the CPU seconds per request of who served it."""
+
+    result: Result
+    serving_s: float
+    owner_s: float
+
+    @property
+    def cpu_s(self) -> float:
+        return self.serving_s + self.owner_s
+
+
+class System:
+    """Owns one `forebay up` with tenants and keys. Leaving the context ends it."""
+
+    def __init__(self, name: str, tenants: int, upstream: Upstream, scratch: Path) -> None:
+        self.name = name
+        self.admin, self.free = new_key(), new_key()
+        self.keys = [new_key() for _ in range(tenants)]
+        self.sent = 0
+        self._turn = 0
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        home = scratch / name
+        home.mkdir()
+        secret = secrets.token_hex(32)
+        config = home / "forebay.yaml"
+        config.write_text(json.dumps(self._document(upstream.url, port, secret)))
+        environ = {
+            "FOREBAY_KEY_SECRET": secret,
+            "FOREBAY_DATA_DIR": str(home / "data"),
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        }
+        command = [sys.executable, "-m", "forebay", "up", "--config", str(config)]
+        self.child = Child(command, scratch / f"{name}.log", environ)
+
+    def _document(self, upstream_url: str, port: int, secret: str) -> dict[str, Any]:
+        """All tenants but one share the default limits, so that the document stays small."""
+
+        def tenant(name: str, key: str, **more: Any) -> dict[str, Any]:
+            return {
+                "id": name,
+                "keys": [{"id": "bench", "hash": hash_key(key, secret.encode())}],
+                **more,
+            }
+
+        sim = {
+            "model": "openai/sim",
+            "api_base": f"{upstream_url}/v1",
+            "api_key": "sk-upstream",
+            "input_cost_per_token": 1e-7,
+            "output_cost_per_token": 4e-7,
+        }
+        return {
+            "model_list": [{"model_name": "sim", "litellm_params": sim}],
+            "tenants": [
+                tenant("admin", self.admin, admin=True),
+                tenant("free", self.free, limits=NO_LIMITS),
+                *(tenant(f"tenant-{i:05d}", key) for i, key in enumerate(self.keys)),
+            ],
+            "gateway": {
+                "enable_caching": False,
+                "enable_request_deduplication": False,
+                "max_retries": 0,
+                "rate_limit_config": ALL_LIMITS,
+            },
+            "server": {"host": "127.0.0.1", "port": port, "replicas": 1},
+        }
+
+    def __enter__(self) -> System:
+        try:
+            first = {"model": "sim", "messages": [{"role": "user", "content": "The first"}]}
+            self.child.await_200(
+                f"{self.url}/v1/chat/completions", START_S, key=self.keys[0], body=first
+            )
+            self.sent += 1
+        except BaseException:
+            self.child.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.stop()
+
+    def headers_of(self, key: str) -> dict[str, str]:
+        """The headers of one answer."""
+        body = {"model": "sim", "messages": [{"role": "user", "content": "What may I use?"}]}
+        request = urllib.request.Request(
+            f"{self.url}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"content-type": "application/json", "authorization": f"Bearer {key}"},
+        )
+        self.sent += 1
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return {name.lower(): value for name, value in response.headers.items()}
+
+    def turn(self, plan: Plan, keys: Sequence[str], report: Report) -> Cost:
+        """One turn of load with these keys, each time beginning at another one."""
+        shift = (self._turn * 2_000) % len(keys)
+        self._turn += 1
+        serving_s, owner_s = self._cpu("ServeReplica"), self._cpu("RateLimiter")
+        result = in_process(
+            Load(
+                f"{self.url}/v1/chat/completions",
+                concurrency=CONCURRENCY,
+                seconds=plan.seconds,
+                warmup=plan.warmup,
+                keys=[*keys[shift:], *keys[:shift]],
+                check=True,
+            )
+        )
+        self.sent += result.sent
+        if result.ok != result.requests:
+            report.problems.append(f"{self.name}: not all 200: {result.statuses} {result.errors}")
+        if result.wrong:
+            report.problems.append(
+                f"{self.name}: {result.wrong} answers of somebody else's question"
+            )
+        sent = max(result.sent, 1)
+        return Cost(
+            result,
+            (self._cpu("ServeReplica") - serving_s) / sent,
+            (self._cpu("RateLimiter") - owner_s) / sent,
+        )
+
+    def _cpu(self, title: str) -> float:
+        return self.child.cpu_s(lambda line: title in line and line.startswith("ray::"))
+
+
+# ------------------------------------------------------------------------------------ the parts
+
+
+def on_off(report: Report, plan: Plan, system: System) -> None:
+    """Limits on and off in turn, for one hot tenant each, and what owners are told meanwhile."""
+    limited, free = system.headers_of(system.keys[0]), system.headers_of(system.free)
+    for name in ("x-ratelimit-limit-requests", "x-ratelimit-limit-tokens"):
+        if name not in limited or name in free:
+            report.problems.append(
+                f"{name}: {limited.get(name)} with limits, {free.get(name)} without"
+            )
+    system.turn(WARMING, [system.free, system.keys[0]], report)
+    rates: dict[str, list[float]] = {"on": [], "off": []}
+    messages: Counter[str] = Counter()
+    asked = 0
+    for _ in range(plan.rounds):
+        for side, key in (("off", system.free), ("on", system.keys[0])):
+            before = owner_messages(system.url)
+            cost = system.turn(plan, [key], report)
+            rates[side].append(cost.result.requests_per_s)
+            if side == "on":
+                spent = owner_messages(system.url)
+                spent.subtract(before)
+                messages.update(spent)
+                asked += cost.result.sent
+            _say(f"limits {side:3}", cost)
+    ratios = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
+    report.rounds["limits on / off"] = ratios
+    report.figures["requests/s, limits on / off"] = statistics.median(ratios)
+    report.messages = {name: n / asked for name, n in sorted(messages.items()) if n > 0}
+    report.figures["owner messages per request"] = sum(report.messages.values())
+    report.figures["of these, the limiter's"] = sum(
+        n for name, n in report.messages.items() if name.startswith("rate-limiter")
+    )
+
+
+def tenants(report: Report, plan: Plan, few: System, many: System) -> None:
+    """Ten tenants and ten thousand in turn."""
+    for system in (few, many):
+        system.turn(WARMING, system.keys, report)
+    costs: dict[str, list[Cost]] = {"few": [], "many": []}
+    for _ in range(plan.rounds):
+        for side, system in (("few", few), ("many", many)):
+            cost = system.turn(plan, system.keys, report)
+            costs[side].append(cost)
+            _say(f"{len(system.keys):6} tenants", cost)
+    pairs = list(zip(costs["many"], costs["few"], strict=True))
+    serving = [a.serving_s / b.serving_s for a, b in pairs if b.serving_s]
+    both = [a.cpu_s / b.cpu_s for a, b in pairs if b.cpu_s]
+    report.rounds["CPU per request, many / few, serving process"] = serving
+    report.rounds["CPU per request, many / few, serving process and owner"] = both
+    if not serving or not both:
+        report.problems.append("no CPU time was found for the serving process")
+        return
+    report.figures["CPU per request, 10,000 / 10 tenants"] = statistics.median(both)
+    report.figures["of the serving process alone"] = statistics.median(serving)
+    for side, found in costs.items():
+        report.facts[f"{side}: owner's CPU per request, us"] = round(
+            statistics.median(cost.owner_s for cost in found) * 1e6, 1
+        )
+        report.facts[f"{side}: serving process's CPU per request, us"] = round(
+            statistics.median(cost.serving_s for cost in found) * 1e6, 1
+        )
+
+
+def memory(report: Report, plan: Plan) -> None:
+    """In a process of its own, so that nothing else is in the figure."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.limits", "--owner-alone", str(OWNED)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the owner alone failed: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    report.facts |= {f"owner alone: {name}": value for name, value in found.items()}
+    if found["tenants held"] != OWNED:
+        report.problems.append(f"the owner holds {found['tenants held']} tenants of {OWNED}")
+
+
+def owner_alone(count: int) -> dict[str, float]:
+    """The owner's class with so many tenants that each made one request, all kinds limited."""
+    from actors.rate_limiter.owner import RateLimiter
+    from actors.rate_limiter.terms import Ask, Limits, Need, Seed
+
+    clock = [1_000.0]
+    day = 1_700_000_000.0
+    limits = Limits(600.0, 20, 10_000, 32, 100_000, 10**12, 10**13)
+    owner = RateLimiter(clock=lambda: clock[0], wall=lambda: day, fresh=True)
+    seed = Seed(0)
+
+    def batches() -> Iterator[list[Ask]]:
+        for first in range(0, count, 100):
+            yield [
+                Ask(
+                    f"tenant-{number:06d}",
+                    limits,
+                    need=1,
+                    ahead=Need(1, 500, 10_000),
+                    seed=seed,
+                )
+                for number in range(first, min(first + 100, count))
+            ]
+
+    gc.collect()
+    process = psutil.Process()
+    before_b, begun_s, seq = process.memory_info().rss, time.process_time(), 0
+    slowest_s = 0.0
+    for asks in batches():
+        seq += 1
+        clock[0] += 0.001
+        sent_s = time.process_time()
+        owner.lease(f"node/1/1#{seq % 4}", seq, asks)
+        slowest_s = max(slowest_s, time.process_time() - sent_s)
+    took_s = time.process_time() - begun_s
+    gc.collect()
+    full_b = process.memory_info().rss
+    held = _tenants_of(owner)
+    for _ in range(400):  # a quiet hour and a half: buckets fill, hours pass
+        seq += 1
+        clock[0] += 15.0
+        sent_s = time.process_time()
+        owner.lease(f"node/1/1#{seq % 4}", seq, [])
+        slowest_s = max(slowest_s, time.process_time() - sent_s)
+    return {
+        "tenants held": held,
+        "memory, MB": round((full_b - before_b) / 2**20, 1),
+        "bytes per tenant": round((full_b - before_b) / count),
+        "CPU per ask, us": round(took_s / count * 1e6, 1),
+        "slowest message, ms": round(slowest_s * 1e3, 2),
+        "tenants held after 400 messages and 100 quiet minutes": _tenants_of(owner),
+    }
+
+
+def _tenants_of(owner: Any) -> float:
+    return float(owner.stats()["tenants"])
+
+
+# ----------------------------------------------------------------------------------- the report
+
+
+def _say(side: str, cost: Cost) -> None:
+    result = cost.result
+    print(
+        f"  {side:15}{result.requests_per_s:10,.0f} requests/s{result.p50_ms or 0:9.1f} ms p50"
+        f"{cost.serving_s * 1e6:9.0f} us CPU serving{cost.owner_s * 1e6:8.1f} us CPU owner",
+        flush=True,
+    )
+
+
+def check_counts(report: Report, systems: Sequence[System], upstream: Upstream) -> None:
+    """What was sent, what the ledgers have and what the upstream answered are one number."""
+    sent = sum(system.sent for system in systems)
+    rows = sum(ledger_rows(system.url, system.admin, system.sent) for system in systems)
+    calls = upstream.stats()["requests"]
+    report.facts["requests sent / ledger rows / upstream calls"] = f"{sent} / {rows} / {calls}"
+    if len({sent, rows, calls}) != 1:
+        report.problems.append(
+            f"{sent} requests were sent, the ledgers have {rows} rows after {LEDGER_WAIT_S} s, "
+            f"the upstream answered {calls}"
+        )
+
+
+def show(report: Report) -> None:
+    print()
+    for name, value in report.figures.items():
+        goal = GOALS.get(name)
+        verdict = ""
+        if goal is not None:
+            wanted, sign = goal
+            reached = value >= wanted if sign == ">=" else value <= wanted
+            verdict = f"   goal {sign} {wanted}: {'reached' if reached else 'missed'}"
+        print(f"  {name:58}{value:8.3f}{verdict}")
+    for name, values in report.rounds.items():
+        print(f"  {name:58}" + " ".join(f"{value:.3f}" for value in values))
+    if report.messages:
+        print("\n  owner messages per request, limits on, at 64")
+        for name, value in sorted(report.messages.items(), key=lambda item: -item[1]):
+            print(f"    {name:40}{value:10.5f}")
+    print()
+    for name, fact in {**report.facts, **report.machine}.items():
+        print(f"  {name:62}{fact}")
+    for problem in report.problems:
+        print(f"  ! {problem}")
+
+
+def run(report: Report, plan: Plan, wanted: Sequence[str], scratch: Path) -> None:
+    if "memory" in wanted:
+        memory(report, plan)
+    if not {"on-off", "messages", "tenants"} & set(wanted):
+        return
+    with ExitStack() as stack:
+        upstream = stack.enter_context(Upstream(log=scratch / "upstream.jsonl", fast=True))
+        few = stack.enter_context(System("few", FEW, upstream, scratch))
+        systems = [few]
+        if {"on-off", "messages"} & set(wanted):
+            on_off(report, plan, few)
+        if "tenants" in wanted:
+            many = stack.enter_context(System("many", plan.many, upstream, scratch))
+            systems.append(many)
+            tenants(report, plan, few, many)
+        check_counts(report, systems, upstream)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="limits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="2 turns of 2 s in place of 5 of 6 s")
+    parser.add_argument("--seconds", type=float, help="seconds a turn")
+    parser.add_argument("--rounds", type=int, help="turns of each side")
+    parser.add_argument("--many", type=int, default=MANY, help=f"in place of {MANY} tenants")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, such as on-off,memory")
+    parser.add_argument("--json", type=Path, help="write all figures here too")
+    parser.add_argument("--keep", type=Path, help="leave logs and data in this directory")
+    parser.add_argument("--owner-alone", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.owner_alone is not None:
+        print(json.dumps(owner_alone(given.owner_alone)))
+        return 0
+    wanted = given.only.split(",")
+    unknown = sorted(set(wanted) - set(PARTS))
+    if unknown:
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    plan = Plan(
+        given.seconds or (2.0 if given.quick else 6.0),
+        given.rounds or (2 if given.quick else 5),
+        warmup=64 if given.quick else 200,
+        many=given.many,
+    )
+    report = Report(machine())
+    with at(given.keep) as scratch:
+        run(report, plan, wanted, scratch)
+    show(report)
+    if given.json is not None:
+        given.json.write_text(json.dumps(asdict(report), indent=2) + os.linesep)
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""What a request may use at most: of its tenant's limits, and of a deployment's own.
+
+Rule 1: nothing is reckoned for a tenant without limits of tokens or money, nor for a deployment
+        without `tpm`.
+Rule 2: the bound of a tenant holds for every deployment that the request may end up at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from actors.rate_limiter.desk import RateLimiterDesk
+from actors.rate_limiter.terms import Amount, Hold, Limits, Refusal
+from forebay import bounds
+from forebay.bounds import Bound, Guess
+from forebay.errors import PermissionDenied
+from forebay.providers.base import Provider
+from forebay.providers.prices import PriceBound, dearest
+from forebay.routing import Deployment, Group
+
+if TYPE_CHECKING:
+    from forebay.pipeline import Call
+
+NOT_LIMITED = Limits()
+DEPLOYMENTS_REMEMBERED_MAX = 10_000
+
+
+class Reckoner:
+    """Owns what was learnt of the lengths of answers. Bounded by `Guess`.
+
+    Failure behaviour: none of its own; without a tokenizer the bytes of a prompt count.
+    """
+
+    def __init__(self, provider: Provider, candidates: Callable[[str], list[Deployment]]) -> None:
+        """`candidates` gives every deployment that a group's requests may end up at."""
+        self._provider = provider
+        self._candidates = candidates
+        self._guess = Guess()
+
+    async def of(self, call: Call, group: Group, limits: Limits) -> Bound:
+        """The bound of a request under its tenant's limits.
+
+        Raises:
+            RequestTooLarge, BudgetExceeded: it can never fit.
+            PermissionDenied: money is limited, and what the model costs is not known.
+        """
+        price = await self._price(group) if limits.nano_most is not None else None
+        return self._bound(call, group, limits, price)
+
+    def of_attempt(self, call: Call, group: Group) -> Bound:
+        """What to expect of a request, where no limit of its tenant demands a bound."""
+        return self._bound(call, group, NOT_LIMITED, None)
+
+    def of_texts(self, deployment: Deployment, texts: Sequence[str]) -> int:
+        """The most tokens of some texts to embed."""
+        tighter = self._tighter((deployment,))
+        body = {"input": texts}
+        return bounds.prompt_tokens("embedding", body, model=deployment.model, tighter=tighter)
+
+    def learn(
+        self, call: Call, group: Group, usage: Mapping[str, Any] | None, *, cut: bool
+    ) -> None:
+        """An answer came. `cut`: our clamp ended it."""
+        tokens = (usage or {}).get("completion_tokens")
+        if tokens and call.route != "embedding":
+            choices = int(call.body.get("n") or 1)
+            self._guess.learn(call.tenant, group.pattern, int(tokens), cut, choices=choices)
+
+    def _bound(self, call: Call, group: Group, limits: Limits, price: PriceBound | None) -> Bound:
+        model = group.deployments[0].model
+        first = bounds.first_guess(call.body, model)
+        return bounds.bound(
+            call.route,
+            call.body,
+            limits,
+            self._guess.guess(call.tenant, group.pattern, first),
+            price,
+            model=model,
+            tighter=self._tighter(group.deployments),
+        )
+
+    def _tighter(self, deployments: Sequence[Deployment]) -> Callable[[str], int]:
+        by_model = {deployment.model: deployment for deployment in deployments}
+
+        def tokens(text: str) -> int:
+            size = len(text.encode("utf-8", "surrogatepass"))
+            counts = [self._provider.count_tokens(d, text) for d in by_model.values()]
+            return max(size if count is None else count for count in counts)
+
+        return tokens
+
+    async def _price(self, group: Group) -> PriceBound:
+        candidates = [*group.deployments, *self._candidates(group.name)]
+        prices = [self._provider.price_bound(deployment) for deployment in candidates]
+        if None in prices:
+            await self._provider.warm()  # LiteLLM's list comes with it
+            prices = [self._provider.price_bound(deployment) for deployment in candidates]
+        if None in prices:
+            unknown = candidates[prices.index(None)]
+            raise PermissionDenied(
+                f"what {unknown.group!r} costs is not known, and this tenant's money is limited; "
+                "give the deployment input_cost_per_token and output_cost_per_token",
+                param="model",
+                code="price_unknown",
+                model=group.name,
+            )
+        found = dearest(prices)
+        assert found is not None, "a group has deployments"
+        return found
+
+
+class Quotas:
+    """Holds deployments to their own `rpm` and `tpm`, all processes together.
+
+    Each is a tenant of the limiter's under a name that no tenant can have. Made anew with each
+    configuration. Failure behaviour: the limiter's: fails closed.
+    """
+
+    def __init__(self, limiter: RateLimiterDesk, reckoner: Reckoner, version: int) -> None:
+        self._limiter = limiter
+        self._reckoner = reckoner
+        self._version = version
+        self._limits: dict[str, Limits | None] = {}
+
+    async def take_call(
+        self, deployment: Deployment, call: Call, group: Group, bound: Bound | None
+    ) -> Hold | Refusal | None:
+        """Leave for one call; settle the hold with what it used. None: nothing limits it."""
+        limits = self._of(deployment)
+        if limits is None:
+            return None
+        amount = Amount()
+        if limits.tokens_per_minute is not None:
+            amount = bounds.fits(bound or self._reckoner.of_attempt(call, group), limits)
+        return await self._limiter.admit(deployment.limited_as, limits, amount)
+
+    async def take_texts(
+        self, deployment: Deployment, texts: Sequence[str]
+    ) -> Hold | Refusal | None:
+        """The same for one call with texts to embed."""
+        limits = self._of(deployment)
+        if limits is None:
+            return None
+        amount = Amount()
+        if limits.tokens_per_minute is not None:
+            tokens = self._reckoner.of_texts(deployment, texts)
+            amount = Amount(min(tokens, limits.tokens_most))
+        return await self._limiter.admit(deployment.limited_as, limits, amount)
+
+    def _of(self, deployment: Deployment) -> Limits | None:
+        if deployment.rpm is None and deployment.tpm is None:
+            return None
+        name = deployment.limited_as
+        if name not in self._limits:
+            if len(self._limits) >= DEPLOYMENTS_REMEMBERED_MAX:
+                self._limits.clear()
+            rpm, tpm = deployment.rpm, deployment.tpm
+            self._limits[name] = bounds.deployment_limits(rpm, tpm, self._version)
+        return self._limits[name]

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from actors.ledger.desk import LedgerDesk
+from actors.ledger.owner import Ledger
+from actors.ledger.policy import TENANTS_PER_READ_MAX
+from actors.rate_limiter.terms import Seed
+from actors.ref import InlineRef, OwnerUnavailable
+from forebay.books import Books
+
+NOW_S = 1_700_000_000.0
+DAY, MONTH = 19_675, 2023 * 12 + 10
+CALL: dict[str, Any] = {"request_id": "r1", "tenant": "acme", "route": "chat", "model": "m"}
+
+
+class World:
+    """A ledger, its desk, and a wall clock that stands still."""
+
+    def __init__(self) -> None:
+        self.now_s = NOW_S
+        self.owner = Ledger()
+        self.ref = InlineRef("ledger", self.owner)
+        self.desk = LedgerDesk(self.ref, "desk", wall=lambda: self.now_s)
+
+    def books(self, **options: Any) -> Books:
+        return Books(self.desk, **{"enabled": True, "wall": lambda: self.now_s, **options})
+
+    def pay(self, cost_nano: int) -> None:
+        self.desk.post(self.desk.open(**CALL, deployment="d"), prompt_tokens=1, cost_nano=cost_nano)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    world = World()
+    await world.desk.start()
+    yield world
+    await world.desk.close()
+    await world.owner.close()
+
+
+async def test_a_seed_is_what_the_ledger_knows_of_a_tenant(world: World) -> None:
+    books = world.books()
+    world.pay(70)
+    world.now_s += 150
+    world.pay(7)
+    mark = books.mark()
+    assert books.commit_of(mark) is None
+    assert await books.seeds(["acme", "nobody"]) == [
+        Seed(2, DAY, 77, MONTH, 77, ((0, 1), (2, 1))),
+        Seed(2, DAY, 0, MONTH, 0),
+    ]
+    assert books.commit_of(mark) == 2
+
+
+async def test_hits_count_for_tenants_that_say_so(world: World) -> None:
+    world.desk.note("hit", **CALL)
+    world.desk.note("hit", **CALL | {"tenant": "zenith"})
+    world.pay(1)
+    world.now_s += 60
+    world.desk.note("hit", **CALL)
+    books = world.books(count_hits=lambda tenant: tenant == "acme")
+    acme, zenith = await books.seeds(["acme", "zenith"])
+    assert acme.minutes == ((0, 1), (1, 2))
+    assert zenith.minutes == ()
+    (zenith,) = await world.books().seeds(["zenith"])
+    assert zenith.minutes == ((1, 1),)
+
+
+async def test_many_tenants_are_asked_for_in_several_messages(world: World) -> None:
+    world.pay(5)
+    names = [f"t{n}" for n in range(2 * TENANTS_PER_READ_MAX)] + ["acme"]
+    seeds = await world.books().seeds(names)
+    assert len(seeds) == len(names)
+    assert [seed.day_nano for seed in seeds] == [0] * (len(names) - 1) + [5]
+    assert world.ref.sent["spent"] == 3
+    assert await world.books().seeds([]) == []
+
+
+async def test_books_that_are_off_know_nothing_and_have_nothing_to_wait_for(world: World) -> None:
+    books = world.books(enabled=False)
+    assert (books.mark(), books.commit_of(books.mark())) == (0, 1)
+    assert await books.seeds(["acme", "zenith"]) == [Seed(commit=0)] * 2
+    assert not world.ref.sent
+
+
+async def test_a_ledger_that_cannot_be_read_gives_no_seed(world: World) -> None:
+    world.pay(1)
+    await world.desk.flush()
+    await world.owner.close()
+    with pytest.raises(OwnerUnavailable):
+        await world.books().seeds(["acme"])
