@@ -9,6 +9,7 @@ Rule 3: the code of a detached actor is frozen when it is created, so each owner
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ RETRY_PAUSE_S = 0.05
 LOOKUP_TIMEOUT_S = 10.0
 CREATE_TIMEOUT_S = 60.0  # a new process imports Ray first, beside a dozen others that do
 BOOT_NAMESPACE = b"forebay"
+COLLECT_AFTER = (10_000, 20, 1_000)  # new objects; young collections per middle; middle per full
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def _get_or_create(spec: OwnerSpec, namespace: str) -> Any:
     except ValueError:
         pass
     has_place = ray.cluster_resources().get(OWNER_RESOURCE, 0) > 0  # type: ignore[no-untyped-call]
-    actor_class: Any = ray.remote(spec.cls)
+    actor_class: Any = ray.remote(alone(spec.cls))
     actor = actor_class.options(
         name=spec.name,
         namespace=namespace,
@@ -176,6 +178,24 @@ def _get_or_create(spec: OwnerSpec, namespace: str) -> Any:
         enable_task_events=False,
     )
     return actor.remote(**spec.kwargs)
+
+
+def alone(cls: type) -> type:
+    """An owner's class for a process of its own, where Python's collector is told what lasts.
+
+    An owner's state lives long, grows large and has no cycles in it. A full collection would walk
+    over all of it, 0.8 s for a limiter's 100,000 tenants, while everybody waits.
+    """
+
+    class Alone(cls):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*COLLECT_AFTER)
+
+    Alone.__name__, Alone.__qualname__ = cls.__name__, cls.__qualname__
+    return Alone
 
 
 def running(spec: OwnerSpec, namespace: str) -> bool:

@@ -17,7 +17,7 @@ import json
 import math
 import re
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +87,14 @@ _DEARER = frozenset({"modalities", "audio", "service_tier", "web_search_options"
 
 
 def prompt_tokens(
-    route: str, body: Mapping[str, Any], *, model: str = "", tighter: Tighter | None = None
+    route: str,
+    body: Mapping[str, Any],
+    *,
+    models: Collection[str] = (),
+    tighter: Tighter | None = None,
 ) -> int:
-    """The most tokens that the prompt of a checked `body` may be. `model` is the deployment's."""
-    return _Prompt(model, tighter).measure(route, body).tokens
+    """The most tokens that the prompt of a checked `body` may be, for any of these models."""
+    return _Prompt(models, tighter).measure(route, body).tokens
 
 
 def asked_tokens(route: str, body: Mapping[str, Any]) -> int | None:
@@ -212,10 +216,10 @@ def bound(
     guess: int,
     price: PriceBound | None = None,
     *,
-    model: str = "",
+    models: Collection[str] = (),
     tighter: Tighter | None = None,
 ) -> Bound:
-    """The most that a checked `body` may use of what `limits` limit.
+    """The most that a checked `body` may use of what `limits` limit, at any of these models.
 
     `guess` is what a choice may have where the body says nothing. Where neither tokens nor money
     are limited nothing is clamped, and a guess is no more than that.
@@ -224,7 +228,7 @@ def bound(
         RequestTooLarge: the prompt alone exceeds what the limit of tokens ever allows.
         BudgetExceeded: the shortest answer costs more than the limit of money ever allows.
     """
-    prompt = _Prompt(model, tighter).measure(route, body)
+    prompt = _Prompt(models, tighter).measure(route, body)
     choices = _choices(route, body)
     asked = _asked_each(route, body)
     each = guess if asked is None else asked
@@ -338,10 +342,10 @@ def fits(bound: Bound, limits: Limits) -> Amount:
 class _Prompt:
     """The measuring of one prompt: `tokens` at most, and whether it `is_plain` text."""
 
-    __slots__ = ("_counted", "_model", "_tighter", "is_plain", "tokens")
+    __slots__ = ("_counted", "_models", "_tighter", "is_plain", "tokens")
 
-    def __init__(self, model: str, tighter: Tighter | None) -> None:
-        self._model = model
+    def __init__(self, models: Collection[str], tighter: Tighter | None) -> None:
+        self._models = models
         self._tighter = tighter
         self._counted = 0
         self.tokens = 0
@@ -414,7 +418,7 @@ class _Prompt:
         if kind in ("text", "refusal"):
             self._text(part[kind])
         elif kind == "image_url":
-            self.tokens += _image_tokens(part["image_url"].get("detail"), self._model)
+            self.tokens += _image_tokens(part["image_url"].get("detail"), self._models)
         elif kind == "input_audio":
             chars = len(part["input_audio"]["data"])
             self.tokens += AUDIO_LEAST + chars // AUDIO_CHARS_PER_TOKEN
@@ -439,10 +443,10 @@ class _Prompt:
         self._text(text)
 
 
-def _image_tokens(detail: str | None, model: str) -> int:
+def _image_tokens(detail: str | None, models: Collection[str]) -> int:
     if detail == "low":
         return IMAGE_LOW_TOKENS
-    if "4o-mini" in model:
+    if any("4o-mini" in model for model in models):
         return IMAGE_TOKENS_4O_MINI
     return IMAGE_ORIGINAL_TOKENS if detail == "original" else IMAGE_TOKENS
 

@@ -24,10 +24,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic.json_schema import SkipJsonSchema
@@ -204,6 +206,17 @@ class RateLimitConfig(Settings):
             and least > most
         )
         return self
+
+    @model_serializer(mode="wrap")
+    def _said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A default that gave way is left out: read again, it would count as said."""
+        fields: dict[str, Any] = dump(self)
+        for pair in _WITHIN:
+            low, high = (getattr(self, name) for name in pair)
+            if low is not None and high is not None and low > high:
+                for name in set(pair) - self.model_fields_set:
+                    fields.pop(name, None)
+        return fields
 
     def limits(self, version: int = 0) -> Limits:
         """The same in the limiter's words: USD become whole nano-USD."""

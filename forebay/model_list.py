@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, NotRequired, Required
@@ -13,6 +14,7 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 from forebay import secrets
 from forebay.faults import Fault
 from forebay.not_built import not_built
+from forebay.providers.prices import is_price
 
 Figure = Annotated[float, Field(ge=0, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
@@ -86,6 +88,8 @@ def entry_faults(entry: Mapping[str, Any]) -> Iterator[Fault]:
         for name in sorted(NEVER_ALLOWED.intersection(names or ())):
             yield Fault(place, f"{name!r} decides where keys go and is never left to callers")
     info = entry.get("model_info") or {}
+    yield from (fault.under("litellm_params") for fault in _price_faults(params))
+    yield from (fault.under("model_info") for fault in _price_faults(info))
     for name in ("rpm", "tpm"):
         if params.get(name, entry.get(name, info.get(name))) == 0:
             yield Fault((name,), "0 would never let a call through; leave the entry or this out")
@@ -110,7 +114,29 @@ def _malformed(value: Any) -> Iterator[tuple[str | int, ...]]:
 def hidden(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of an entry with its secrets in `SecretStr`s."""
     copy = dict(entry)
-    copy["litellm_params"] = secrets.hide(entry["litellm_params"], secrets.is_secret_param)
+    params = _with_numbers(entry["litellm_params"])
+    copy["litellm_params"] = secrets.hide(params, secrets.is_secret_param)
     if "model_info" in entry:
-        copy["model_info"] = secrets.hide(entry["model_info"], secrets.is_secret_name)
+        info = _with_numbers(entry["model_info"])
+        copy["model_info"] = secrets.hide(info, secrets.is_secret_name)
     return copy
+
+
+def _with_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with prices as numbers: YAML takes `1e-7`, without a point, for a text."""
+    return {
+        name: float(value) if is_price(name) and isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def _price_faults(values: Mapping[str, Any]) -> Iterator[Fault]:
+    for name, value in values.items():
+        if not is_price(name) or value is None or isinstance(value, Mapping | list):
+            continue
+        try:
+            fine = not isinstance(value, bool) and 0 <= float(value) < math.inf
+        except (TypeError, ValueError):
+            fine = False
+        if not fine:
+            yield Fault((name,), "must be a price in USD: a number, and not negative")

@@ -354,7 +354,9 @@ class Pipeline:
         wait_s, _ = system.tenants.queue_for(request.call.tenant) if may_wait else (0.0, 0)
         try:
             held = await self._hold(request, wait_s)
-            if isinstance(held, Refusal) and self._lower(request, held):
+            for _ in range(2):  # the day's money, and the month's
+                if not isinstance(held, Refusal) or not self._lower(request, held):
+                    break
                 held = await self._hold(request, wait_s)
         except OwnerUnavailable as error:
             self._uncount(request)

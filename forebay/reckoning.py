@@ -56,7 +56,7 @@ class Reckoner:
         """The most tokens of some texts to embed."""
         tighter = self._tighter((deployment,))
         body = {"input": texts}
-        return bounds.prompt_tokens("embedding", body, model=deployment.model, tighter=tighter)
+        return bounds.prompt_tokens("embedding", body, models=[deployment.model], tighter=tighter)
 
     def learn(
         self, call: Call, group: Group, usage: Mapping[str, Any] | None, *, cut: bool
@@ -68,17 +68,20 @@ class Reckoner:
             self._guess.learn(call.tenant, group.pattern, int(tokens), cut, choices=choices)
 
     def _bound(self, call: Call, group: Group, limits: Limits, price: PriceBound | None) -> Bound:
-        model = group.deployments[0].model
-        first = bounds.first_guess(call.body, model)
+        candidates = self._all(group)
+        first = max(bounds.first_guess(call.body, d.model) for d in group.deployments)
         return bounds.bound(
             call.route,
             call.body,
             limits,
             self._guess.guess(call.tenant, group.pattern, first),
             price,
-            model=model,
-            tighter=self._tighter(group.deployments),
+            models=[deployment.model for deployment in candidates],
+            tighter=self._tighter(candidates),
         )
+
+    def _all(self, group: Group) -> list[Deployment]:
+        return [*group.deployments, *self._candidates(group.name)]
 
     def _tighter(self, deployments: Sequence[Deployment]) -> Callable[[str], int]:
         by_model = {deployment.model: deployment for deployment in deployments}
@@ -91,7 +94,7 @@ class Reckoner:
         return tokens
 
     async def _price(self, group: Group) -> PriceBound:
-        candidates = [*group.deployments, *self._candidates(group.name)]
+        candidates = self._all(group)
         prices = [self._provider.price_bound(deployment) for deployment in candidates]
         if None in prices:
             await self._provider.warm()  # LiteLLM's list comes with it

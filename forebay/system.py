@@ -68,6 +68,7 @@ from forebay.tenants import Tenants
 NAMESPACE = "forebay"
 LIMITER = "rate-limiter-"
 LIMITER_SHARDS_MAX = 64
+LIMITER_PACE_S = 0.01  # a tenant that nobody saw lately waits so long at most, and under load only
 STARTED_LATER = frozenset({"batcher"})
 STATS_TIMEOUT_S = 2.0
 ATTACH_TIMEOUT_S = 30.0
@@ -194,7 +195,7 @@ class System:
         self.meter = Meter(self._refs.values)
         self.provider: Provider = LiteLLMProvider(models)
         limiters = [ref for name, ref in refs.items() if name.startswith(LIMITER)]
-        self.limiter = RateLimiterDesk(limiters, holder, clock, book=self)
+        self.limiter = RateLimiterDesk(limiters, holder, clock, book=self, pace_s=LIMITER_PACE_S)
         self._layout = Layout(shards=len(limiters))
         self._relaying: asyncio.Task[None] | None = None
         self._deaths = DeathWatch(self.limiter, holder, self._nodes_alive)

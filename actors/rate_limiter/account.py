@@ -150,9 +150,11 @@ class Account:
                 continue
             left, wait_s = max(0, limit - spent - reserved), max(0.001, ends_s - wall_s)
             lent = nano <= limit - spent  # all of it, if nothing of what is held were used
-            told = Refusal(kind, float(limit), float(left), wait_s, lent, never=nano > limit)
-            if told.never or (not lent and kind == "usd_per_month"):
-                return told
+            found = Refusal(kind, float(limit), float(left), wait_s, lent, never=nano > limit)
+            if found.never:
+                return found
+            if told is None or told.lent or not lent:
+                told = found  # a firm no is not softened by a limit that may yet have room
         return told or Refusal("usd_per_day", 0.0, 0.0, RETURNS_S, lent=True)
 
     def state(self, limits: Limits, wall_s: float) -> dict[str, dict[str, float]]:

@@ -31,12 +31,14 @@ def ask_of(held: Held, now: float, *, ending: bool, aside_s: float, idle_s: floa
     if over or held.wanted:
         held.slots = held.slots_used
         held.purse.free = 0
+    elif any(need.nano for need in held.needs):
+        held.purse.free = 0  # so that the owner sees all there is when it decides
     hours_back = held.hours if over or now >= held.hours_until_s else 0
     held.hours -= hours_back
     if held.lease and now >= held.until_s:
         held.drop_lease(now)
     lease = held.lease
-    aside = now - held.granted_s < aside_s
+    aside = held.going_on > 0 and now - held.granted_s < aside_s
     requests, requests_back = _bucket(held, "requests", held.requests, over, aside, now)
     tokens, tokens_back = _bucket(held, "tokens", held.tokens, over, False, now)
     if held.tokens is not None:

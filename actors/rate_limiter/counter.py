@@ -50,7 +50,9 @@ class Counter:
         clock: Clock,
         sleep: Sleep,
         batches: Iterator[int] | None = None,
+        pace_s: float = 0.0,
     ) -> None:
+        """Messages leave at least `pace_s` apart, so that more travel together under load."""
         self.till = Till(book, batches)
         self.ref = ref
         self.layout = layout
@@ -60,6 +62,7 @@ class Counter:
         self._book = book
         self._clock = clock
         self._sleep = sleep
+        self._pace_s = pace_s
         self._to_count: dict[str, Line] = {}
         self._to_go_on: dict[str, Line] = {}
         self._alarms = Alarms()
@@ -227,6 +230,9 @@ class Counter:
                 if message is not None:
                     await self._send(message, now)
                     message = None
+                    rest_s = now + self._pace_s - self._clock()
+                    if rest_s > 0.0:
+                        await self._sleep(rest_s)
                 self._seed()
                 await self._rest()
             except Exception as error:

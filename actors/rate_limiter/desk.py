@@ -51,9 +51,12 @@ class RateLimiterDesk:
         *,
         book: Book | None = None,
         layout: Layout | None = None,
+        pace_s: float = 0.0,
     ) -> None:
+        """Messages to an owner leave at least `pace_s` apart."""
         self._clock = clock
         self._sleep = sleep
+        self._pace_s = pace_s
         self._holder = f"{holder}#{secrets.token_hex(4)}"  # another desk of it counts anew
         self._book: Book = book or NoBook()
         self._layout = layout or Layout(shards=len(refs))
@@ -264,6 +267,7 @@ class RateLimiterDesk:
             self._clock,
             self._sleep,
             self._batches,
+            self._pace_s,
         )
 
     def _home(self, tenant: str) -> Counter:

@@ -20,7 +20,7 @@ from actors.rate_limiter.terms import (
 )
 
 PLACE_GRACE_S = 0.25  # a place that nobody came back for is forgotten so much after its time
-PLACES_MAX = 100
+PLACES_MAX = 16
 DEMAND_FADE = 0.7  # weight of the past in the demand's moving average, per renewal
 LOOSE_S = 10.0  # a counted request that reserves nothing is in the ledger after this
 NEVER_S = -1e9

@@ -18,6 +18,7 @@ SPARE_RATIO = 1.1  # a part so far above its target is about to be cut down
 NEEDS_PER_S = 5.0  # what waits counts as so much demand
 FINE = 4.0  # so many times what one takes a burst has for each hot desk, where parts have rates
 BIG_S = 1.0  # so long parts stay at home after somebody needed more than the burst
+SINGLY, SINGLY_S = 1.1, 0.005  # places are so much further apart where permits are lent singly
 PLACE_GRACE_S = 0.25  # a place that is not used is forgotten so much after its time
 TRAVEL_S = 0.1  # requests that overtake each other on their way do so by less than this
 
@@ -198,11 +199,18 @@ class Pool:
         wait_s = missing / whole if whole > 0.0 else 1.0
         wait_s += max(0.0, bucket.at_s - now)
         spacing_s = spacing / self.rate_per_s if self.rate_per_s > 0.0 else 0.0
+        soonest_s = wait_s
+        if self.burst < sum(other.hot for other in self.parts.values()):
+            # What is lent singly is on its way for a while, and nothing refills it there.
+            wait_s, spacing_s = wait_s + SINGLY_S, spacing_s * SINGLY + SINGLY_S
         if not lent:
             at_s = self._place(holder, now + wait_s, max(1, many) * spacing_s, now)
             wait_s = at_s - now
         left = max(0.0, part.level + bucket.level)
-        return Refusal(self.kind, self.limit, left, max(wait_s, 0.001), lent, spacing_s)
+        wait_s = max(wait_s, 0.001)
+        return Refusal(
+            self.kind, self.limit, left, wait_s, lent, spacing_s, soonest_s=max(soonest_s, 0.001)
+        )
 
     def _place(self, holder: str, at_s: float, for_s: float, now: float) -> float:
         """When a desk's refused ones may come: after all others', or when they were told before."""

@@ -105,6 +105,7 @@ class Refusal(NamedTuple):
     kinds: nano-USD). Others that are refused at the same time come `spacing_s` apart after it.
     `lent`: others hold the rest, or calls that are under way may leave some of it; it is worth
     waiting a moment. `never`: no waiting helps, the request is larger than the limit itself.
+    `soonest_s`: before that nobody can be served, whoever's turn it is.
     """
 
     kind: str
@@ -114,6 +115,7 @@ class Refusal(NamedTuple):
     lent: bool = False
     spacing_s: float = 0.0
     never: bool = False
+    soonest_s: float = 0.0
 
 
 class Figures(NamedTuple):

@@ -38,6 +38,7 @@ from actors.rate_limiter.terms import (
 
 ASK_PAUSE_S = 0.02  # a need that others' returns must meet is not repeated sooner
 ASIDE_S = 0.04  # a counted request goes on by then, or what is set aside for it is given back
+RETURN_S = 0.01  # what was lent singly to a hot tenant goes back so soon
 PAUSE_S = 0.005  # nor one that was met in part
 HOT_GAP_S = 0.5  # requests that follow each other so closely, HOT_STREAK times, make a tenant hot
 HOT_STREAK = 3
@@ -530,6 +531,10 @@ class Till:
             if held.requests is None:
                 held.requests = Bucket(0.0, 0.0, 0.0, now)
             held.requests.put(grant.requests, now)
+            if ask.hot and grant.requests.capacity > 0.0 and grant.rate_target <= 0.0:
+                # Lent to be used at once: whoever comes next needs the capacity at home.
+                self._agenda.tell_along(held)
+                self._agenda.speak_by(now + RETURN_S)
             self._note_over(
                 held, "requests", held.requests, grant.rate_target, grant.capacity_target
             )
@@ -568,4 +573,7 @@ def _pause_s(refusal: Refusal | None) -> float:
     """After how long a need is worth repeating."""
     if refusal is None:
         return 0.0
-    return ASK_PAUSE_S if refusal.lent else min(refusal.retry_after_s, RENEW_S)
+    if refusal.lent:
+        return ASK_PAUSE_S
+    # Who was refused elsewhere may come here in his turn, so only what helps nobody is not asked.
+    return min(refusal.soonest_s or refusal.retry_after_s, RENEW_S)

@@ -143,14 +143,17 @@ class Prices:
         return self._bounds[name]
 
     def _listed_bound(self, name: str) -> PriceBound | None:
-        """Asked of LiteLLM by example: a short text, one that fills its cache, and a long one."""
+        """Asked of LiteLLM by example: a short text and a long one, cached or not."""
         if not self._is_listed(name):
             return None
         usual = {"prompt_tokens": PROBE_TOKENS, "completion_tokens": 0}
+        long_prompt = {"prompt_tokens": LONG_PROBE_TOKENS}
+        filled = {"cache_creation_input_tokens": LONG_PROBE_TOKENS}
         prompts = [
             self._probe(name, usual),
             self._probe(name, {**usual, "cache_creation_input_tokens": PROBE_TOKENS}),
-            self._probe(name, {**usual, "prompt_tokens": LONG_PROBE_TOKENS}),
+            self._probe(name, {**usual, **long_prompt}),
+            self._probe(name, {**usual, **long_prompt, **filled}),
         ]
         short = self._probe(name, {"prompt_tokens": 0, "completion_tokens": PROBE_TOKENS})
         long = {"prompt_tokens": LONG_PROBE_TOKENS, "completion_tokens": PROBE_TOKENS}
@@ -169,8 +172,9 @@ class Prices:
         return base if isinstance(base, str) else deployment.model
 
     def _has_own(self, deployment: Deployment) -> bool:
-        return any(is_price(name) for name in deployment.params) or any(
-            name in deployment.info for name in (INPUT, OUTPUT)
+        params, info = deployment.params, deployment.info
+        return any(is_price(name) and params[name] is not None for name in params) or any(
+            info.get(name) is not None for name in (INPUT, OUTPUT)
         )
 
     def _is_listed(self, name: str) -> bool:
@@ -207,9 +211,12 @@ def _own(deployment: Deployment) -> dict[str, Decimal] | None:
         if name not in OWN:
             return None
         try:
-            prices[name] = Decimal(str(getattr(value, "get_secret_value", lambda v=value: v)()))
+            price = Decimal(str(getattr(value, "get_secret_value", lambda v=value: v)()))
         except InvalidOperation:
             return None
+        if not price.is_finite() or price < 0:
+            return None
+        prices[name] = price
     return prices
 
 
@@ -226,15 +233,15 @@ def _added_up(prices: Mapping[str, Decimal] | None, usage: Mapping[str, Any]) ->
     if prices is None:
         return None
     details = usage.get("prompt_tokens_details") or {}
-    read = int(details.get("cached_tokens") or 0)
-    written = int(usage.get("cache_creation_input_tokens") or 0)
     prompt = int(usage.get("prompt_tokens") or 0)
+    read = min(prompt, int(details.get("cached_tokens") or 0))
+    written = min(prompt - read, int(usage.get("cache_creation_input_tokens") or 0))
     free = Decimal(0)
     usual = prices.get(INPUT, free)
     usd = (
-        usual * max(0, prompt - read - written)
-        + prices.get(CACHE_READ, usual) * min(read, prompt)
-        + prices.get(CACHE_WRITE, usual) * min(written, prompt)
+        usual * (prompt - read - written)
+        + prices.get(CACHE_READ, usual) * read
+        + prices.get(CACHE_WRITE, usual) * written
         + prices.get(OUTPUT, free) * int(usage.get("completion_tokens") or 0)
     )
     return nano(usd)

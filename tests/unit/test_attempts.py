@@ -8,7 +8,13 @@ import pytest
 
 from actors.circuit_breaker.policy import Verdict
 from forebay.attempts import Plan
-from forebay.errors import CircuitBreakerOpenError, InvalidRequest, ProviderError, RateLimitError
+from forebay.errors import (
+    CircuitBreakerOpenError,
+    DeploymentsBusy,
+    InvalidRequest,
+    ProviderError,
+    RateLimitError,
+)
 from forebay.routing import Deployment
 
 
@@ -116,3 +122,58 @@ def test_an_open_breaker_costs_no_retry() -> None:
 
     assert attempts.next().deployment.id == "b"
     assert attempts.retries == 0
+
+
+def test_when_every_deployment_is_busy_the_error_says_when_the_first_is_free() -> None:
+    attempts = plan({"g": ["a", "b"]})
+    for retry_after_s in (9.0, 4.0):
+        attempts.refused(attempts.next().deployment, retry_after_s, busy=True)
+
+    with pytest.raises(DeploymentsBusy, match="own rpm or tpm") as caught:
+        attempts.next()
+    assert caught.value.retry_after_s == 4.0
+    assert attempts.retries == 0
+
+
+def test_a_busy_deployment_goes_before_an_open_breaker() -> None:
+    attempts = plan({"g": ["a", "b"]})
+    attempts.refused(attempts.next().deployment, 1.0)
+    attempts.refused(attempts.next().deployment, 7.0, busy=True)
+
+    with pytest.raises(DeploymentsBusy) as caught:
+        attempts.next()
+    assert caught.value.retry_after_s == 7.0
+
+
+def test_what_failed_is_what_callers_get_even_if_the_rest_was_busy() -> None:
+    attempts = plan({"g": ["a", "b"]}, max_retries=1)
+    attempts.failed(attempts.next().deployment, ProviderError("down"), Verdict.CREDENTIAL)
+    attempts.refused(attempts.next().deployment, 1.0, busy=True)
+
+    with pytest.raises(ProviderError, match="down"):
+        attempts.next()
+
+
+def test_after_a_wait_the_plan_begins_anew_with_the_first_group() -> None:
+    attempts = plan({"g": ["a"], "h": ["b"]})
+    for _ in range(2):
+        attempts.refused(attempts.next().deployment, 1.0, busy=True)
+    with pytest.raises(DeploymentsBusy):
+        attempts.next()
+    attempts.again()
+    first = attempts.next()
+
+    assert first.deployment.id == "a"
+    assert (first.is_retry, first.is_fallback, first.pause_s) == (False, False, 0.0)
+    assert (attempts.retries, attempts.fallbacks) == (0, 0)
+
+
+def test_a_refusal_of_an_earlier_round_is_forgotten() -> None:
+    attempts = plan({"g": ["a"]})
+    attempts.refused(attempts.next().deployment, 1.0, busy=True)
+    attempts.again()
+    attempts.refused(attempts.next().deployment, 5.0, busy=True)
+
+    with pytest.raises(DeploymentsBusy) as caught:
+        attempts.next()
+    assert caught.value.retry_after_s == 5.0

@@ -15,6 +15,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.rate_limiter.terms import Limits
 from forebay.config import (
     CacheConfig,
     CircuitBreakerConfig,
@@ -30,6 +31,7 @@ from forebay.config import (
     config_schema,
     hash_key,
     load,
+    parse,
     show,
     shown,
     sqlite_path,
@@ -215,9 +217,6 @@ class TestWhatIsNotBuilt:
     @pytest.mark.parametrize(
         ("make", "field"),
         [
-            (lambda: RateLimitConfig(tokens_per_minute=1), "tokens_per_minute"),
-            (lambda: RateLimitConfig(usd_per_day=1), "usd_per_day"),
-            (lambda: RateLimitConfig(usd_per_month=1), "usd_per_month"),
             (lambda: CircuitBreakerConfig(slow_call_s=1), "slow_call_s"),
             (lambda: CacheConfig(backend="redis"), "backend"),
             (lambda: GatewayConfig(retry_budget=0.1), "retry_budget"),
@@ -255,6 +254,7 @@ class TestWhatIsNotBuilt:
         limits = RateLimitConfig(
             requests_per_minute=5, requests_per_hour=50, concurrent_requests=2,
             max_queue_size=0, queue_timeout=0, enable_queuing=False, count_cache_hits=False,
+            tokens_per_minute=6000, usd_per_day=1, usd_per_month=10,
         )  # fmt: skip
         breaker = CircuitBreakerConfig(failure_rate=0.2, window_s=30, min_calls=5)
         GatewayConfig(
@@ -265,6 +265,120 @@ class TestWhatIsNotBuilt:
             cache_config=CacheConfig(max_bytes=2**20, scope="shared"),
             ledger_url="sqlite:///~/ledger.db",
         )
+
+
+class TestLimits:
+    def test_they_are_what_the_limiter_is_told_in_whole_units(self) -> None:
+        given = RateLimitConfig(
+            requests_per_minute=600, requests_per_hour=None, burst_size=20,
+            concurrent_requests=8, tokens_per_minute=90_000, usd_per_day=0.1, usd_per_month=2.5,
+        )  # fmt: skip
+        limits = given.limits(4)
+        assert limits == Limits(
+            requests_per_minute=600, burst=20, requests_per_hour=None, concurrent=8,
+            tokens_per_minute=90_000, day_nano=100_000_000, month_nano=2_500_000_000,
+        )  # fmt: skip
+        assert limits.version == 4
+        assert not RateLimitConfig().limits().meters
+
+    @pytest.mark.parametrize("field", ["requests_per_minute", "tokens_per_minute", "burst_size"])
+    @pytest.mark.parametrize("value", [0, -1, 1.5, "many", True])
+    def test_a_limit_is_a_whole_number_above_zero(self, field: str, value: Any) -> None:
+        assert refused(lambda: RateLimitConfig(**{field: value})).param == field
+
+    @pytest.mark.parametrize("field", ["usd_per_day", "usd_per_month"])
+    @pytest.mark.parametrize("value", [0, -0.01, "much", float("inf"), float("nan"), True])
+    def test_a_budget_is_an_amount_above_zero(self, field: str, value: Any) -> None:
+        assert refused(lambda: RateLimitConfig(**{field: value})).param == field
+
+    @pytest.mark.parametrize(
+        ("low", "high"),
+        [
+            ("burst_size", "requests_per_hour"),
+            ("requests_per_minute", "requests_per_hour"),
+            ("usd_per_day", "usd_per_month"),
+        ],
+    )
+    def test_what_could_never_be_reached_is_refused(self, low: str, high: str) -> None:
+        error = refused(lambda: RateLimitConfig(**{low: 9, high: 8}))
+        assert str(error) == f"{low}: is more than {high}, which is 8, and would have no effect"
+        RateLimitConfig(**{low: 8, high: 8})
+        RateLimitConfig(**{low: 9, high: None})
+
+    def test_a_default_contradicts_nothing(self) -> None:
+        RateLimitConfig(requests_per_minute=5000)
+        RateLimitConfig(requests_per_hour=5)
+        error = refused(lambda: RateLimitConfig(requests_per_hour=5).replace(burst_size=6))
+        assert error.param == "burst_size"
+
+    @pytest.mark.parametrize(
+        "given", [{"requests_per_minute": 5000}, {"requests_per_hour": 5}, {"burst_size": 2000}]
+    )
+    def test_nor_does_it_in_another_process_or_in_a_file(self, file: Any, given: Any) -> None:
+        config = around(GatewayConfig(rate_limit_config=RateLimitConfig(**given)), {})
+        again = SystemConfig.from_document(config.document())
+        assert again == config
+        assert again.document() == config.document()
+        assert pickle.loads(pickle.dumps(config)) == config
+        assert load(file(show(config)), {}).gateway.rate_limit_config == RateLimitConfig(**given)
+
+    @pytest.mark.parametrize("name", ["rpm", "tpm"])
+    def test_a_deployment_that_may_never_be_called_is_refused(self, name: str) -> None:
+        for wrong in (
+            entry("a", **{name: 0}),
+            {**entry("a"), name: 0},
+            {**entry("a"), "model_info": {name: 0}},
+        ):
+            error = refused(lambda wrong=wrong: GatewayConfig(model_list=[wrong]))
+            assert error.param == f"model_list[0].{name}"
+            assert "0 would never let a call through" in str(error)
+        GatewayConfig(model_list=[entry("a", **{name: 1})])
+        GatewayConfig(model_list=[entry("a", **{name: None})])
+
+    def test_owners_are_from_1_to_64(self) -> None:
+        assert ServerConfig().limiter_shards == 1
+        assert ServerConfig(limiter_shards=64).limiter_shards == 64
+        for wrong in (0, 65, True, 1.5):
+            error = refused(lambda wrong=wrong: ServerConfig(limiter_shards=wrong))
+            assert error.param == "limiter_shards"
+
+
+class TestParse:
+    def test_it_is_read_like_a_file(self) -> None:
+        document = {"model_list": [entry("a")], "server": {"limiter_shards": 2}, "timeout": 9}
+        before = json.dumps(document)
+        config = parse(document, {})
+        assert (config.gateway.timeout, config.server.limiter_shards) == (9, 2)
+        assert config.gateway.enable_request_batching
+        assert json.dumps(document) == before
+
+    def test_where_data_are_is_this_machines_own(self) -> None:
+        assert parse({"data_dir": "/theirs"}, {"FOREBAY_DATA_DIR": "/ours"}).data_dir == Path(
+            "/ours"
+        )
+
+    def test_without_models_there_are_the_default_ones(self) -> None:
+        names = [e["model_name"] for e in parse({}, {}).gateway.model_list]
+        assert names == ["local-chat", "local-embed"]
+
+    def test_all_that_is_wrong_is_told_and_no_secret(self) -> None:
+        error = refused(
+            lambda: parse(
+                {
+                    "model_list": [entry("a", api_key=CANARY)],
+                    "timeout": 0,
+                    "gateway": {"timeout": 9, "max_retries": 99},
+                    "server": {"limiter_shards": 0},
+                },
+                {},
+            )
+        )
+        for place in ("timeout: stands here", "gateway.max_retries: ", "server.limiter_shards: "):
+            assert place in str(error)
+
+    @pytest.mark.parametrize("document", [None, [], "text", 3, {"gateway": 3}, {"gateway": []}])
+    def test_what_is_no_mapping_is_no_configuration(self, document: Any) -> None:
+        assert "mapping" in str(refused(lambda: parse(document, {})))
 
 
 class TestModelList:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,21 @@ from actors.ledger.policy import Entry
 from forebay.codec import Answer
 from forebay.config import SystemConfig
 from forebay.errors import (
+    BudgetExceeded,
+    DeploymentsBusy,
     GatewayError,
     GatewayTimeout,
     ModelNotFound,
+    PermissionDenied,
     ProviderError,
+    QueueTimeout,
     RateLimitError,
+    RequestTooLarge,
 )
 from forebay.pipeline import Call, Pipeline
 from forebay.providers.base import Chunks, Resolve
+from forebay.providers.prices import PriceBound, Rate
+from forebay.reckoning import Reckoner
 from forebay.routing import Deployment
 from forebay.system import System, open_inline
 from tests.support.fake_time import settle
@@ -37,11 +45,17 @@ class Scripted:
     """A provider that answers "fine" unless told what to do, by deployment model.
 
     What it is told is a list of steps, one for each call: an error to raise, an event to wait
-    for, or both. For streams, `cut` raises after the first chunk.
+    for, or both. For streams, `cut` raises after the first chunk. An answer costs `cost_nano`, and
+    a token `token_nano` at most.
     """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.bodies: list[Mapping[str, Any]] = []
+        self.cost_nano: int | None = 7
+        self.token_nano: int | None = 1000
+        self.usage: dict[str, int] | None = USAGE
+        self.finish_reason = "stop"
         self.steps: dict[str, list[Step]] = {}
         self.cut: GatewayError | None = None
         self.streams_open = 0
@@ -54,11 +68,12 @@ class Scripted:
         timeout_s: float,
         resolve: Resolve,
     ) -> Answer:
+        self.bodies.append(body)
         await self._step(deployment)
         message = {"role": "assistant", "content": "fine"}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        whole = {"id": "1", "object": "chat.completion", "choices": [choice], "usage": USAGE}
-        return Answer(whole, USAGE, 7, deployment.model)
+        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
+        whole = {"id": "1", "object": "chat.completion", "choices": [choice], "usage": self.usage}
+        return Answer(whole, self.usage, self.cost_nano, deployment.model)
 
     completion = chat
 
@@ -82,6 +97,7 @@ class Scripted:
         timeout_s: float,
         resolve: Resolve,
     ) -> Chunks:
+        self.bodies.append(body)
         return self._chunks(deployment)  # type: ignore[return-value]
 
     completion_stream = chat_stream
@@ -105,7 +121,16 @@ class Scripted:
         *,
         model: str | None = None,
     ) -> int | None:
-        return 7
+        return self.cost_nano
+
+    def price_bound(self, deployment: Deployment) -> PriceBound | None:
+        if self.token_nano is None:
+            return None
+        rate = Rate(Decimal(self.token_nano), Decimal(self.token_nano))
+        return PriceBound(rate, rate)
+
+    def count_tokens(self, deployment: Deployment, text: str) -> int | None:
+        return None
 
     async def warm(self) -> None:
         pass
@@ -133,9 +158,18 @@ class House:
         self.pipeline: Pipeline = system.pipeline
         self._number = 0
 
-    def call(self, text: str = "hello", model: str = "m", **details: Any) -> Call:
+    def call(
+        self,
+        text: str = "hello",
+        model: str = "m",
+        *,
+        max_tokens: int | None = None,
+        **details: Any,
+    ) -> Call:
         self._number += 1
-        body = {"model": model, "messages": [{"role": "user", "content": text}]}
+        body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": text}]}
+        if max_tokens is not None:
+            body["max_tokens"] = max_tokens
         return Call("chat", body, "acme", f"req_{self._number}", **details)
 
     async def entries(self, call: Call) -> list[Entry]:
@@ -162,10 +196,18 @@ Open = Callable[..., Awaitable[House]]
 async def house(tmp_path: Path) -> AsyncIterator[Open]:
     systems: list[System] = []
 
-    async def build(**gateway: Any) -> House:
+    async def build(*, own: Mapping[str, int] | None = None, **gateway: Any) -> House:
+        """`own` are the limits of every deployment but those of `spare`."""
         groups = {"m": ["a"], "two": ["a", "b"], "spare": ["c"], "e": ["text-embedding-x"]}
         entries = [
-            {"model_name": name, "litellm_params": {"model": f"openai/{model}", "api_key": "k"}}
+            {
+                "model_name": name,
+                "litellm_params": {
+                    "model": f"openai/{model}",
+                    "api_key": "k",
+                    **((own or {}) if name != "spare" else {}),
+                },
+            }
             for name, models in groups.items()
             for model in models
         ]
@@ -174,6 +216,7 @@ async def house(tmp_path: Path) -> AsyncIterator[Open]:
         system = await open_inline(config)
         systems.append(system)
         system.provider = provider = Scripted()
+        system.bounds = Reckoner(provider, system._candidates)
         return House(system, provider)
 
     yield build
@@ -396,3 +439,232 @@ async def test_embeddings_come_in_order_and_are_booked(house: Open) -> None:
     assert result.answer.array is not None
     assert result.answer.array.shape == (2, 4)
     assert (entry.status, entry.prompt_tokens, entry.cost_nano) == ("posted", 2, 9)
+
+
+# ------------------------------------------------------------------------------------- limits
+
+PROMPT = 47  # the bound of a prompt that says "hello"
+DAY = {"usd_per_day": 0.0002}  # 200 tokens of 1,000 nano-USD
+
+
+async def test_without_a_limit_of_tokens_or_money_nobodys_answer_is_cut(house: Open) -> None:
+    here = await house(rate_limit_config=LIMITS)
+    call = here.call(max_tokens=10**6)
+    result = await here.pipeline.answer(call)
+
+    assert here.provider.bodies == [call.body]
+    assert (result.facts.clamped, result.facts.warnings) == (None, [])
+
+
+async def test_what_is_sent_fits_the_limit_and_the_answer_says_so(house: Open) -> None:
+    here = await house(rate_limit_config={"tokens_per_minute": 600})
+    call = here.call(max_tokens=10_000)
+    result = await here.pipeline.answer(call)
+
+    assert here.provider.bodies[0]["max_tokens"] == 600 - PROMPT
+    assert call.body["max_tokens"] == 10_000
+    assert result.facts.clamped == 600 - PROMPT
+    assert "553 tokens at most" in result.facts.warnings[0]
+    assert here.at_rest
+
+
+async def test_a_stream_is_clamped_too(house: Open) -> None:
+    here = await house(rate_limit_config={"tokens_per_minute": 600})
+    stream = await here.pipeline.stream(here.call(max_tokens=10_000))
+    assert [chunk async for chunk in stream.chunks]
+
+    assert here.provider.bodies[0]["max_tokens"] == 600 - PROMPT
+    assert stream.facts.clamped == 600 - PROMPT
+    assert here.at_rest
+
+
+async def test_tokens_that_were_reserved_and_not_used_come_back(house: Open) -> None:
+    here = await house(rate_limit_config={"tokens_per_minute": 6000, "burst_size": 30})
+    for number in range(20):  # each reserves 500 of the 1,000 that there are, and uses 5
+        await here.pipeline.answer(here.call(f"{number:05}", max_tokens=500 - PROMPT))
+
+    assert len(here.provider.asked) == 20
+
+
+async def test_a_failed_attempt_uses_nothing(house: Open) -> None:
+    here = await house(
+        rate_limit_config={"tokens_per_minute": 6000},
+        max_retries=0,
+        enable_circuit_breaker=False,
+    )
+    here.provider.steps["openai/a"] = [ProviderError("down", upstream_status=500)] * 5
+    for number in range(5):
+        with pytest.raises(ProviderError):
+            await here.pipeline.answer(here.call(f"{number:05}", max_tokens=1000 - PROMPT))
+        assert here.at_rest
+
+    await here.pipeline.answer(here.call(max_tokens=1000 - PROMPT))
+
+
+async def test_an_answer_without_usage_has_used_all_that_was_reserved(house: Open) -> None:
+    here = await house(rate_limit_config={"tokens_per_minute": 6000})
+    here.provider.usage = None
+    await here.pipeline.answer(here.call(max_tokens=1000 - PROMPT))
+    with pytest.raises(RateLimitError, match="tokens per minute") as caught:
+        await here.pipeline.answer(here.call("again"))
+
+    assert caught.value.retry_after_s is not None
+    assert 1 < caught.value.retry_after_s < 11
+    assert caught.value.figures is not None
+    assert caught.value.figures["tokens"].limit == 6000
+    assert here.at_rest
+
+
+async def test_a_prompt_that_never_fits_counts_nothing(house: Open) -> None:
+    here = await house(rate_limit_config={"tokens_per_minute": 600, "burst_size": 1})
+    with pytest.raises(RequestTooLarge):
+        await here.pipeline.answer(here.call("x" * 1000))
+
+    await here.pipeline.answer(here.call())
+
+
+async def test_money_that_is_left_buys_a_shorter_answer_and_then_none(house: Open) -> None:
+    here = await house(rate_limit_config=DAY)
+    here.provider.cost_nano = 120_000
+    first = await here.pipeline.answer(here.call(max_tokens=100))
+    here.provider.cost_nano = 50_000
+    second = await here.pipeline.answer(here.call("again", max_tokens=100))
+    with pytest.raises(BudgetExceeded, match=r"\$0.0002 usd per day") as caught:
+        await here.pipeline.answer(here.call("more", max_tokens=100))
+
+    assert first.facts.clamped is None
+    assert second.facts.clamped is not None
+    assert 0 < second.facts.clamped <= 80 - PROMPT
+    assert [b["max_tokens"] for b in here.provider.bodies] == [100, second.facts.clamped]
+    assert caught.value.retry_after_s is not None
+    assert 0 < caught.value.retry_after_s <= 86_400
+    assert here.at_rest
+
+
+async def test_what_an_answer_cost_is_what_is_spent(house: Open) -> None:
+    here = await house(rate_limit_config=DAY)
+    for number in range(5):  # each may cost 147,000 of the 200,000, and costs 7
+        await here.pipeline.answer(here.call(f"{number:05}", max_tokens=100))
+
+    assert all(body["max_tokens"] == 100 for body in here.provider.bodies)
+
+
+async def test_an_answer_of_unknown_cost_has_cost_all_that_was_reserved(house: Open) -> None:
+    here = await house(rate_limit_config=DAY)
+    here.provider.cost_nano = None
+    await here.pipeline.answer(here.call(max_tokens=100))
+    second = await here.pipeline.answer(here.call("again", max_tokens=100))
+
+    assert second.facts.clamped == 200 - 147 - len("again") + len("hello") - PROMPT
+
+
+async def test_a_model_of_unknown_price_is_not_for_those_whose_money_is_limited(
+    house: Open,
+) -> None:
+    here = await house(rate_limit_config={**DAY, "burst_size": 1})
+    here.provider.token_nano = None
+    with pytest.raises(PermissionDenied, match="costs is not known"):
+        await here.pipeline.answer(here.call())
+
+    assert here.provider.asked == []
+    here.provider.token_nano = 1
+    await here.pipeline.answer(here.call())
+
+
+async def test_what_never_fits_the_budget_is_refused_with_no_time_to_come_back(
+    house: Open,
+) -> None:
+    here = await house(rate_limit_config=DAY)
+    here.provider.token_nano = 10**9
+    with pytest.raises(BudgetExceeded, match="never fit") as caught:
+        await here.pipeline.answer(here.call())
+
+    assert caught.value.retry_after_s is None
+
+
+async def test_a_refusal_says_what_and_when_and_the_figures(house: Open) -> None:
+    here = await house(rate_limit_config={**LIMITS, "burst_size": 1})
+    await here.pipeline.answer(here.call())
+    with pytest.raises(RateLimitError, match="60 requests per minute") as caught:
+        await here.pipeline.answer(here.call("again"))
+
+    assert not isinstance(caught.value, QueueTimeout)
+    assert caught.value.retry_after_s is not None
+    assert 0.9 < caught.value.retry_after_s < 1.3
+    assert caught.value.figures is not None
+    assert caught.value.figures["requests"].remaining < 0.3
+
+
+async def test_those_who_agreed_to_wait_and_found_no_place_are_told_so(house: Open) -> None:
+    here = await house(rate_limit_config={**LIMITS, "burst_size": 1, "max_queue_size": 0})
+    await here.pipeline.answer(here.call())
+    with pytest.raises(QueueTimeout):
+        await here.pipeline.answer(here.call("again", may_wait=True))
+
+
+async def test_a_cut_answer_is_not_kept_and_a_whole_one_is(house: Open) -> None:
+    here = await house(rate_limit_config={"tokens_per_minute": 60_000}, enable_caching=True)
+    here.provider.finish_reason = "length"
+    await here.pipeline.answer(here.call())
+    here.provider.finish_reason = "stop"
+    await here.pipeline.answer(here.call())
+    third = await here.pipeline.answer(here.call())
+
+    assert len(here.provider.asked) == 2
+    assert third.facts.cache == "hit"
+    assert third.facts.clamped == 1024, "the answer was made under a clamp, and says so"
+
+
+async def test_a_busy_deployment_leaves_the_call_to_another(house: Open) -> None:
+    here = await house(own={"rpm": 1})
+    for number in range(2):
+        result = await here.pipeline.answer(here.call(str(number), model="two"))
+        assert (result.facts.attempts, result.facts.retries) == (1, 0)
+
+    assert sorted(here.provider.asked) == ["openai/a", "openai/b"]
+
+
+async def test_when_all_are_busy_the_error_says_when_one_is_free(house: Open) -> None:
+    here = await house(own={"rpm": 1})
+    await here.pipeline.answer(here.call())
+    call = here.call("again")
+    with pytest.raises(DeploymentsBusy) as caught:
+        await here.pipeline.answer(call)
+
+    assert caught.value.retry_after_s is not None
+    assert 50 < caught.value.retry_after_s < 70
+    assert (here.provider.asked, await here.entries(call)) == (["openai/a"], [])
+    assert here.at_rest
+
+
+async def test_a_fallback_answers_for_those_that_are_busy(house: Open) -> None:
+    here = await house(own={"tpm": 1200}, fallbacks=[{"m": ["spare"]}])
+    here.provider.usage = {"prompt_tokens": 900, "completion_tokens": 100}
+    for number in range(2):
+        await here.pipeline.answer(here.call(str(number), max_tokens=10_000))
+
+    assert here.provider.asked == ["openai/a", "openai/c"]
+    assert [body["max_tokens"] for body in here.provider.bodies] == [10_000, 10_000]
+
+
+async def test_a_deployments_own_limits_hold_for_streams_and_come_back_from_them(
+    house: Open,
+) -> None:
+    here = await house(own={"tpm": 60_000})
+    for number in range(30):  # each is expected to use 1,071 of 10,000, and uses 5
+        stream = await here.pipeline.stream(here.call(f"{number:05}"))
+        assert [chunk async for chunk in stream.chunks]
+
+    assert here.at_rest
+
+
+async def test_a_deployments_own_limits_hold_for_embeddings(house: Open) -> None:
+    here = await house(own={"rpm": 1})
+
+    def call(text: str) -> Call:
+        return Call("embedding", {"model": "e", "input": [text]}, "acme", f"req_{text}")
+
+    await here.pipeline.answer(call("x"))
+    with pytest.raises(DeploymentsBusy):
+        await here.pipeline.answer(call("y"))
+    assert len(here.provider.asked) == 1

@@ -334,7 +334,7 @@ class TestOrder:
                 optional={
                     "weight": st.floats(0, 1e6),
                     "order": st.integers(-3, 3),
-                    "rpm": st.integers(0, 10**6),
+                    "rpm": st.integers(1, 10**6),
                 },
             ),
             min_size=1,
