@@ -104,6 +104,7 @@ def _absolute(path: Path) -> Path:
 
 
 Positive = Annotated[float, Field(gt=0)]
+Usd = Annotated[float, Field(ge=1e-6, le=1e9)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:@-]+$")]
 LedgerUrl = Annotated[str, AfterValidator(_sqlite_url)]
@@ -186,12 +187,12 @@ class RateLimitConfig(Settings):
     enable_queuing: bool = Field(
         default=True, description="Wait where the caller agrees to, not refuse."
     )
-    tokens_per_minute: Count | None = Field(
+    tokens_per_minute: Annotated[int, Field(ge=1, le=10**12)] | None = Field(
         default=None, description="A sixth of them may be used at once."
     )
     concurrent_requests: Count | None = Field(default=None, description="Most requests in flight.")
-    usd_per_day: Positive | None = Field(default=None, description="US dollars per UTC day.")
-    usd_per_month: Positive | None = Field(default=None, description="US dollars per UTC month.")
+    usd_per_day: Usd | None = Field(default=None, description="US dollars per UTC day.")
+    usd_per_month: Usd | None = Field(default=None, description="US dollars per UTC month.")
     count_cache_hits: bool = Field(default=True, description="A cached answer counts as a request.")
 
     @model_validator(mode="after")

@@ -91,8 +91,11 @@ def entry_faults(entry: Mapping[str, Any]) -> Iterator[Fault]:
     yield from (fault.under("litellm_params") for fault in _price_faults(params))
     yield from (fault.under("model_info") for fault in _price_faults(info))
     for name in ("rpm", "tpm"):
-        if params.get(name, entry.get(name, info.get(name))) == 0:
+        figure = params.get(name, entry.get(name, info.get(name)))
+        if figure == 0:
             yield Fault((name,), "0 would never let a call through; leave the entry or this out")
+        elif figure is not None and (type(figure) is not int or figure < 0):
+            yield Fault((name,), "must be a whole number of at least 1")
     identity = info.get("id")
     if identity is not None and not re.fullmatch(r"[\x21-\x7e]{1,128}", str(identity)):
         yield Fault(("model_info", "id"), "must be up to 128 printable characters without spaces")

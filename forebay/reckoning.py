@@ -103,7 +103,7 @@ class Reckoner:
             unknown = candidates[prices.index(None)]
             raise PermissionDenied(
                 f"what {unknown.group!r} costs is not known, and this tenant's money is limited; "
-                "give the deployment input_cost_per_token and output_cost_per_token",
+                "give the deployment input_cost_per_token and output_cost_per_token, or base_model",
                 param="model",
                 code="price_unknown",
                 model=group.name,

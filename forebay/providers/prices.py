@@ -8,7 +8,7 @@ Rule 3: a deployment's own prices never reach LiteLLM, which would change its li
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +29,7 @@ OWN = (INPUT, OUTPUT, CACHE_READ, CACHE_WRITE)
 PROBE_TOKENS = 1_000
 LONG_PROMPT_TOKENS = 100_000  # above this the dearer tiers of a price list may begin
 LONG_PROBE_TOKENS = 1_500_000
+TIER_ASKED = "asked_service_tier"  # goes to LiteLLM beside the usage, not in it
 NANO = Decimal(10**9)
 
 
@@ -143,29 +144,31 @@ class Prices:
         return self._bounds[name]
 
     def _listed_bound(self, name: str) -> PriceBound | None:
-        """Asked of LiteLLM by example: a short text and a long one, cached or not."""
+        """Asked of LiteLLM by example: prompts of several lengths, and every kind of token."""
         if not self._is_listed(name):
             return None
-        usual = {"prompt_tokens": PROBE_TOKENS, "completion_tokens": 0}
-        long_prompt = {"prompt_tokens": LONG_PROBE_TOKENS}
-        filled = {"cache_creation_input_tokens": LONG_PROBE_TOKENS}
-        prompts = [
-            self._probe(name, usual),
-            self._probe(name, {**usual, "cache_creation_input_tokens": PROBE_TOKENS}),
-            self._probe(name, {**usual, **long_prompt}),
-            self._probe(name, {**usual, **long_prompt, **filled}),
-        ]
-        short = self._probe(name, {"prompt_tokens": 0, "completion_tokens": PROBE_TOKENS})
-        long = {"prompt_tokens": LONG_PROBE_TOKENS, "completion_tokens": PROBE_TOKENS}
-        both = self._from_list(name, long) or 0
-        alone = self._from_list(name, {**long, "completion_tokens": 0}) or 0
-        answer = max(short, Decimal(both - alone) / PROBE_TOKENS)
-        return PriceBound(Rate(max(prompts[:2]), short), Rate(max(prompts), answer))
+        plain = self._dearest(name, (PROBE_TOKENS, LONG_PROMPT_TOKENS), _plain_kinds)
+        lengths = (PROBE_TOKENS, LONG_PROMPT_TOKENS, LONG_PROBE_TOKENS)
+        other = self._dearest(name, lengths, _all_kinds)
+        return PriceBound(plain, _most((plain, other)))
 
-    def _probe(self, name: str, usage: Mapping[str, int]) -> Decimal:
-        """Nano-USD per token of such a usage."""
-        nano_usd = self._from_list(name, usage) or 0
-        return Decimal(nano_usd) / max(1, usage["prompt_tokens"] + usage["completion_tokens"])
+    def _dearest(
+        self, name: str, lengths: Iterable[int], kinds: Callable[[int], list[dict[str, Any]]]
+    ) -> Rate:
+        """The most per token of such usages, in nano-USD."""
+        prompt = completion = Decimal(0)
+        for length in lengths:
+            for kind in kinds(length):
+                tokens = {"prompt_tokens": length, "completion_tokens": 0}
+                unsaid = {
+                    field: v for field, v in kind.items() if not field.startswith("completion")
+                }
+                alone = self._from_list(name, {**tokens, **unsaid}) or 0
+                tokens["completion_tokens"] = PROBE_TOKENS
+                both = self._from_list(name, {**tokens, **kind}) or 0
+                prompt = max(prompt, Decimal(alone) / length)
+                completion = max(completion, Decimal(both - alone) / PROBE_TOKENS)
+        return Rate(prompt, completion)
 
     def _name(self, deployment: Deployment) -> str:
         base = deployment.info.get("base_model") or deployment.params.get("base_model")
@@ -188,16 +191,53 @@ class Prices:
 
     def _from_list(self, name: str, usage: Mapping[str, Any]) -> int | None:
         usage = {**usage, "total_tokens": usage.get("total_tokens") or 0}
+        tier = {"service_tier": usage[TIER_ASKED]} if TIER_ASKED in usage else {}
         try:
             prompt_usd, completion_usd = self.litellm.cost_calculator.cost_per_token(
                 model=name,
                 prompt_tokens=int(usage.get("prompt_tokens") or 0),
                 completion_tokens=int(usage.get("completion_tokens") or 0),
-                usage_object=self.litellm.Usage(**usage),
+                usage_object=self.litellm.Usage(
+                    **{k: v for k, v in usage.items() if k != TIER_ASKED}
+                ),
+                **tier,
             )
         except Exception:  # noqa: BLE001 - LiteLLM says "not mapped" in many ways; None says it here
             return None
         return nano(prompt_usd + completion_usd)
+
+
+def _plain_kinds(length: int) -> list[dict[str, Any]]:
+    """Usages of nothing but text: cached, thought about, and in the US, which may be dearer."""
+    thinking = {"completion_tokens_details": {"reasoning_tokens": PROBE_TOKENS}}
+    cached = {"cache_creation_input_tokens": length, "inference_geo": "us"}
+    return [{}, {"inference_geo": "us"}, cached, thinking]
+
+
+def _all_kinds(length: int) -> list[dict[str, Any]]:
+    """The same, and audio, images, caches that live for an hour, and faster service."""
+    kept = {"ephemeral_1h_input_tokens": length, "ephemeral_5m_input_tokens": 0}
+    long_lived = {
+        "cache_creation_input_tokens": length,
+        "prompt_tokens_details": {
+            "cache_creation_tokens": length,
+            "cache_creation_token_details": kept,
+        },
+    }
+    fast = {"speed": "fast", "inference_geo": "us"}
+    return [
+        *_plain_kinds(length),
+        {
+            "prompt_tokens_details": {"audio_tokens": length},
+            "completion_tokens_details": {"audio_tokens": PROBE_TOKENS},
+        },
+        {"prompt_tokens_details": {"image_tokens": length}},
+        {**long_lived, "inference_geo": "us"},
+        fast,
+        {**long_lived, **fast},
+        {TIER_ASKED: "priority"},
+        {"cache_creation_input_tokens": length, TIER_ASKED: "priority"},
+    ]
 
 
 def _own(deployment: Deployment) -> dict[str, Decimal] | None:

@@ -574,12 +574,16 @@ def test_hours_that_the_ledger_may_not_have_are_told_to_a_new_owner() -> None:
 # ---- needs, messages, bounds
 
 
-def test_needs_are_told_less_what_is_free_here(world: World) -> None:
+def test_needs_are_told_less_the_slots_that_are_free_here_and_free_money_goes_back(
+    world: World,
+) -> None:
     held = world.hot()
     world.lent(held)
     held.needs = deque([Need(1, 500, 1_500), Need(1, 10, 1_000), Need(1, 10, 10)])
     world.till.wants(held)
-    assert world.say().needs == (Need(0, 500, 0), Need(0, 10, 500), Need(1, 10, 10))
+    ask = world.say()
+    assert ask.needs == (Need(0, 500, 1_500), Need(0, 10, 1_000), Need(1, 10, 10))
+    assert ask.nano_held == 0
 
 
 def test_a_lost_message_leaves_the_next_to_say_it_all(world: World) -> None:
