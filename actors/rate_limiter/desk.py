@@ -53,7 +53,7 @@ class RateLimiterDesk:
         layout: Layout | None = None,
         pace_s: float = 0.0,
     ) -> None:
-        """Messages to an owner leave at least `pace_s` apart."""
+        """Messages leave `pace_s` apart, unless they are about hot tenants."""
         self._clock = clock
         self._sleep = sleep
         self._pace_s = pace_s

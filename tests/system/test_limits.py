@@ -446,7 +446,7 @@ async def test_tokens_are_never_over_however_they_are_asked_for(
     assert over <= 0
     assert set(statuses(answers)) == {200, 429}
     assert set(routes) == {"chat", "completions", "embeddings"}
-    assert used > allowed / 2  # bounds are higher than what is used in the end
+    assert used > allowed / 5  # bounds are higher than what is used in the end
 
 
 def _all_ways() -> set[str]:
