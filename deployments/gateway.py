@@ -42,6 +42,7 @@ from forebay.system import System, attach, create_owners
 
 GARBAGE_PER_COLLECTION = 10_000  # new objects; Python's 700 is for small programs
 CREATED_S = 1_700_000_000  # OpenAI's model objects carry a birthday; ours have none to tell
+UNWRITTEN = (OwnerUnavailable, RegistryUnavailable, RegistryFull)  # nothing was stored
 
 log = logging.getLogger(__name__)
 
@@ -391,9 +392,6 @@ class PipelineService:
             raise _conflict(now, conflict.current) from None
         except UNWRITTEN as error:
             raise Overloaded(f"nothing was changed: {error}", retry_after_s=1.0) from None
-
-
-UNWRITTEN = (OwnerUnavailable, RegistryUnavailable, RegistryFull)
 
 
 def _key_exists(tenant: str, key_id: str) -> InvalidRequest:

@@ -164,6 +164,7 @@ class _Request:
     ticket: Ticket | None = None
     hold: Hold | None = None
     used: Amount = NOTHING_USED
+    doubted: bool = False  # the validation had something to say of the answer
 
 
 @dataclass(slots=True)
@@ -425,6 +426,7 @@ class Pipeline:
             facts.provider_s += system.clock() - begun_s
             facts.cost_nano = answer.cost_nano
             facts.warnings += warnings
+            request.doubted = bool(warnings)
             self._judge(request, attempt, None, usage=answer.usage)
             system.books.post_call(entry, answer)
             self._learn(request, answer)
@@ -733,10 +735,11 @@ class Pipeline:
         """The answer as bytes for those who wait, and for how long to store it, if at all."""
         config = self._system.config.gateway
         ttl_s = request.call.cache_ttl_s or float(config.cache_ttl_s)
-        facts = request.facts
-        whole = not _is_cut(answer) if facts.clamped is not None else not facts.warnings
-        store = config.enable_caching and request.call.cache_write and whole
-        answer.clamped = facts.clamped
+        clamped = request.facts.clamped
+        whole = clamped is None or not _is_cut(answer)
+        good = whole and not request.doubted
+        store = config.enable_caching and request.call.cache_write and good
+        answer.clamped = clamped
         return codec.pack(answer), ttl_s if store else None
 
     # 9 ------------------------------------------------------------------------------ settle

@@ -8,9 +8,8 @@ Rule 3: durations only. The owner's clock decides; a desk counts a lease's life 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 TOKEN_BURST_PART = 6
 """A tenant may use a sixth of its tokens per minute at once."""
@@ -324,12 +323,3 @@ class Hold:
 def process_of(holder: str) -> str:
     """A holder is `process#desk`; this is the process."""
     return holder.partition("#")[0]
-
-
-def plain(value: Any) -> Any:
-    """A value of these as JSON-able data, for people."""
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    return value

@@ -37,9 +37,9 @@ from actors.rate_limiter.terms import (
 )
 
 ASK_PAUSE_S = 0.02  # a need that others' returns must meet is not repeated sooner
+PAUSE_S = 0.005  # nor one that was met in part
 ASIDE_S = 0.04  # a counted request goes on by then, or what is set aside for it is given back
 RETURN_S = 0.01  # what was lent singly to a hot tenant goes back so soon
-PAUSE_S = 0.005  # nor one that was met in part
 HOT_GAP_S = 0.5  # requests that follow each other so closely, HOT_STREAK times, make a tenant hot
 HOT_STREAK = 3
 IDLE_S = 1.0  # a hot tenant that nobody asks for is given back after this, a cold one forgotten

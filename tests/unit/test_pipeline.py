@@ -615,6 +615,21 @@ async def test_a_cut_answer_is_not_kept_and_a_whole_one_is(house: Open) -> None:
     assert third.facts.clamped == 1024, "the answer was made under a clamp, and says so"
 
 
+async def test_a_doubtful_answer_is_not_kept_under_a_clamp_either(house: Open) -> None:
+    here = await house(
+        rate_limit_config={"tokens_per_minute": 60_000},
+        enable_caching=True,
+        validation_level="lenient",
+    )
+    for number in (1, 2):
+        call = here.call()
+        call.body["response_format"] = {"type": "json_object"}
+        result = await here.pipeline.answer(call)
+        assert result.facts.clamped == 1024
+        assert len(result.facts.warnings) > 1, "of the clamp, and of what is no JSON"
+        assert len(here.provider.asked) == number
+
+
 async def test_a_busy_deployment_leaves_the_call_to_another(house: Open) -> None:
     here = await house(own={"rpm": 1})
     for number in range(2):
