@@ -696,7 +696,7 @@ async def test_waiting_as_told_succeeds_and_twenty_ms_less_does_not(
         f"{refused:.1%} of {told.early.total()} refused when 20 ms earlier "
         f"({told.late} came too late to say)"
     )
-    assert told.early.total() >= trials / 2
+    assert told.early.total() >= trials / 5
     if FULL:
         assert served >= 0.99
         assert refused >= 0.99
