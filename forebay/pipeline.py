@@ -272,6 +272,7 @@ class Pipeline:
         system, call, limits = self._system, request.call, request.limits
         if limits is None:
             return
+        await system.bounds.prepare()
         amount = Amount()
         if limits.meters:
             request.bound = await system.bounds.of(call, request.group, limits)

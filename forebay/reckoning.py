@@ -48,6 +48,13 @@ class Reckoner:
         price = await self._price(group) if limits.nano_most is not None else None
         return self._bound(call, group, limits, price)
 
+    async def prepare(self) -> None:
+        """What a call would wait for between being allowed and going out: a library's import.
+
+        Calls that were allowed one after another would leave together after it.
+        """
+        await self._provider.warm()
+
     def of_attempt(self, call: Call, group: Group) -> Bound:
         """What to expect of a request, where no limit of its tenant demands a bound."""
         return self._bound(call, group, NOT_LIMITED, None)
@@ -133,6 +140,7 @@ class Quotas:
         limits = self._of(deployment)
         if limits is None:
             return None
+        await self._reckoner.prepare()
         amount = Amount()
         if limits.tokens_per_minute is not None:
             amount = bounds.fits(bound or self._reckoner.of_attempt(call, group), limits)
@@ -145,6 +153,7 @@ class Quotas:
         limits = self._of(deployment)
         if limits is None:
             return None
+        await self._reckoner.prepare()
         amount = Amount()
         if limits.tokens_per_minute is not None:
             tokens = self._reckoner.of_texts(deployment, texts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -333,3 +335,34 @@ def test_haproxys_side_doors_open_only_to_this_machine(up: Any) -> None:
 
     assert listening
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
+
+
+def test_a_client_that_goes_away_stops_the_upstream_and_leaves_no_work(
+    up: Any, url: str, upstream: Upstream
+) -> None:
+    """HTTP libraries send a body in a packet of its own, which HAProxy's splicing cannot bear."""
+    import psutil
+
+    upstream.script(latency=8.0)
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps(chat(messages=[{"role": "user", "content": "gone"}])).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode())
+        time.sleep(0.05)
+        connection.sendall(body)
+        upstream.wait_log(lambda log: len(log) == 1, 15.0)
+    left_s = time.monotonic()
+    (record,) = upstream.wait_log(lambda log: bool(log) and log[0].finished, 5.0)
+    proxies = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "haproxy"]
+    before_s = sum(sum(p.cpu_times()[:2]) for p in proxies)
+    time.sleep(1.0)
+    spent_s = sum(sum(p.cpu_times()[:2]) for p in proxies) - before_s
+
+    assert record.disconnected
+    assert record.end_mono_ns / 1e9 - left_s < 1.0
+    assert proxies
+    assert spent_s < 0.5

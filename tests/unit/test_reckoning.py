@@ -174,6 +174,21 @@ class TestQuotas:
         assert await self.quotas(limiter).take_texts(deployment("a"), ["x"]) is None
         assert limiter.asked == []
 
+    async def test_leave_is_for_calls_that_can_go_out_at_once(self) -> None:
+        """LiteLLM's import would gather what was allowed one by one."""
+        provider = Listed()
+        warm_by_then: list[int] = []
+
+        class Watching(Admitting):
+            async def admit(self, tenant: str, limits: Limits, amount: Amount) -> Hold:
+                warm_by_then.append(provider.warmed)
+                return await super().admit(tenant, limits, amount)
+
+        quotas = Quotas(cast(RateLimiterDesk, Watching()), reckoner(provider), 5)
+        await quotas.take_texts(deployment("a", rpm=60), ["x"])
+        await quotas.take_call(deployment("a", rpm=60), call(), group("a"), None)
+        assert warm_by_then == [1, 2]
+
     async def test_requests_alone_reserve_no_tokens(self) -> None:
         limiter = Admitting()
         await self.take(limiter, deployment("a", rpm=60))
