@@ -6,11 +6,8 @@ import asyncio
 import gc
 import logging
 import os
-import secrets
-import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,29 +17,20 @@ from starlette.types import ASGIApp
 
 from actors.rate_limiter.terms import Figures, Limits
 from actors.ref import OwnerUnavailable
-from actors.registry.policy import (
-    KeyExists,
-    KeyRecord,
-    RegistryFull,
-    RegistryUnavailable,
-    TenantRecord,
-    VersionConflict,
-)
 from deployments import ingress
+from deployments.admin import Admin
 from deployments.http import build_asgi
 from deployments.http.auth import KeyEntry, Keys
 from deployments.http.service import HttpCall, Reply, StreamReply, Told
-from forebay.config import SystemConfig, TenantConfig, parse
-from forebay.errors import ConfigurationError, InvalidRequest, Overloaded
-from forebay.gateway import health_result
+from forebay.config import SystemConfig
+from forebay.errors import ConfigurationError, Overloaded
+from forebay.health import HealthCheck
 from forebay.pipeline import Call, Facts, Route
-from forebay.routing import allows
-from forebay.secrets import Vault, hash_key, key_secret, new_key
+from forebay.secrets import key_secret
 from forebay.system import System, attach, create_owners
 
 GARBAGE_PER_COLLECTION = 10_000  # new objects; Python's 700 is for small programs
 CREATED_S = 1_700_000_000  # OpenAI's model objects carry a birthday; ours have none to tell
-UNWRITTEN = (OwnerUnavailable, RegistryUnavailable, RegistryFull)  # nothing was stored
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +64,7 @@ class Gateway:
             await self._system.close()
             raise
         self._secret = key_secret(os.environ, Path(boot.data_dir))
-        self._service = PipelineService(self._system, self._secret, host)
+        self._service = PipelineService(self._system, self._secret, host, _drain_flag())
         self._warming = loop.create_task(self._warm())
 
     async def _warm(self) -> None:
@@ -140,16 +128,23 @@ class Gateway:
                     yield chunk
 
 
-class PipelineService:
+class PipelineService(Admin):
     """`deployments.http.service.Service` over this replica's pipeline.
 
-    `host` is the address that HTTP is served on; `secret` is what API keys are hashed with.
+    `host` is the address that HTTP is served on; `secret` is what API keys are hashed with;
+    `draining` says whether this replica is about to stop.
     """
 
-    def __init__(self, system: System, secret: bytes, host: str | None) -> None:
-        self._system = system
-        self._secret = secret
-        self._host = host
+    def __init__(
+        self,
+        system: System,
+        secret: bytes,
+        host: str | None,
+        draining: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__(system, secret, host)
+        self._draining = draining
+        self._health = HealthCheck(system.health)
         system.on_change(self._rebuild_keys)
 
     def _rebuild_keys(self, system: System) -> None:
@@ -231,12 +226,20 @@ class PipelineService:
         return self._system.limiter.figures(tenant)
 
     def ready(self) -> tuple[bool, str]:
+        # Only what this replica itself cannot do: an outage of a provider, or of an owner, is
+        # everybody's, and taking every replica out for it would make it worse.
+        if self._draining():
+            return False, "this replica is draining"
+        if not self._system.table.deployments():
+            return False, "no model is configured"
+        if self._system.books.full:
+            return False, "the ledger is away, and no further paid call may start here"
         return True, "ready"
 
     async def health(self, detail: bool) -> dict[str, Any]:
         if not detail:
             return {"status": "ok"}
-        return health_result(await self._system.health(), 0.0).model_dump(mode="json")
+        return (await self._health.run()).model_dump(mode="json")
 
     async def usage(
         self,
@@ -269,143 +272,6 @@ class PipelineService:
             raise Overloaded(f"limits cannot be read now: {error}", retry_after_s=1.0) from None
         return {"tenant": tenant, "limited": True, "limits": _limits(limits), "now": now}
 
-    # ------------------------------------------------------------------------------- admins
-
-    async def create_key(
-        self,
-        tenant: str,
-        *,
-        key_id: str | None,
-        admin: bool,
-        limits: dict[str, Any] | None,
-        models: list[str] | None,
-    ) -> dict[str, Any]:
-        system = self._system
-        made = None
-        if limits is not None or models is not None:
-            made = self._made(tenant, limits, models)
-        else:
-            system.tenants.require(tenant, param="tenant", status=404)
-        key, created_s = new_key(), time.time()
-        name = key_id or secrets.token_hex(4)
-        if any(
-            (known.tenant, known.id) == (tenant, name) for known in system.tenants.keys_in_force()
-        ):
-            raise _key_exists(tenant, name)
-        hashed = hash_key(key, self._secret)
-        record = KeyRecord(name, tenant, hashed, admin, int(created_s * 1000))
-        try:
-            await system.registry.add_key(record, made)
-        except KeyExists:
-            raise _key_exists(tenant, name) from None
-        except UNWRITTEN as error:
-            raise Overloaded(f"the key was not made: {error}", retry_after_s=1.0) from None
-        created = datetime.fromtimestamp(created_s, UTC).isoformat(timespec="seconds")
-        return {
-            "id": name,
-            "tenant": tenant,
-            "key": key,
-            "hash": hashed,
-            "admin": admin,
-            "created": created,
-        }
-
-    def _made(
-        self, tenant: str, limits: dict[str, Any] | None, models: list[str] | None
-    ) -> TenantRecord:
-        """A tenant as it is made at run time, or changed.
-
-        Raises:
-            ConfigurationError: the configuration has this tenant, or a limit or model is wrong.
-        """
-        system = self._system
-        if any(known.id == tenant for known in system.config.gateway.tenants):
-            raise ConfigurationError(
-                f"tenant {tenant!r} is in the configuration: change its limits and models there",
-                param="tenant",
-            )
-        settings: dict[str, Any] = {}
-        if limits is not None:
-            settings["limits"] = limits
-        if models is not None:
-            settings["models"] = models
-        TenantConfig(id=tenant, **settings)
-        for model in models or ():
-            if not any(allows([model], name) for name in system.table.names()):
-                system.table.group(model)
-        return TenantRecord(tenant, settings)
-
-    async def list_keys(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "id": key.id,
-                "tenant": key.tenant,
-                "admin": key.admin,
-                "source": key.source,
-                "created": None if key.created_ms is None else key.created_ms / 1000,
-            }
-            for key in self._system.tenants.keys_in_force()
-        ]
-
-    async def revoke_key(self, key_id: str, tenant: str | None) -> dict[str, Any]:
-        keys = self._system.tenants.keys_in_force()
-        found = [k for k in keys if k.id == key_id and tenant in (None, k.tenant)]
-        if not found:
-            raise InvalidRequest(f"no key has the id {key_id!r}", code="key_not_found", status=404)
-        if len(found) > 1:
-            whose = ", ".join(key.tenant for key in found)
-            raise InvalidRequest.about(
-                "tenant",
-                f"several tenants have a key {key_id!r} ({whose}); say which",
-                code="key_ambiguous",
-                status=409,
-            )
-        key = found[0]
-        try:
-            await self._system.registry.revoke_key(key.tenant, key.id, key.hash)
-        except UNWRITTEN as error:
-            raise Overloaded(f"the key was not revoked: {error}", retry_after_s=1.0) from None
-        return {"id": key.id, "tenant": key.tenant, "revoked": True}
-
-    async def read_config(self) -> dict[str, Any]:
-        registry = self._system.registry
-        return {"version": registry.version, "config": registry.document}
-
-    async def write_config(self, document: dict[str, Any], expected: int | None) -> int:
-        system = self._system
-        config = parse(document)
-        vault = Vault(Path(system.config.data_dir))
-        told = config.document(vault)
-        has_keys = any(t.keys for t in config.gateway.tenants) or bool(system.access.keys)
-        ingress.require_keys_or_loopback(self._host, has_keys)
-        now = system.version
-        if expected is not None and expected != now:
-            raise _conflict(expected, now)
-        before, after = system.config.server.limiter_shards, config.server.limiter_shards
-        try:
-            if after != before:
-                await system.spread(after)
-            return await system.registry.put(told, "written over HTTP", now)
-        except VersionConflict as conflict:
-            if after != before:
-                await system.spread(before)
-            raise _conflict(now, conflict.current) from None
-        except UNWRITTEN as error:
-            raise Overloaded(f"nothing was changed: {error}", retry_after_s=1.0) from None
-
-
-def _key_exists(tenant: str, key_id: str) -> InvalidRequest:
-    message = f"tenant {tenant!r} has a key {key_id!r} already"
-    return InvalidRequest.about("id", message, code="key_exists", status=409)
-
-
-def _conflict(expected: int, current: int) -> InvalidRequest:
-    return InvalidRequest(
-        f"version {expected} was expected, and the newest is {current}: read it, and try again",
-        code="version_conflict",
-        status=412,
-    )
-
 
 def _limits(limits: Limits) -> dict[str, Any]:
     """A tenant's limits under the names of the configuration; those it has."""
@@ -433,3 +299,18 @@ def _serving_host() -> str | None:
     assert client is not None, "a replica has a Serve client"
     host: str | None = client.http_config.host
     return host
+
+
+def _drain_flag() -> Callable[[], bool]:
+    """Whether Serve has begun to stop this replica.
+
+    It tells the application only when the last request is over, so the replica around us is asked.
+    """
+    from ray._private.worker import global_worker
+
+    actor = global_worker.actors.get(global_worker.actor_id)
+    replica: Any = getattr(actor, "_replica_impl", None)
+    if not hasattr(replica, "_shutting_down"):
+        log.warning("Serve does not say when this replica drains; /health/ready will not know")
+        return lambda: False
+    return lambda: bool(replica._shutting_down)

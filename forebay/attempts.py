@@ -5,6 +5,8 @@ Rule 2: a retry goes to another deployment at once; back to the same one only af
         full jitter (Brooker, "Exponential Backoff And Jitter", AWS 2015), never sooner than the
         provider's Retry-After.
 Rule 3: each group on the way (the one asked for, then its fallbacks) has its own `max_retries`.
+Rule 4: what the caller did wrong is final, except where groups are configured for just that:
+        longer contexts, other content policies. Those are then the only ones left to try.
 """
 
 from __future__ import annotations
@@ -12,14 +14,92 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
 
-from actors.circuit_breaker.policy import Verdict
-from forebay.errors import CircuitBreakerOpenError, DeploymentsBusy, GatewayError
-from forebay.routing import Deployment
+from actors.circuit_breaker.policy import LETS_THROUGH, Pass, Refusal, Verdict
+from forebay.errors import (
+    CircuitBreakerOpenError,
+    DeploymentsBusy,
+    GatewayError,
+    GatewayTimeout,
+    Overloaded,
+    RateLimitError,
+)
+from forebay.routing import Deployment, SpecialKind
 
+NO_GENERATION = -1
 PAUSE_MAX_S = 30.0
+ASKED_PAUSE_JITTER = (1.02, 1.1)
+"""What a provider asked for is stretched so: all those it sent away would come back at once."""
+
+THROTTLED_CODE = "provider_throttled"
+"""The code of a 429 that stands in for a call: the provider asked for none before a later time."""
+
+SPENT_CODE = "retry_budget_spent"
+"""The code of a 503 that stands in for a call that would be one retry too many."""
+
+KIND_OF_CODE: Mapping[str, SpecialKind] = MappingProxyType(
+    {
+        "context_length_exceeded": "context_window",
+        "content_filter": "content_policy",
+        "content_policy_violation": "content_policy",
+    }
+)
+
+Why = Literal["open", "throttled", "busy"]
+"""Why no attempt was made: the breaker is open, the provider asked for a pause, or the
+deployment's own limits are used up."""
+
+
+def pass_unasked(deployment: Deployment) -> Pass:
+    """Leave for a call where the breaker is off.
+
+    It is of no state that a breaker was ever in, so that the call earns retries and opens nothing.
+    """
+    return Pass(deployment.circuit, NO_GENERATION)
+
+
+def why_of(refusal: Refusal) -> Why:
+    """Why the breaker let no call through."""
+    return "throttled" if refusal.state in LETS_THROUGH else "open"
+
+
+def refusal_error(deployment: Deployment, refusal: Refusal) -> GatewayError:
+    """The breaker's refusal as an error that another process can make a refusal of again."""
+    details: dict[str, Any] = {
+        "model": deployment.group,
+        "provider": deployment.provider,
+        "retry_after_s": refusal.retry_after_s,
+    }
+    if why_of(refusal) == "throttled":
+        text = f"{deployment.provider} has asked for a pause in calls of {deployment.group!r}"
+        return RateLimitError(text, code=THROTTLED_CODE, **details)
+    return CircuitBreakerOpenError(f"circuit breaker is OPEN for {deployment.circuit}", **details)
+
+
+def spent_error(deployment: Deployment) -> GatewayError:
+    """No retry, as an error that another process can make a plan's `spent` of again."""
+    return Overloaded(
+        f"there are enough retries of {deployment.group!r} for now",
+        code=SPENT_CODE,
+        model=deployment.group,
+        retry_after_s=1.0,
+    )
+
+
+def refused_by(error: GatewayError) -> Why | Literal["spent"] | None:
+    """What kept a call from being made; None for the failure of one that was made."""
+    if isinstance(error, Overloaded):
+        return "spent" if error.code == SPENT_CODE else None
+    if isinstance(error, CircuitBreakerOpenError):
+        return "open"
+    if isinstance(error, DeploymentsBusy):
+        return "busy"
+    is_throttle = isinstance(error, RateLimitError) and error.code == THROTTLED_CODE
+    return "throttled" if is_throttle else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +115,8 @@ class Try:
 class Plan:
     """The attempts of one request, handed out one by one.
 
-    `order(group)` gives a group's deployments in the order to try them, open breakers left out.
+    `order(group)` gives a group's deployments in the order to try them, open breakers last.
+    `special(kind, group)` names the groups for one kind of refusal; most have none.
     """
 
     def __init__(
@@ -46,9 +127,12 @@ class Plan:
         max_retries: int,
         retry_delay_s: float,
         rng: random.Random,
+        special: Callable[[SpecialKind, str], Sequence[str]] = lambda kind, group: (),
     ) -> None:
-        self._groups = list(groups)
+        self._usual = list(groups)
+        self._groups = self._usual
         self._order = order
+        self._special = special
         self._max_retries = max_retries
         self._retry_delay_s = retry_delay_s
         self._rng = rng
@@ -57,9 +141,9 @@ class Plan:
         self._made = 0  # attempts made in this group
         self._tries: Counter[str] = Counter()  # and of each deployment
         self._earliest_s: dict[str, float] = {}  # deployment id → the pause its provider asked for
+        self._beats: dict[str, float] = {}  # deployment id → the chance that all failed there share
         self._refused: set[str] = set()  # not to be tried again for this request
-        self._reopens_s: list[float] = []
-        self._frees_s: list[float] = []
+        self._waits_s: dict[Why, list[float]] = {}
         self._last: GatewayError | None = None
         self.retries = 0
         self.fallbacks = 0
@@ -69,8 +153,10 @@ class Plan:
 
         Raises:
             GatewayError: what the last attempt failed with, when nothing is left to try;
-            DeploymentsBusy, CircuitBreakerOpenError: when nothing could be tried at all.
+            RateLimitError, CircuitBreakerOpenError: when nothing could be tried at all.
         """
+        if left_s <= 0 and self._last is not None:
+            raise self._last
         while True:
             candidates = [d for d in self._deployments if d.id not in self._refused]
             if candidates and self._made <= self._max_retries:
@@ -92,28 +178,53 @@ class Plan:
             GatewayError: `error` itself, when no other deployment would do better.
         """
         self._last = error
-        if verdict is Verdict.IGNORED:
-            raise error
+        # A timeout that blames nobody leaves no time, or did not come from the deadline.
+        if verdict is Verdict.IGNORED and not isinstance(error, GatewayTimeout):
+            kind = KIND_OF_CODE.get(error.code or "")
+            if kind is None or not self.turn_aside(kind):
+                raise error
+            return
         if verdict is Verdict.CREDENTIAL:
             self._refused.add(deployment.id)
         if error.retry_after_s is not None:
             self._earliest_s[deployment.id] = error.retry_after_s
+        beat: float | None = getattr(error, "beat", None)
+        if beat is not None:
+            self._beats[deployment.id] = beat
 
-    def refused(self, deployment: Deployment, retry_after_s: float, *, busy: bool = False) -> None:
-        """No attempt was made: the breaker let nothing through, or its own limits (`busy`)."""
+    def refused(self, deployment: Deployment, retry_after_s: float, why: Why) -> None:
+        """No attempt was made; one may succeed in `retry_after_s`."""
         self._refused.add(deployment.id)
-        (self._frees_s if busy else self._reopens_s).append(retry_after_s)
-        self._made -= 1
-        self.retries -= self._made > 0
+        self._waits_s.setdefault(why, []).append(retry_after_s)
+        self._take_back()
+
+    def spent(self) -> None:
+        """No attempt was made: there are enough retries in this group for now."""
+        self._take_back()
+        self._deployments = []
+
+    def turn_aside(self, kind: SpecialKind) -> bool:
+        """Go on with the groups for this kind of refusal, and only those; False: there are none."""
+        tried = self._groups[: self._group_index + 1]
+        for group in (tried[-1], tried[0]):
+            names = [name for name in self._special(kind, group) if name not in tried]
+            if names:
+                self._groups, self._deployments = tried + names, []
+                return True
+        return False
 
     def again(self) -> None:
         """Begin anew with the first group: those that were busy may be free by now."""
+        self._groups = self._usual
         self._group_index = -1
         self._deployments = []
         self._refused.clear()
-        self._frees_s.clear()
-        self._reopens_s.clear()
+        self._waits_s.clear()
         self.fallbacks = 0
+
+    def _take_back(self) -> None:
+        self._made -= 1
+        self.retries -= self._made > 0
 
     def _next_group(self) -> bool:
         self._group_index += 1
@@ -129,21 +240,35 @@ class Plan:
         tries = self._tries[deployment.id]
         if tries == 0:
             return 0.0
-        ceiling_s = min(PAUSE_MAX_S, self._retry_delay_s * 2 ** (tries - 1))
-        return max(self._rng.uniform(0.0, ceiling_s), self._earliest_s.get(deployment.id, 0.0))
+        ceiling_s = min(PAUSE_MAX_S, self._retry_delay_s * 2.0 ** (tries - 1))
+        # What the Batcher sent in one call and failed comes back in one, so it waits alike.
+        beat = self._beats.get(deployment.id)
+        chance: float = self._rng.random() if beat is None else beat
+        least, most = ASKED_PAUSE_JITTER
+        asked_s = self._earliest_s.get(deployment.id, 0.0)
+        return max(chance * ceiling_s, asked_s * (least + chance * (most - least)))
 
     def _failure(self) -> GatewayError:
+        """What callers get: what happened, if anything did, else when to come back."""
         if self._last is not None:
             return self._last
-        if self._frees_s:
+        asked = self._usual[0]
+        busy, throttled = self._waits_s.get("busy"), self._waits_s.get("throttled", [])
+        if busy:
             return DeploymentsBusy(
-                f"every deployment of {self._groups[0]!r} has used up its own rpm or tpm",
-                model=self._groups[0],
-                retry_after_s=min(self._frees_s),
+                f"every deployment of {asked!r} has used up its own rpm or tpm",
+                model=asked,
+                retry_after_s=min(busy + throttled),
             )
-        retry_after_s = min(self._reopens_s, default=1.0)
+        if throttled:
+            return RateLimitError(
+                f"every provider of {asked!r} that could answer has asked for a pause",
+                code=THROTTLED_CODE,
+                model=asked,
+                retry_after_s=min(throttled),
+            )
         return CircuitBreakerOpenError(
-            f"circuit breaker is OPEN for every deployment of {self._groups[0]!r}",
-            model=self._groups[0],
-            retry_after_s=retry_after_s,
+            f"circuit breaker is OPEN for every deployment of {asked!r}",
+            model=asked,
+            retry_after_s=min(self._waits_s.get("open", ()), default=1.0),
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from actors.batcher.policy import Paid
+from actors.batcher.policy import Paid, Spare
 from actors.ledger.desk import LedgerDesk, OpenEntry
 from actors.ledger.policy import TENANTS_PER_READ_MAX, GroupBy, LedgerFull, Spent
 from actors.rate_limiter.terms import Amount, Seed
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from forebay.pipeline import Call, Facts
 
 CLIENT_CLOSED = 499  # nginx's status for a caller who went away; no answer carries it
+HEDGING = "forebay/hedging"  # who pays for second copies; no tenant can be called so
+UNUSED = "another copy of this call was answered first"
+
+log = logging.getLogger(__name__)
 
 
 class Books:
@@ -112,6 +117,36 @@ class Books:
                 http_status=error.status,
             )
         return Amount(paid.prompt_tokens, paid.cost_nano or 0)
+
+    def spare(self, call: Call, facts: Facts, deployment: Deployment, spare: Spare) -> None:
+        """What second copies of a call have cost, beside the call's own entry.
+
+        The caller did not ask for them, so they are no part of its tenant's bill. With the ledger's
+        buffer full they are logged only: they are paid for already, and the answer is there.
+        """
+        if not self.enabled:
+            return
+        try:
+            entry = self._desk.open(
+                request_id=call.request_id,
+                tenant=HEDGING,
+                route=call.route,
+                model=facts.group,
+                deployment=deployment.id,
+                attempt=facts.attempts + 1,  # it is no request; those are counted by their first
+            )
+        except LedgerFull:
+            log.warning("a second copy of %s is in no ledger: %s", call.request_id, spare)
+            return
+        self._desk.post(
+            entry,
+            prompt_tokens=spare.prompt_tokens,
+            completion_tokens=0,
+            cost_nano=spare.cost_nano,
+            estimated=spare.estimated,
+            error=UNUSED,
+            http_status=200,
+        )
 
     def free(self, call: Call, facts: Facts, took_s: float) -> None:
         """An answer that cost nothing: from the cache, or from somebody else's call."""

@@ -303,9 +303,17 @@ def _models(arguments: argparse.Namespace) -> int:
 
 
 def _health(arguments: argparse.Namespace) -> int:
+    """Degraded is no failure: requests are served."""
     _, told = _get(arguments, "/health/detail")
-    _print(arguments, told)
-    return DONE if told.get("status") == "healthy" else FAILED
+    status = told.get("status")
+    if arguments.json:
+        print(json.dumps(told))
+    else:
+        checks = told.get("details", {}).get("checks", {})
+        print(status if checks else f"{status}: {told.get('message')}")
+        rows = [(name, check["status"], check["message"]) for name, check in checks.items()]
+        _print_table(rows, "  ")
+    return DONE if status in ("healthy", "degraded") else FAILED
 
 
 def _url(arguments: argparse.Namespace) -> str:
@@ -454,10 +462,7 @@ def _key_list(arguments: argparse.Namespace) -> int:
          str(key.get("created") or ""))
         for key in keys
     ]  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    _print_table(rows)
     return DONE
 
 
@@ -516,6 +521,13 @@ def _print(arguments: argparse.Namespace, told: dict[str, Any], indent: str = ""
             _print(arguments, value, indent + "  ")
         else:
             print(f"{indent}{name}: {value}")
+
+
+def _print_table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(indent + "  ".join(cells).rstrip())
 
 
 def _say(arguments: argparse.Namespace, words: str, code: int) -> int:

@@ -86,6 +86,7 @@ OTHER_VARIABLES = frozenset({"FOREBAY_CONFIG", "FOREBAY_KEY_SECRET", "FOREBAY_HA
 TENANTS_MAX = 100_000
 MODELS_MAX = 10_000
 BATCH_TEXTS_MAX = 100_000
+SLOW_CALL_RATE = 0.5
 
 
 # ------------------------------------------------------------------------------------ vocabulary
@@ -256,8 +257,25 @@ class CircuitBreakerConfig(Settings):
         default=0.5, description="Share of failed calls that opens."
     )
     min_calls: Count = Field(default=20, description="Calls in the window before the rate counts.")
-    slow_call_s: Positive | None = None
-    slow_call_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+    slow_call_s: Positive | None = Field(
+        default=None,
+        description="Seconds to a stream's first token, or between two, that are slow. "
+        "Absent = never.",
+    )
+    slow_call_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=SLOW_CALL_RATE, description="Share of slow calls that opens."
+    )
+    active_probe_s: Annotated[float, Field(ge=0.1, le=3600)] | None = Field(
+        default=None,
+        description="Every so many seconds, open deployments that are due are probed with a call "
+        "of one token, which is paid for. Absent = only callers' own requests probe.",
+    )
+
+    @model_validator(mode="after")
+    def _slow_is_said(self) -> Self:
+        if self.slow_call_s is None and self.slow_call_rate != SLOW_CALL_RATE:
+            refuse([Fault(("slow_call_rate",), "has no effect without slow_call_s; set that too")])
+        return self
 
 
 class CacheConfig(Settings):
@@ -319,8 +337,19 @@ class GatewayConfig(Settings):
         default=None,
         description="Groups to try instead: names for every group, or {group: [names]}.",
     )
+    context_window_fallbacks: list[dict[str, list[str]]] | None = Field(
+        default=None,
+        description="Groups to try where a prompt is too long: {group: [names]}, as LiteLLM's.",
+    )
+    content_policy_fallbacks: list[dict[str, list[str]]] | None = Field(
+        default=None,
+        description="Groups to try where the provider's filter refuses: {group: [names]}.",
+    )
     timeout: Annotated[float, Field(ge=1, le=300)] = Field(
         default=60.0, description="Seconds a request may take, retries included."
+    )
+    stall_timeout: Annotated[float, Field(gt=0, le=300)] = Field(
+        default=30.0, description="Seconds that a stream may pause between two chunks."
     )
     max_retries: Annotated[int, Field(ge=0, le=10)] = 3
     retry_delay: Annotated[float, Field(ge=0.1, le=60)] = Field(
@@ -368,9 +397,20 @@ class GatewayConfig(Settings):
     ledger_url: LedgerUrl | None = Field(default=None, repr=False)
     redis_url: str | None = Field(default=None, repr=False)
     retry_budget: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        default=None, description="Share of requests that may be retried."
+        default=None,
+        description="Retries of a deployment as a share of its requests, beside 3 per second; "
+        "absent = 0.1, and 0 leaves the 3 per second.",
     )
-    routing: Literal["weighted", "least_busy", "latency", "cost", "prefix", "feedback"] = "weighted"
+    hedge_embeddings: bool = Field(
+        default=False,
+        description="Send an embedding call a second time when it takes longer than 95 in 100 do, "
+        "for at most 5 % of them. Both are paid for.",
+    )
+    routing: Literal["weighted", "least_busy", "latency", "cost", "prefix", "feedback"] = Field(
+        default="weighted",
+        description="How a group's deployments of one order are ranked: by weight; fewest calls "
+        "in flight; soonest first token or answer; cheapest. What is alike goes by weight.",
+    )
 
     @classmethod
     def for_providers(
@@ -430,6 +470,13 @@ class GatewayConfig(Settings):
         """Two forms, not mixed: names, or LiteLLM's mappings of a group to names."""
         if value is not None and not (_are_names(value) or _are_mappings_to_names(value)):
             raise ValueError("must be a list of names, or a list of {group: [names]}")
+        return value
+
+    @field_validator("context_window_fallbacks", "content_policy_fallbacks", mode="before")
+    @classmethod
+    def _fallbacks_of_groups(cls, value: Any) -> Any:
+        if value is not None and not _are_mappings_to_names(value):
+            raise ValueError("must be a list of {group: [names]}; '*' is every other group")
         return value
 
     @field_validator("cache", mode="after")

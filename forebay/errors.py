@@ -12,7 +12,7 @@
     │   └── QueueTimeout (TimeoutError)
 
 Rule 1: every error knows its HTTP status, OpenAI's `type` and `code`, and when to come back.
-Rule 2: every error survives pickling: what it carries is in `__reduce__`.
+Rule 2: every error survives pickling, with what it was raised from in words (`Cause`).
 Rule 3: no error holds a key; text from a provider is redacted where it enters.
 """
 
@@ -20,6 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
+
+from forebay.providers.redaction import redact
+
+CAUSE_CHARS_MAX = 500
+
+
+class Cause(Exception):
+    """What an error of another process was raised from, in words and without keys."""
 
 
 class GatewayError(Exception):
@@ -65,7 +73,8 @@ class GatewayError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (type(self), self.message, dict(self.__dict__)))
+        fields = dict(self.__dict__)
+        return (_rebuild, (type(self), self.message, fields, _words(self.__cause__)))
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error object, without the `error` wrapper."""
@@ -77,10 +86,20 @@ class GatewayError(Exception):
         return cls(message, param=param, **details)
 
 
-def _rebuild(cls: type[GatewayError], message: str, state: dict[str, Any]) -> GatewayError:
+def _rebuild(
+    cls: type[GatewayError], message: str, state: dict[str, Any], cause: str | None
+) -> GatewayError:
     error = cls(message)
     error.__dict__.update(state)
+    if cause is not None:
+        error.__cause__ = Cause(cause)
     return error
+
+
+def _words(cause: BaseException | None) -> str | None:
+    if cause is None or isinstance(cause, Cause):
+        return None if cause is None else str(cause)
+    return redact(f"{type(cause).__name__}: {cause}")[:CAUSE_CHARS_MAX]
 
 
 class InvalidRequest(GatewayError, ValueError):

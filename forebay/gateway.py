@@ -11,21 +11,15 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, InvalidRequest
+from forebay.health import HealthCheck
 from forebay.loop import LoopThread
 from forebay.pipeline import Call, Result
-from forebay.schemas import (
-    EmbedResponse,
-    GenerateResponse,
-    HealthCheckResult,
-    HealthStatus,
-    Usage,
-)
+from forebay.schemas import EmbedResponse, GenerateResponse, HealthCheckResult, Usage
 from forebay.system import System, choose_runtime, open_system
 
 T = TypeVar("T")
@@ -81,6 +75,7 @@ class LiteLLMGateway:
         except BaseException:
             self._loop.close()
             raise
+        self._health = HealthCheck(self._system.health)
 
     # -------------------------------------------------------------------------------- text
 
@@ -177,16 +172,19 @@ class LiteLLMGateway:
     # ------------------------------------------------------------------------------ health
 
     def check_health(self) -> HealthCheckResult:
-        """How this gateway and the owners behind it are. Calls no provider."""
-        begun_s = time.monotonic()
-        details = self._loop.run(self._system.health())
-        return health_result(details, (time.monotonic() - begun_s) * 1000)
+        """How this gateway and the owners behind it are. Calls no provider.
+
+        `details["checks"]` holds a check of each concern: `router`, `circuit_breaker`, `cache`,
+        `rate_limiter`, `ledger`, `batcher`, `registry` and `providers`, each with a `status`
+        (healthy, degraded or unhealthy), a `message` and its figures. The result's status is the
+        worst of them, or `unknown` where `enable_health_monitoring` is off.
+        """
+        return self._loop.run(self._health.run())
 
     async def get_health(self) -> dict[str, Any]:
         """As `check_health`, as a plain dict."""
-        begun_s = time.monotonic()
-        details = await self._loop.hand_over(self._system.health())
-        return health_result(details, (time.monotonic() - begun_s) * 1000).model_dump(mode="json")
+        result = await self._loop.hand_over(self._health.run())
+        return result.model_dump(mode="json")
 
     def get_usage_stats(self, tenant_id: str | None = None) -> dict[str, Any]:
         """Totals from the ledger, of one tenant or of all.
@@ -220,8 +218,8 @@ class LiteLLMGateway:
 
     @property
     def router(self) -> Any:
-        """The model table: groups, deployments, fallbacks."""
-        return self._system.table
+        """What orders the deployments of a model: its strategy, and what it knows of them."""
+        return self._system.router
 
     @property
     def circuit_breaker(self) -> Any:
@@ -252,6 +250,11 @@ class LiteLLMGateway:
     def llmops(self) -> Any:
         """The ledger's desk, None where `enable_llmops` is off."""
         return self._system.books if self.config.enable_llmops else None
+
+    @property
+    def health_check(self) -> Any:
+        """What `check_health` runs, None where `enable_health_monitoring` is off."""
+        return self._health if self.config.enable_health_monitoring else None
 
     # ------------------------------------------------------------------------------- an end
 
@@ -387,26 +390,3 @@ def _text_of(chunk: Mapping[str, Any]) -> str:
     if not choices:
         return ""
     return (choices[0].get("delta") or {}).get("content") or ""
-
-
-def health_result(details: dict[str, Any], took_ms: float) -> HealthCheckResult:
-    """What `System.health` tells, judged. Nothing is judged where monitoring is off."""
-    away = [name for name, owner in details["owners"].items() if not owner["reachable"]]
-    open_breakers = details["open_breakers"]
-    if not details["monitored"]:
-        status, message = HealthStatus.UNKNOWN, "enable_health_monitoring is off"
-    elif len(away) == len(details["owners"]):
-        status, message = HealthStatus.UNHEALTHY, "no owner can be reached"
-    elif away:
-        status, message = HealthStatus.DEGRADED, f"unreachable: {', '.join(away)}"
-    elif open_breakers:
-        status, message = HealthStatus.DEGRADED, f"breakers open: {', '.join(open_breakers)}"
-    else:
-        status, message = HealthStatus.HEALTHY, "all owners answer, all breakers are closed"
-    return HealthCheckResult(
-        status=status,
-        details=details,
-        message=message,
-        timestamp=datetime.now(UTC),
-        response_time_ms=took_ms,
-    )

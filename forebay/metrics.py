@@ -80,7 +80,7 @@ class Meter:
         )
         self._calls = Counter(
             "forebay_provider_calls",
-            "Provider calls by outcome.",
+            "Provider calls by what the breaker learnt from them.",
             ["deployment", "outcome"],
             registry=registry,
         )
@@ -96,6 +96,8 @@ class Meter:
             ["deployment"],
             registry=registry,
         )
+        self._breakers_told: set[str] = set()
+        self._breakers_shown: set[str] = set()
         registry.register(_OwnerMessages(refs))
         self._tenants: set[str] = set()
         self._request_children: dict[tuple[str, str, str, str], Counter] = {}
@@ -132,7 +134,7 @@ class Meter:
         self._coalesced.inc(texts)
 
     def provider_call(self, deployment: str, outcome: str) -> None:
-        """A provider call ended with this verdict."""
+        """A provider call ended with this verdict: success, slow, failure, unreachable, …"""
         self._calls.labels(deployment, outcome).inc()
 
     def limited(self, tenant: str, kind: str) -> None:
@@ -144,11 +146,15 @@ class Meter:
         self._queue.observe(seconds)
 
     def breaker(self, deployment: str, level: int) -> None:
-        """A breaker changed: 0 closed, 1 half open, 2 open."""
+        """How a breaker stands, for the next `render`: 0 closed, 1 half open, 2 open."""
         self._breaker.labels(deployment).set(level)
+        self._breakers_told.add(deployment)
 
     def render(self) -> bytes:
-        """Prometheus text format."""
+        """Prometheus text format. A breaker that nobody told of since the last one is gone."""
+        for gone in self._breakers_shown - self._breakers_told:
+            self._breaker.remove(gone)
+        self._breakers_shown, self._breakers_told = self._breakers_told, set()
         return generate_latest(self.registry)
 
     def _tenant(self, tenant: str) -> str:

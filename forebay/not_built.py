@@ -27,15 +27,17 @@ def _only(*values: Any) -> Callable[[Any], bool]:
 _LEAVE_OUT = "is not enforced yet; leave it out"
 
 NOT_BUILT = (
-    NotBuilt("CircuitBreakerConfig", "slow_call_s", _only(None), _LEAVE_OUT),
-    NotBuilt("CircuitBreakerConfig", "slow_call_rate", _only(0.5), _LEAVE_OUT),
     NotBuilt("CacheConfig", "backend", _only("memory"), "only 'memory' is built so far"),
     NotBuilt("CacheConfig", "redis_url", _only(None), "has no effect yet; leave it out"),
     NotBuilt("CacheConfig", "dragonfly_url", _only(None), "has no effect yet; leave it out"),
     NotBuilt("CacheConfig", "namespace", _only("forebay"), "has no effect yet; leave it out"),
     NotBuilt("GatewayConfig", "redis_url", _only(None), "has no effect yet; leave it out"),
-    NotBuilt("GatewayConfig", "retry_budget", _only(None), _LEAVE_OUT),
-    NotBuilt("GatewayConfig", "routing", _only("weighted"), "only 'weighted' is built so far"),
+    NotBuilt(
+        "GatewayConfig",
+        "routing",
+        _only("weighted", "least_busy", "latency", "cost"),
+        "is not built yet; there are weighted, least_busy, latency and cost",
+    ),
     NotBuilt(
         "GatewayConfig",
         "cache",

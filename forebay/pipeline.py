@@ -17,6 +17,7 @@ Rule 2: no step leaves the process unless its desk has run dry.
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -26,19 +27,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from actors.batcher.policy import BadVectors, BatcherFull, Lane
 from actors.cache.desk import FlightFailed, Hit, Lead
 from actors.cache.policy import Scope, key
-from actors.circuit_breaker.policy import Pass, Verdict
+from actors.circuit_breaker.policy import LETS_THROUGH, Pass, Verdict
 from actors.circuit_breaker.policy import Refusal as BreakerRefusal
 from actors.ledger.desk import OpenEntry
 from actors.rate_limiter.terms import NOTHING_USED, Amount, Hold, Limits, Refusal, Ticket
 from actors.ref import OwnerUnavailable
 from forebay import bounds, codec, schemas, validation
-from forebay.attempts import Plan
+from forebay.attempts import Plan, Try, pass_unasked, refused_by, why_of
 from forebay.bounds import Bound
 from forebay.codec import Answer
 from forebay.config import RateLimitConfig
 from forebay.errors import (
     BudgetExceeded,
-    CircuitBreakerOpenError,
     DeploymentsBusy,
     GatewayError,
     GatewayTimeout,
@@ -50,7 +50,7 @@ from forebay.errors import (
     RateLimitError,
     RequestTooLarge,
 )
-from forebay.providers.base import Chunks, verdict_of
+from forebay.providers.base import Chunks
 from forebay.routing import Deployment, Group
 from forebay.tenants import DEFAULT_TENANT
 
@@ -169,11 +169,20 @@ class _Request:
 
 @dataclass(slots=True)
 class _Attempt:
-    """One attempt that may be made now: the breaker's leave and the deployment's own limits."""
+    """One attempt: the breaker's leave, the deployment's own limits, and how it goes.
+
+    `asked_s` is when we began to wait for what comes next: the answer, or a stream's next chunk.
+    `took_s` is how long the first of it took, None until it is there.
+    """
 
     deployment: Deployment
+    is_retry: bool
     admitted: Pass | None = None
     quota: Hold | None = None
+    begun_s: float = 0.0
+    asked_s: float = 0.0
+    took_s: float | None = None
+    slow: bool = False
 
 
 class Pipeline:
@@ -405,33 +414,49 @@ class Pipeline:
             attempt = await self._next(request, plan)
             system, facts = self._system, request.facts
             entry = self._open_entry(request, attempt)
-            begun_s = system.clock()
+            self._begin(attempt)
             try:
-                answer = await self._provider_call(request, attempt.deployment)
-                warnings = self._validate(request, answer)
+                answer = await self._provider_call(request, attempt)
             except GatewayError as error:
-                facts.provider_s += system.clock() - begun_s
-                if isinstance(error, CircuitBreakerOpenError | DeploymentsBusy):
-                    system.books.fail_call(entry, error)
-                    busy = isinstance(error, DeploymentsBusy)
-                    plan.refused(attempt.deployment, error.retry_after_s or 0.0, busy=busy)
+                facts.provider_s += system.clock() - attempt.begun_s
+                paid = system.books.fail_call(entry, error)
+                self._use(request, paid)
+                why = refused_by(error)
+                if why is None:
+                    verdict = self._judge(request, attempt, error)
+                    plan.failed(attempt.deployment, error, verdict)
                     continue
-                self._use(request, system.books.fail_call(entry, error))
-                verdict = self._judge(request, attempt, error)
-                plan.failed(attempt.deployment, error, verdict)
+                # The Batcher, which asks breaker, quota and budget for us, has made no call.
+                self._end(attempt, Verdict.IGNORED)
+                if why == "spent":
+                    plan.spent()
+                else:
+                    plan.refused(attempt.deployment, error.retry_after_s or 0.0, why)
+                facts.attempts -= paid == NOTHING_USED
+                facts.retries = plan.retries
                 continue
             except BaseException:
                 system.books.void_call(entry, None)
                 self._judge(request, attempt, None, ignored=True)
                 raise
-            facts.provider_s += system.clock() - begun_s
-            facts.cost_nano = answer.cost_nano
-            facts.warnings += warnings
-            request.doubted = bool(warnings)
+            attempt.took_s = system.clock() - attempt.begun_s
+            facts.provider_s += attempt.took_s
+            facts.cost_nano = _sum(facts.cost_nano, answer.cost_nano)
             self._judge(request, attempt, None, usage=answer.usage)
-            system.books.post_call(entry, answer)
             self._learn(request, answer)
             system.meter.usage(*_tokens(answer.usage), answer.cost_nano)
+            broken: GatewayError | None = None
+            try:
+                if _is_filtered(answer) and plan.turn_aside("content_policy"):
+                    continue
+                warnings = self._validate(request, answer)
+            except GatewayError as error:
+                broken = error
+                raise
+            finally:  # whatever it is worth, it is paid for
+                system.books.post_call(entry, answer, broken)
+            facts.warnings += warnings
+            request.doubted = bool(warnings)
             return answer
 
     async def _next(self, request: _Request, plan: Plan) -> _Attempt:
@@ -455,9 +480,9 @@ class Pipeline:
                     f"no time left for another attempt within {timeout_s:g} s",
                     model=facts.group,
                 )
-            if planned.pause_s:
-                await asyncio.sleep(planned.pause_s)
-            attempt = _Attempt(planned.deployment)
+            if planned.is_retry and not await self._may_retry(request, plan, planned, left_s):
+                continue
+            attempt = _Attempt(planned.deployment, planned.is_retry)
             # The Batcher asks both for embeddings: once for each provider call, whoever shares it.
             if request.call.route != "embedding" and not await self._may(request, plan, attempt):
                 continue
@@ -466,29 +491,62 @@ class Pipeline:
             facts.retries, facts.fallbacks = plan.retries, plan.fallbacks
             return attempt
 
+    async def _may_retry(self, request: _Request, plan: Plan, planned: Try, left_s: float) -> bool:
+        """Whether a retry is to be made; if so, returns after the pause it needs.
+
+        It costs the budget of the deployment that it goes to, unless it cannot go there anyway.
+        """
+        system, deployment, pause_s = self._system, planned.deployment, planned.pause_s
+        if system.config.gateway.enable_circuit_breaker:
+            standing = system.breaker.standing(deployment.circuit)
+            held_s = standing.retry_after_s
+            if not standing.callable and not 0 < held_s <= pause_s:
+                throttled = standing.state in LETS_THROUGH
+                pause_s += held_s
+                if not (throttled and planned.pause_s and pause_s < left_s):
+                    plan.refused(deployment, held_s, "throttled" if throttled else "open")
+                    return False
+        # For texts the Batcher asks, once for each provider call that carries them again.
+        embeds = request.call.route == "embedding"
+        if not (embeds or await system.breaker.may_retry(deployment.circuit)):
+            plan.spent()
+            return False
+        if pause_s:
+            await asyncio.sleep(pause_s)
+        return True
+
     async def _may(self, request: _Request, plan: Plan, attempt: _Attempt) -> bool:
         """Whether breaker and quota let an attempt through. What they gave is noted in it."""
         system, deployment = self._system, attempt.deployment
         if system.config.gateway.enable_circuit_breaker:
-            answer = await system.breaker.admit(deployment.id)
+            answer = await system.breaker.admit(deployment.circuit)
             if isinstance(answer, BreakerRefusal):
-                plan.refused(deployment, answer.retry_after_s)
+                plan.refused(deployment, answer.retry_after_s, why_of(answer))
                 return False
             attempt.admitted = answer
+        else:
+            attempt.admitted = pass_unasked(deployment)
         call, group = request.call, request.group
         try:
             quota = await system.quotas.take_call(deployment, call, group, request.bound)
         except BaseException as error:
-            self._judge(request, attempt, None, ignored=True)
+            self._give_back(attempt)
             if isinstance(error, OwnerUnavailable):
                 raise Overloaded(f"limits cannot be checked: {error}", retry_after_s=1.0) from None
             raise
         if isinstance(quota, Refusal):
-            self._judge(request, attempt, None, ignored=True)
-            plan.refused(deployment, quota.retry_after_s, busy=True)
+            self._give_back(attempt)
+            plan.refused(deployment, quota.retry_after_s, "busy")
             return False
         attempt.quota = quota
         return True
+
+    def _give_back(self, attempt: _Attempt) -> None:
+        """The attempt is not made after all."""
+        if attempt.quota is not None:
+            self._system.limiter.settle(attempt.quota, NOTHING_USED)
+        if attempt.admitted is not None:
+            self._system.breaker.judge(attempt.admitted, Verdict.IGNORED)
 
     def _patience(self, request: _Request) -> float:
         """How long the request may wait for a deployment's own limits, in seconds."""
@@ -506,9 +564,23 @@ class Pipeline:
             return self._system.books.open_call(
                 request.call, request.facts, attempt.deployment, stream=stream
             )
-        except GatewayError as error:
-            self._judge(request, attempt, error)
+        except GatewayError:
+            self._give_back(attempt)
             raise
+
+    def _begin(self, attempt: _Attempt) -> None:
+        """The provider is called now; one `_judge` or `_end` follows."""
+        attempt.begun_s = attempt.asked_s = self._system.clock()
+        self._system.router.began(attempt.deployment)
+
+    def _end(self, attempt: _Attempt, verdict: Verdict) -> None:
+        """Tell the router how long it took, where that says something of the deployment."""
+        took_s = attempt.took_s
+        if took_s is None:
+            took_s = self._system.clock() - attempt.begun_s
+        ok = verdict in (Verdict.SUCCESS, Verdict.SLOW)
+        told_s = None if verdict is Verdict.IGNORED else took_s
+        self._system.router.ended(attempt.deployment, told_s, ok)
 
     def _plan(self, request: _Request) -> Plan:
         system = self._system
@@ -520,11 +592,12 @@ class Pipeline:
             max_retries=config.max_retries,
             retry_delay_s=config.retry_delay,
             rng=system.rng,
+            special=system.table.special_fallbacks,
         )
 
-    async def _provider_call(self, request: _Request, deployment: Deployment) -> Answer:
+    async def _provider_call(self, request: _Request, attempt: _Attempt) -> Answer:
         """One attempt, bounded by what is left of the deadline."""
-        system, call = self._system, request.call
+        system, call, deployment = self._system, request.call, attempt.deployment
         body = self._body(request, deployment)
         timeout_s = self._left(request)
         # The Batcher's own clock goes first, so that it, and not we, judges a call that hangs.
@@ -539,7 +612,7 @@ class Pipeline:
                     return await system.provider.completion(
                         deployment, body, timeout_s=timeout_s, resolve=system.resolve
                     )
-                return await self._embed(request, deployment, timeout_s)
+                return await self._embed(request, attempt, timeout_s)
         except TimeoutError as error:
             if isinstance(error, GatewayError):
                 raise
@@ -556,9 +629,9 @@ class Pipeline:
             return body
         return bounds.clamped(request.call.route, body, bound, deployment)
 
-    async def _embed(self, request: _Request, deployment: Deployment, timeout_s: float) -> Answer:
+    async def _embed(self, request: _Request, attempt: _Attempt, timeout_s: float) -> Answer:
         """Texts go through the Batcher, which may send them together with other callers'."""
-        system, body = self._system, request.call.body
+        system, body, deployment = self._system, request.call.body, attempt.deployment
         texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
         params = tuple(
             sorted(
@@ -573,7 +646,7 @@ class Pipeline:
         coalesce = system.config.gateway.enable_request_batching
         try:
             share = await system.batcher_for(deployment, coalesce).embed(
-                Lane(deployment.id, params),
+                Lane(deployment.id, params, retry=attempt.is_retry),
                 texts,
                 timeout_s=timeout_s,
                 coalesce=coalesce,
@@ -590,6 +663,9 @@ class Pipeline:
             ) from None
         if share.texts_in_call > len(texts):
             system.meter.coalesced(len(texts))
+        if share.spare is not None:
+            system.books.spare(request.call, request.facts, deployment, share.spare)
+            system.meter.usage(share.spare.prompt_tokens, 0, share.spare.cost_nano)
         usage = {"prompt_tokens": share.prompt_tokens, "total_tokens": share.prompt_tokens}
         return Answer(
             body={"object": "list", "model": share.model, "usage": usage},
@@ -607,24 +683,25 @@ class Pipeline:
             attempt = await self._next(request, plan)
             system, facts, call = self._system, request.facts, request.call
             entry = self._open_entry(request, attempt, stream=True)
-            begun_s = system.clock()
+            self._begin(attempt)
             open_stream = (
                 system.provider.chat_stream
                 if call.route == "chat"
                 else system.provider.completion_stream
             )
+            # Its own clock keeps both times; another one here would cost as much as a chunk.
             chunks = open_stream(
                 attempt.deployment,
                 _with_usage(self._body(request, attempt.deployment)),
                 timeout_s=self._left(request),
                 resolve=system.resolve,
+                stall_s=system.config.gateway.stall_timeout,
             )
             try:
-                async with asyncio.timeout(self._left(request)):
-                    first = await anext(chunks)
-            except (GatewayError, TimeoutError, StopAsyncIteration) as failure:
+                first = await anext(chunks)
+            except (GatewayError, StopAsyncIteration) as failure:
                 error = _stream_failure(failure, attempt.deployment)
-                facts.provider_s += system.clock() - begun_s
+                facts.provider_s += system.clock() - attempt.begun_s
                 system.books.void_call(entry, error)
                 verdict = self._judge(request, attempt, error)
                 await chunks.aclose()
@@ -635,7 +712,10 @@ class Pipeline:
                 self._judge(request, attempt, None, ignored=True)
                 await chunks.aclose()
                 raise
-            facts.provider_s += system.clock() - begun_s
+            attempt.took_s = system.clock() - attempt.begun_s
+            facts.provider_s += attempt.took_s
+            if attempt.took_s > self._slow_s():
+                self._notice_slow(attempt)
             system.meter.first_token(call.route, system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
             relay = self._relay(request, attempt, entry, first, chunks)
@@ -657,6 +737,7 @@ class Pipeline:
         """
         system, facts = self._system, request.facts
         begun_s = system.clock()
+        slow_s = self._slow_s()
         tally = schemas.StreamTally(request.call.route)
         error: GatewayError | None = None
         status = "cancelled"
@@ -666,17 +747,20 @@ class Pipeline:
                 tally.add(first)
                 yield first
                 while True:
-                    async with asyncio.timeout(self._left(request)):
-                        chunk = await anext(chunks, None)
+                    # Only while we wait: a client that is slow to take a chunk slows nobody down.
+                    attempt.asked_s = system.clock()
+                    chunk = await anext(chunks, None)
                     if chunk is None:
                         break
+                    if system.clock() - attempt.asked_s > slow_s:
+                        self._notice_slow(attempt)
                     tally.add(chunk)
                     yield chunk
             status = "ok"
-        except (GatewayError, TimeoutError) as failure:
-            error = _stream_failure(failure, attempt.deployment)
+        except GatewayError as failure:
+            error = failure
             status = str(error.status)
-            raise error from None
+            raise
         finally:
             facts.provider_s += system.clock() - begun_s
             ignored = status == "cancelled"
@@ -704,16 +788,13 @@ class Pipeline:
         ignored: bool = False,
         usage: Mapping[str, Any] | None = None,
     ) -> Verdict:
-        """Tell breaker and quota what came of an attempt. The Batcher tells them for embeddings."""
-        verdict = Verdict.IGNORED if ignored else Verdict.SUCCESS
-        if error is not None:
-            verdict = verdict_of(error)
-            if isinstance(error, GatewayTimeout) and request.own_deadline:
-                verdict = Verdict.IGNORED  # the client's own deadline blames nobody
-        # Without a wildcard's filled-in name, which is the client's choice.
-        deployment = attempt.deployment
-        label = deployment.id.removesuffix(f":{deployment.group}")
-        self._system.meter.provider_call(label, verdict.value)
+        """Tell breaker, quota and router what came of an attempt; for embeddings the router only.
+
+        The Batcher tells the other two, once for each provider call, whoever shares it.
+        """
+        verdict = Verdict.IGNORED if ignored else self._verdict(request, attempt, error)
+        self._end(attempt, verdict)
+        self._system.meter.provider_call(attempt.deployment.circuit, verdict.value)
         if attempt.quota is not None:
             prompt, completion = _tokens(usage)
             self._system.limiter.settle(attempt.quota, Amount(prompt + completion))
@@ -721,6 +802,26 @@ class Pipeline:
             retry_after_s = None if error is None else error.retry_after_s
             self._system.breaker.judge(attempt.admitted, verdict, retry_after_s)
         return verdict
+
+    def _verdict(self, request: _Request, attempt: _Attempt, error: GatewayError | None) -> Verdict:
+        system = self._system
+        if error is None:
+            return Verdict.SLOW if attempt.slow else Verdict.SUCCESS
+        given_s = request.deadline_s - attempt.begun_s
+        fair = system.is_patient(given_s) and not request.own_deadline
+        if attempt.took_s is not None:
+            # A stream that was still speaking when its time was up has done nothing wrong.
+            fair &= system.clock() - attempt.asked_s > given_s / 2
+        return system.verdict(error, attempt.asked_s, request.deadline_s, fair=fair)
+
+    def _slow_s(self) -> float:
+        """How long a stream's next chunk may keep us waiting and not be called slow."""
+        told = self._system.config.gateway.circuit_breaker_config
+        return math.inf if told is None else told.slow_call_s or math.inf
+
+    def _notice_slow(self, attempt: _Attempt) -> None:
+        if not self._system.stalls.is_to_blame(attempt.asked_s):
+            attempt.slow = True
 
     # 7 ---------------------------------------------------------------------------- validate
 
@@ -837,11 +938,22 @@ def _tokens(usage: Mapping[str, Any] | None) -> tuple[int, int]:
     return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
 
 
+def _sum(one_nano: int | None, other_nano: int | None) -> int | None:
+    return None if one_nano is None or other_nano is None else one_nano + other_nano
+
+
+def _is_filtered(answer: Answer) -> bool:
+    """Whether the provider's filter kept the answer back."""
+    choices = answer.body.get("choices") or ()
+    return any(choice.get("finish_reason") == "content_filter" for choice in choices)
+
+
 def _stream_failure(failure: BaseException, deployment: Deployment) -> GatewayError:
-    """The failure of a stream as an error of ours."""
+    """The failure of a stream that has given nothing, as an error of ours."""
     if isinstance(failure, GatewayError):
         return failure
-    details: dict[str, Any] = {"model": deployment.group, "provider": deployment.provider}
-    if isinstance(failure, TimeoutError):
-        return GatewayTimeout("the stream did not end within the deadline", **details)
-    return ProviderError("the provider ended the stream before its first chunk", **details)
+    return ProviderError(
+        "the provider ended the stream before its first chunk",
+        model=deployment.group,
+        provider=deployment.provider,
+    )

@@ -1,6 +1,6 @@
-"""Model group → the deployments to try, in order.
+"""Model name → its group of deployments, and the groups that may answer in its place.
 
-Rule 1: everything here is decided in memory, from the configuration and the breaker's view.
+Rule 1: everything here is decided in memory, from the configuration alone.
 Rule 2: names and patterns match as LiteLLM's do, but a pattern must match the whole name.
 Rule 3: no secret is looked at; a deployment's `params` keep their references.
 
@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import SecretStr
 
@@ -27,7 +25,6 @@ from forebay.faults import Fault, nearest, refusal
 from forebay.secrets import is_reference
 
 if TYPE_CHECKING:
-    from actors.circuit_breaker.policy import Standing
     from forebay.config import GatewayConfig
 
 NAMES_SHOWN_MAX = 20
@@ -35,6 +32,9 @@ NAMES_COMPARED_MAX = 200  # likeness costs some 10 µs a name, and anybody may m
 NAME_COMPARED_MAX = 64
 CHAT_MODES = frozenset({"chat", "completion", "responses"})
 OURS = frozenset({"model", "weight", "order", "rpm", "tpm", "allowed_params"})
+
+SpecialKind = Literal["context_window", "content_policy"]
+SPECIAL_KINDS: tuple[SpecialKind, ...] = ("context_window", "content_policy")
 
 # What a model's name says about it when `model_info.mode` is silent.
 _EMBEDS = re.compile(r"embed|wordllama|voyage-\d|minilm|nomic|(^|[/-])(bge|gte|e5)-", re.I)
@@ -65,6 +65,7 @@ class Deployment:
 
     `rpm` and `tpm` limit it (see `bounds.deployment_limits`); here they serve as weights too, as in
     LiteLLM's simple shuffle. A pattern's deployments share one limit, that of `limited_as`.
+    `filled_from` is the id of the pattern's deployment that this one was made from.
     """
 
     id: str
@@ -78,11 +79,20 @@ class Deployment:
     tpm: int | None = None
     allowed_params: frozenset[str] = frozenset()
     info: dict[str, Any] = field(default_factory=dict)
+    filled_from: str | None = None
 
     @property
     def limited_as(self) -> str:
         """The name that its own limits are held under: no tenant can have it."""
-        return f"deployment/{self.id.removesuffix(f':{self.group}')}"
+        return f"deployment/{self.circuit}"
+
+    @property
+    def circuit(self) -> str:
+        """The name its breaker goes by: all names filled into a pattern share one.
+
+        They have one endpoint and one credential, and the names are the callers' choice.
+        """
+        return self.filled_from or self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +130,20 @@ class ModelTable:
             key=lambda pair: len(pair[0].pattern),
             reverse=True,
         )
-        self._general, self._special = _fallback_lists(config.fallbacks)
+        self._general, self._fallbacks = _fallback_lists(config.fallbacks)
+        self._special = {
+            "context_window": _fallback_lists(config.context_window_fallbacks)[1],
+            "content_policy": _fallback_lists(config.content_policy_fallbacks)[1],
+        }
         self.default_chat: str | None = config.default_model or self._first(CHAT_MODES)
         self.default_embedding: str | None = config.default_embedding_model or self._first(
             frozenset({"embedding"})
         )
+
+    @property
+    def routing(self) -> str:
+        """The strategy by which a group's deployments are ordered."""
+        return self._config.routing
 
     @classmethod
     def build(cls, config: GatewayConfig) -> ModelTable:
@@ -144,8 +163,11 @@ class ModelTable:
         """Every name in the configuration that names nothing, and ids that name two things."""
         config = self._config
         found = list(_shared_ids(self._groups.values()))
-        for path, name in _fallback_names(config.fallbacks):
-            found += self._unknown(path, name)
+        for setting in ("fallbacks", "context_window_fallbacks", "content_policy_fallbacks"):
+            for path, name in _fallback_names(getattr(config, setting)):
+                is_key = isinstance(path[-1], str)  # and may then be a pattern's own name
+                if not (is_key and name in {"*", *self._groups}):
+                    found += self._unknown((setting, *path), name)
         for setting in ("default_model", "default_embedding_model"):
             name = getattr(config, setting)
             if name is not None:
@@ -202,12 +224,43 @@ class ModelTable:
 
     def fallbacks(self, group: str) -> list[str]:
         """Names of the groups to try when this one cannot answer, in order."""
-        names = self._special.get(group)
+        return self._listed(self._fallbacks, group, self._general)
+
+    def special_fallbacks(self, kind: SpecialKind, group: str) -> list[str]:
+        """Names of the groups to try, in order, when a provider refuses what this one was asked.
+
+        `context_window`: the prompt is too long; `content_policy`: a filter would not answer it.
+        Empty where nothing is configured: the refusal is then the answer.
+        """
+        lists = self._special[kind]
+        return self._listed(lists, group, ()) if lists else []
+
+    def reachable(self, group: str) -> list[str]:
+        """Names of all groups that an answer for this one may come from, itself first.
+
+        Its fallbacks, and whatever the special ones of these can lead to.
+        """
+        found = dict.fromkeys([group, *self.fallbacks(group)])
+        if any(self._special.values()):
+            queue = list(found)
+            while queue:
+                name = queue.pop(0)
+                for kind in SPECIAL_KINDS:
+                    new = [n for n in self.special_fallbacks(kind, name) if n not in found]
+                    found |= dict.fromkeys(new)
+                    queue += new
+        return list(found)
+
+    def _listed(
+        self, lists: Mapping[str, list[str]], group: str, otherwise: Sequence[str]
+    ) -> list[str]:
+        """The list of a group: its own, else its pattern's, else that of `*`."""
+        names: Sequence[str] | None = lists.get(group)
         if names is None and group not in self._groups:
             matched = self._by_pattern(group)
-            names = None if matched is None else self._special.get(matched.pattern)
+            names = None if matched is None else lists.get(matched.pattern)
         if names is None:
-            names = self._special.get("*", self._general)
+            names = lists.get("*", otherwise)
         return [name for name in dict.fromkeys(names) if name != group]
 
     def default(self, route: str) -> str:
@@ -282,35 +335,6 @@ class ModelTable:
         names = list(self._groups)
         more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
         return (", ".join(names[:NAMES_SHOWN_MAX]) or "none (model_list is empty)") + more
-
-
-def order(group: Group, standing: Callable[[str], Standing], random: Random) -> list[Deployment]:
-    """A group's deployments in the order to try them, each once.
-
-    Lower `order` first, and those without one last; shuffled by weight within one order. What the
-    breaker holds back comes at the very end, soonest first: asked for a pass, it says when to
-    come back. One that may be probed keeps its place.
-    """
-    standings = [(standing(deployment.id), deployment) for deployment in group.deployments]
-    free = [deployment for stands, deployment in standings if stands.callable]
-    held = [(stands.retry_after_s, d) for stands, d in standings if not stands.callable]
-    ranked = [d for tier in _tiers(free) for d in shuffled(tier, random)]
-    ranked += [d for _, d in sorted(held, key=lambda pair: pair[0] or math.inf)]
-    return list({d.id: d for d in ranked}.values())
-
-
-def shuffled(deployments: Sequence[Deployment], random: Random) -> list[Deployment]:
-    """LiteLLM's simple shuffle, repeated on what is left.
-
-    Each pick goes by `weight` if any of those left has one above 0, else by `rpm`, else by `tpm`,
-    else all are alike; one without the figure in use comes after all that have it.
-    """
-    left, picked = list(deployments), []
-    while len(left) > 1:
-        weights = _weights(left)
-        index = random.choices(range(len(left)), weights)[0]
-        picked.append(left.pop(index))
-    return picked + left
 
 
 def allows(models: Collection[str] | None, name: str) -> bool:
@@ -447,6 +471,7 @@ def _fill(
         model=model,
         provider=provider,
         params=params,
+        filled_from=deployment.id,
     )
 
 
@@ -455,7 +480,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _fallback_lists(
-    fallbacks: list[str | dict[str, list[str]]] | None,
+    fallbacks: Sequence[str | dict[str, list[str]]] | None,
 ) -> tuple[list[str], dict[str, list[str]]]:
     """The list for every group, and the lists of single groups."""
     general = [item for item in fallbacks or () if isinstance(item, str)]
@@ -468,30 +493,13 @@ def _fallback_lists(
 
 
 def _fallback_names(
-    fallbacks: list[str | dict[str, list[str]]] | None,
+    fallbacks: Sequence[str | dict[str, list[str]]] | None,
 ) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Every name in `fallbacks`, with its place."""
+    """Every name in a list of fallbacks, with its place in it."""
     for index, item in enumerate(fallbacks or ()):
         if isinstance(item, str):
-            yield ("fallbacks", index), item
+            yield (index,), item
             continue
         for name, names in item.items():
-            yield from ((("fallbacks", index, name, n), text) for n, text in enumerate(names))
-            if "*" not in name:
-                yield ("fallbacks", index, name), name
-
-
-def _tiers(deployments: Sequence[Deployment]) -> list[list[Deployment]]:
-    tiers: dict[float, list[Deployment]] = {}
-    for deployment in deployments:
-        rank = math.inf if deployment.order is None else deployment.order
-        tiers.setdefault(rank, []).append(deployment)
-    return [tiers[rank] for rank in sorted(tiers)]
-
-
-def _weights(deployments: Sequence[Deployment]) -> list[float]:
-    for figure in ("weight", "rpm", "tpm"):
-        weights = [float(getattr(d, figure) or 0) for d in deployments]
-        if any(weights):
-            return weights
-    return [1.0] * len(deployments)
+            yield from (((index, name, n), text) for n, text in enumerate(names))
+            yield (index, name), name

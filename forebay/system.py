@@ -25,8 +25,8 @@ from actors.cache.desk import CacheDesk
 from actors.cache.owner import Cache
 from actors.circuit_breaker.desk import CircuitBreakerDesk
 from actors.circuit_breaker.owner import CircuitBreaker
+from actors.circuit_breaker.policy import CLEAN, Rules, State, Verdict
 from actors.circuit_breaker.policy import Refusal as BreakerRefusal
-from actors.circuit_breaker.policy import Rules, State, Verdict
 from actors.holders import holder_id
 from actors.ledger.desk import LedgerDesk
 from actors.ledger.owner import Ledger
@@ -39,7 +39,8 @@ from actors.registry.desk import RegistryDesk
 from actors.registry.owner import Registry
 from actors.registry.policy import Access
 from forebay import config as configuration
-from forebay import routing, running, secrets
+from forebay import health, running, secrets
+from forebay.attempts import pass_unasked, refusal_error, spent_error
 from forebay.books import Books
 from forebay.config import (
     CacheConfig,
@@ -48,7 +49,6 @@ from forebay.config import (
     SystemConfig,
 )
 from forebay.errors import (
-    CircuitBreakerOpenError,
     ConfigurationError,
     DeploymentsBusy,
     GatewayError,
@@ -57,12 +57,15 @@ from forebay.errors import (
 )
 from forebay.metrics import Meter
 from forebay.pipeline import Pipeline
-from forebay.providers.base import Provider, verdict_of
+from forebay.probing import Prober
+from forebay.providers.base import STALLED, Provider, verdict_of
 from forebay.providers.litellm import LiteLLMProvider
 from forebay.providers.local import InProcessModels, LocalModels
 from forebay.reckoning import Quotas, Reckoner
 from forebay.routing import Deployment, ModelTable
 from forebay.secrets import Vault
+from forebay.stalls import StallWatch
+from forebay.strategies import USUAL_CALL, Router
 from forebay.tenants import Tenants
 
 NAMESPACE = "forebay"
@@ -73,7 +76,8 @@ STARTED_LATER = frozenset({"batcher"})
 STATS_TIMEOUT_S = 2.0
 ATTACH_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
-PATIENT_SHARE = 0.9  # of the configured timeout: less than that is a client's own deadline
+PATIENT_SHARE = 0.9  # of the configured timeout: less than that is no fair trial
+DEADLINE_MARGIN_S = 0.05  # a timeout no sooner before a deadline than this came from it
 
 RuntimeName = Literal["ray", "inline"]
 
@@ -208,7 +212,10 @@ class System:
         self._ledger = LedgerDesk(refs["ledger"], holder, clock)
         self.registry = RegistryDesk(refs["registry"], self._configured, self._accessed)
         self.bounds = Reckoner(self.provider, self._candidates)
+        self.router = Router(self.rng, clock, self._usual_price)
+        self.stalls = StallWatch(clock)
         self.pipeline = Pipeline(self)
+        self.prober = Prober(self)
         self.problem: str | None = None
         self._listeners: list[Callable[[System], None]] = []
         self._apply(config)
@@ -219,6 +226,7 @@ class System:
         table = ModelTable.build(config.gateway)
         self.config = config
         self.table = table
+        self.router.learn_table(table)
         self.access = self.registry.last_access or Access()
         self.tenants = Tenants(config.gateway, self.access, self.version)
         self.quotas = Quotas(self.limiter, self.bounds, self.version)
@@ -256,8 +264,8 @@ class System:
         """This process's counters, in Prometheus text format."""
         levels = {State.CLOSED: 0, State.FORCED_CLOSED: 0, State.HALF_OPEN: 1}
         for deployment in self.table.deployments():
-            state = self.breaker.standing(deployment.id).state
-            self.meter.breaker(deployment.id, levels.get(state, 2))
+            state = self.breaker.standing(deployment.circuit).state
+            self.meter.breaker(deployment.circuit, levels.get(state, 2))
         return self.meter.render()
 
     def on_change(self, listener: Callable[[System], None]) -> None:
@@ -337,12 +345,14 @@ class System:
 
     def order(self, group: str) -> list[Deployment]:
         """The group's deployments in the order to try them now."""
-        standing = self.breaker.standing
-        return routing.order(self.table.group(group), standing, self.rng)
+        return self.router.order(self.table.group(group), self.breaker.standing)
+
+    def _usual_price(self, deployment: Deployment) -> int | None:
+        return self.provider.price(deployment, USUAL_CALL)
 
     def _candidates(self, group: str) -> list[Deployment]:
         """Every deployment that may answer for the group, its fallbacks' included."""
-        groups = [group, *self.table.fallbacks(group)]
+        groups = self.table.reachable(group)
         return [d for name in groups for d in self.table.group(name).deployments]
 
     def batcher_for(self, deployment: Deployment, coalesce: bool) -> BatcherDesk:
@@ -354,26 +364,28 @@ class System:
         return self.batcher if coalesce and not self._private else self._own_batcher
 
     def caps_for(self, deployment: Deployment) -> Caps:
-        """Most texts per provider call."""
-        return Caps(items_max=self.config.gateway.batch_size or Caps().items_max)
+        """Most texts per provider call, and whether a late one is made a second time."""
+        config = self.config.gateway
+        return Caps(items_max=config.batch_size or Caps().items_max, hedge=config.hedge_embeddings)
 
     async def embed_call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
         """One provider call for a lane, judged once however many callers share it."""
         deployment = self.table.deployment(lane.deployment)
-        admitted = None
+        if lane.retry and self.breaker.standing(deployment.circuit).callable:
+            granted = await self.breaker.may_retry(deployment.circuit)
+            if not granted:
+                raise spent_error(deployment)
+        admitted = pass_unasked(deployment)
         if self.config.gateway.enable_circuit_breaker:
-            passed = await self.breaker.admit(deployment.id)
+            passed = await self.breaker.admit(deployment.circuit)
             if isinstance(passed, BreakerRefusal):
-                raise CircuitBreakerOpenError(
-                    f"circuit breaker is OPEN for {deployment.id}",
-                    model=deployment.group,
-                    retry_after_s=passed.retry_after_s,
-                )
+                raise refusal_error(deployment, passed)
             admitted = passed
         verdict, retry_after_s = Verdict.IGNORED, None
         used = Amount()
         quota = None
-        patient = timeout_s >= self.config.gateway.timeout * PATIENT_SHARE
+        asked_s: float | None = None
+        deadline_s, fair = self.clock() + timeout_s, self.is_patient(timeout_s)
         try:
             quota = await self.quotas.take_texts(deployment, texts)
             if isinstance(quota, Refusal):
@@ -382,6 +394,7 @@ class System:
                     model=deployment.group,
                     retry_after_s=quota.retry_after_s,
                 )
+            asked_s = self.clock()
             vectors = await self.provider.embed(
                 deployment, texts, dict(lane.params), timeout_s=timeout_s, resolve=self.resolve
             )
@@ -390,15 +403,37 @@ class System:
         except OwnerUnavailable as error:
             raise Overloaded(f"limits cannot be checked: {error}", retry_after_s=1.0) from None
         except GatewayError as error:
-            # A deadline that a client made short blames nobody.
-            if patient or not isinstance(error, GatewayTimeout):
-                verdict, retry_after_s = verdict_of(error), error.retry_after_s
+            if asked_s is not None:
+                verdict = self.verdict(error, asked_s, deadline_s, fair=fair)
+                retry_after_s = error.retry_after_s
+            raise
+        except asyncio.CancelledError:
+            # The Batcher's clock may strike a moment before the provider lane's own.
+            if asked_s is not None and self.clock() >= deadline_s - DEADLINE_MARGIN_S:
+                verdict = self.verdict(GatewayTimeout("too late"), asked_s, deadline_s, fair=fair)
             raise
         finally:
             if quota is not None and not isinstance(quota, Refusal):
                 self.limiter.settle(quota, used)
-            if admitted is not None:
-                self.breaker.judge(admitted, verdict, retry_after_s)
+            self.breaker.judge(admitted, verdict, retry_after_s)
+
+    def is_patient(self, given_s: float) -> bool:
+        """Whether a call that is given so many seconds has about all that is configured."""
+        return given_s >= self.config.gateway.timeout * PATIENT_SHARE
+
+    def verdict(
+        self, error: GatewayError, since_s: float, deadline_s: float, *, fair: bool
+    ) -> Verdict:
+        """How far a deployment is to blame for a call that failed, awaited since `since_s`.
+
+        Not for a timeout that came from a deadline which was not `fair`, because a client or what
+        went before had made it short; and not for one while this process itself stood still.
+        """
+        if isinstance(error, GatewayTimeout):
+            in_time = error.code == STALLED or self.clock() < deadline_s - DEADLINE_MARGIN_S
+            if not (in_time or fair) or self.stalls.is_to_blame(since_s):
+                return Verdict.IGNORED
+        return verdict_of(error)
 
     # ------------------------------------------------------------------------ start and end
 
@@ -412,6 +447,7 @@ class System:
             raise Overloaded(f"cannot attach: {error}", retry_after_s=1.0) from None
         for desk in self._desks()[2:]:
             await desk.start()
+        self.stalls.start(asyncio.get_running_loop().call_later)
 
     async def complete(self) -> None:
         """See to it that the owners which were left for later run too."""
@@ -423,6 +459,7 @@ class System:
 
         One that fails to close does not keep the others from it; the first failure is raised.
         """
+        self.stalls.close()
         inline = [ref.owner for ref in self._refs.values() if isinstance(ref, InlineRef)]
         if self._relaying is not None:
             await asyncio.gather(self._relaying, return_exceptions=True)
@@ -446,26 +483,29 @@ class System:
             self._own_batcher,
             self._ledger,
             self._deaths,
+            self.prober,
         ]
 
     async def health(self) -> dict[str, Any]:
-        """Who answers, which breakers are open, and what each desk holds."""
-        monitored = self.config.gateway.enable_health_monitoring
-        names = list(self._refs) if monitored else []
-        answers = await asyncio.gather(*(self._stats_of(name) for name in names))
-        deployments = self.table.deployments()
-        closed = (State.CLOSED, State.FORCED_CLOSED)
-        return {
-            "runtime": self.runtime,
-            "monitored": monitored,
-            "config_version": self.version,
-            "problem": self.problem,
-            "models": self.table.names(),
-            "owners": dict(zip(names, answers, strict=True)),
-            "open_breakers": [
-                d.id for d in deployments if self.breaker.standing(d.id).state not in closed
-            ],
-            "desks": {
+        """Who answers, how each deployment stands, what each desk holds, and what is wrong.
+
+        Takes as long as the slowest owner, STATS_TIMEOUT_S at the most. Calls no provider.
+        """
+        gateway = self.config.gateway
+        monitored = gateway.enable_health_monitoring
+        # The limiter's owners of a wider layout before may go on; nobody needs them.
+        wanted = [f"{LIMITER}{shard}" for shard in range(self._layout.shards)]
+        shards = [name for name in wanted if name in self._refs]
+        names = [n for n in self._refs if n in shards or not n.startswith(LIMITER)]
+        asked = names if monitored else []
+        answers = await asyncio.gather(*(self._stats_of(name) for name in asked))
+        heeded = gateway.enable_circuit_breaker
+        standing = self.breaker.standing if heeded else lambda name: CLEAN
+        seen = health.Seen(
+            gateway,
+            health.upstreams(self.table, standing),
+            dict(zip(asked, answers, strict=True)),
+            {
                 "rate_limiter": self.limiter.stats(),
                 "circuit_breaker": self.breaker.stats(),
                 "cache": self.cache.stats(),
@@ -473,6 +513,22 @@ class System:
                 "ledger": self.books.stats(),
                 "registry": self.registry.stats(),
             },
+            shards=shards,
+            config_version=self.version,
+            problem=self.problem,
+            shares_batches=gateway.enable_request_batching and not self._private,
+        )
+        made = health.checks(seen) if monitored else {}
+        return {
+            "runtime": self.runtime,
+            "monitored": monitored,
+            "config_version": self.version,
+            "problem": self.problem,
+            "models": self.table.names(),
+            "checks": made,
+            "owners": seen.owners,
+            "open_breakers": list(health.not_closed(seen)),
+            "desks": seen.desks,
         }
 
     async def _stats_of(self, name: str) -> dict[str, Any]:
@@ -488,14 +544,17 @@ class System:
 
 def _rules(gateway: GatewayConfig) -> Rules:
     told = gateway.circuit_breaker_config or CircuitBreakerConfig()
-    return Rules(
+    rules = Rules(
         failure_threshold=told.failure_threshold,
         success_threshold=told.success_threshold,
         open_s=told.timeout,
         window_s=told.window_s,
         failure_rate=told.failure_rate,
         min_calls=told.min_calls,
+        slow_call_rate=told.slow_call_rate,
     )
+    share = gateway.retry_budget
+    return rules if share is None else replace(rules, retry_share=share)
 
 
 def ray_is_near(environ: Mapping[str, str]) -> bool:

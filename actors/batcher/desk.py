@@ -66,7 +66,9 @@ class BatcherDesk:
         """The vectors of `texts`, in their order, and this caller's part of the price.
 
         Raises what the provider call raised (with `paid`, see `Paid`, where a part of the list was
-        answered and costs); TimeoutError, BatcherFull, BadVectors; OwnerUnavailable.
+        answered and costs, and with `beat` where others shared the call: who waits by it before it
+        sends `texts` again, with `lane.retry`, shares a call with them again); TimeoutError,
+        BatcherFull, BadVectors; OwnerUnavailable.
         """
         self._minted += 1
         call_id = f"{self._prefix}-{self._minted}"

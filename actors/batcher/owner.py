@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import random
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.batcher.hedge import Hedging, Kind, kind_of
 from actors.batcher.policy import (
+    WEIGHT_UNIT,
     BadVectors,
     Batch,
     BatcherFull,
@@ -22,11 +25,13 @@ from actors.batcher.policy import (
     Lane,
     Paid,
     Share,
+    Spare,
     Take,
     Vectors,
     plan,
     regroup,
     split,
+    split_spare,
 )
 from actors.ref import Clock
 
@@ -39,9 +44,13 @@ FINISHED_MAX = 1000
 FINISHED_BYTES_MAX = 8 * 1024 * 1024
 """Most vectors kept after their caller was answered, for an answer that got lost on its way."""
 CLOSE_WAIT_S = 5.0
+RETRY_LINGER_S = 0.02
+"""How long texts that are sent again wait for those that failed with them: they come from several
+processes, each of which heard of it a moment sooner or later."""
 BAD_INPUT = (400, 413, 422)
 """What a provider says to a list that one text spoils."""
 
+T = TypeVar("T")
 EmbedCall = Callable[[Lane, list[str], float], Awaitable[Vectors]]
 """One provider call: the lane, distinct texts, and the seconds it may take."""
 
@@ -71,6 +80,7 @@ class _Part:
     cost_nano: int | None
     call_id: str
     texts: int
+    spare: Spare | None = None
 
 
 class Batcher:
@@ -79,20 +89,36 @@ class Batcher:
     What arrives in one tick of the event loop in one lane is sent together when the tick ends, in
     as few calls as the caps allow; with `coalesce` off a caller's list goes out at once and alone.
     A call of several callers that the provider calls bad input is sent again in halves, until only
-    the guilty caller fails. Bounded by TEXTS_QUEUED_MAX and CHARS_QUEUED_MAX, beyond which it
+    the guilty caller fails. Callers whose call failed for all of them are told the same `beat`, so
+    that they come back together: with Lane.retry they wait RETRY_LINGER_S for each other and are
+    one provider call again.
+
+    With Caps.hedge a call that is late (see `hedge`) is made a second time; the first good answer
+    is handed out and the other copy is stopped. What that one has cost is in Share.spare.
+
+    Bounded by TEXTS_QUEUED_MAX and CHARS_QUEUED_MAX, beyond which it
     refuses, and by FINISHED_MAX and FINISHED_BYTES_MAX for answers kept for a repeated message.
 
     Failure behaviour: nothing survives a restart. Callers' desks send again what had no answer, so
     a call that was on its way is paid for twice. A caller that leaves before its texts are sent
     costs nothing; one that leaves later does not disturb the others, and its part of the price is
-    counted as unclaimed.
+    counted as unclaimed, its spare only where that is no estimate.
     """
 
-    PROTOCOL = 1
+    PROTOCOL = 2
 
-    def __init__(self, factory: Callable[[], EmbedCall], clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        factory: Callable[[], EmbedCall],
+        clock: Clock = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        rng: random.Random | None = None,
+    ) -> None:
         self._factory = factory
         self._clock = clock
+        self._pause = pause
+        self._rng = rng or random.Random()
+        self._hedging = Hedging()
         self._provider: EmbedCall | None = None
         self._open: dict[tuple[Lane, Caps], list[_Call]] = {}
         self._calls: dict[str, _Call] = {}
@@ -100,7 +126,7 @@ class Batcher:
         self._finished_bytes = 0
         self._texts_queued = 0
         self._chars_queued = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._sent = 0
         self._closed = False
         self._counts: Counter[str] = Counter()
@@ -121,8 +147,9 @@ class Batcher:
         """The vectors of `texts`, in their order, and this caller's part of the price.
 
         A `call_id` that is known joins its call. `caller` is the asking process. Raises what the
-        provider call raised, with `paid` set where a part of the list was answered; TimeoutError
-        after `timeout_s` seconds; BatcherFull; BadVectors; ValueError for an empty list.
+        provider call raised, with `paid` set where a part of the list was answered, and with
+        `beat`, a number in [0, 1), the same for all whom that failure hit; TimeoutError after
+        `timeout_s` seconds; BatcherFull; BadVectors; ValueError for an empty list.
         """
         call = self._calls.get(call_id)
         if call is not None:
@@ -135,11 +162,11 @@ class Batcher:
         call.parts_left = len(batches)
         if len(batches) > 1:
             for batch in batches:
-                self._spawn(self._send(lane, batch, [call]))
+                self._spawn(self._send(lane, caps, batch, [call]))
             return await self._wait(call)
         call.waiters += 1
         try:
-            await self._send(lane, batches[0], [call])  # in this very tick
+            await self._send(lane, caps, batches[0], [call])  # in this very tick
             call.claimed = True
             return call.done.result()
         finally:
@@ -155,7 +182,7 @@ class Batcher:
         return {
             "texts_queued": self._texts_queued,
             "calls_under_way": sum(not call.done.done() for call in self._calls.values()),
-            "provider_calls": self._sent,
+            "provider_calls": self._sent + self._counts["hedges"],
             **self._counts,
         }
 
@@ -249,6 +276,13 @@ class Batcher:
     def _unclaimed(self, part: _Part | Share | Paid | Vectors) -> None:
         self._counts["unclaimed_tokens"] += part.prompt_tokens
         self._counts["unclaimed_nano"] += part.cost_nano or 0
+        if isinstance(part, _Part | Share):
+            self._unclaimed_spare(part.spare)
+
+    def _unclaimed_spare(self, spare: Spare | None) -> None:
+        if spare is not None and not spare.estimated:
+            self._counts["unclaimed_tokens"] += spare.prompt_tokens
+            self._counts["unclaimed_nano"] += spare.cost_nano or 0
 
     # --------------------------------------------------------------------------------- sending
 
@@ -262,6 +296,8 @@ class Batcher:
 
     async def _send_tick(self, lane: Lane, caps: Caps) -> None:
         """Starts when the tick that opened the lane has ended."""
+        if lane.retry:
+            await self._pause(RETRY_LINGER_S)
         calls = [call for call in self._open.pop((lane, caps)) if not call.done.done()]
         if not calls:
             return
@@ -270,15 +306,16 @@ class Batcher:
             for take in batch.takes:
                 calls[take.caller].parts_left += 1
         for batch in batches[1:]:
-            self._spawn(self._send(lane, batch, calls))
-        await self._send(lane, batches[0], calls)
+            self._spawn(self._send(lane, caps, batch, calls))
+        await self._send(lane, caps, batches[0], calls)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
-    async def _send(self, lane: Lane, batch: Batch, calls: list[_Call]) -> None:
+    async def _send(self, lane: Lane, caps: Caps, batch: Batch, calls: list[_Call]) -> None:
         """Makes one provider call and hands every caller in it its part, or the failure."""
         takers = [calls[take.caller] for take in batch.takes]
         self._sent += 1
@@ -286,14 +323,16 @@ class Batcher:
         self._counts["texts_sent"] += len(batch.texts)
         self._counts["callers_coalesced"] += len(takers) if len(takers) > 1 else 0
         try:
-            vectors = await self._ask_provider(lane, batch, takers)
+            vectors, spare = await self._ask_provider(lane, caps, batch, takers)
         except Exception as error:  # noqa: BLE001
             # It is the callers', whatever it is: each of them gets it, or another try without the
             # others.
             self._counts["failures"] += 1
             if len(takers) > 1 and getattr(error, "upstream_status", None) in BAD_INPUT:
-                self._send_halves(lane, batch, calls)
+                self._send_halves(lane, caps, batch, calls)
                 return
+            if len(takers) > 1:
+                error.beat = self._rng.random()  # type: ignore[attr-defined]
             for call in takers:
                 call.error = error
                 self._arrived(call)
@@ -303,30 +342,92 @@ class Batcher:
                 if not call.done.done():
                     self._finish(call, TimeoutError("the Batcher was told to stop"))
             raise
-        self._hand_out(batch, takers, vectors, call_id)
+        self._hand_out(batch, takers, vectors, spare, call_id)
 
-    async def _ask_provider(self, lane: Lane, batch: Batch, takers: list[_Call]) -> Vectors:
+    async def _ask_provider(
+        self, lane: Lane, caps: Caps, batch: Batch, takers: list[_Call]
+    ) -> tuple[Vectors, Spare | None]:
+        """The vectors of a batch, and what a second copy has cost, if there was one."""
+        begun_s = self._clock()
+        ends_s = max(call.deadline_s for call in takers)
+        timeout_s = max(0.0, ends_s - begun_s)
+        # A provider that has just failed is not helped by two calls in place of one.
+        if not caps.hedge or lane.retry:
+            async with asyncio.timeout(timeout_s):
+                return await self._copy(lane, batch, ends_s), None
+        kind = kind_of(lane, sum(take.weight for take in batch.takes) // WEIGHT_UNIT)
+        late_after_s = self._hedging.late_after_s(kind)
+        spare: Spare | None = None
+        async with asyncio.timeout(timeout_s):
+            if late_after_s is None:
+                vectors = await self._copy(lane, batch, ends_s)
+            else:
+                vectors, spare = await self._race(lane, kind, batch, late_after_s, ends_s)
+        self._hedging.answered(kind, self._clock() - begun_s)
+        return vectors, spare
+
+    async def _copy(self, lane: Lane, batch: Batch, ends_s: float) -> Vectors:
+        """One provider call, and whether its vectors are any good."""
         if self._provider is None:
             self._provider = self._factory()
-        timeout_s = max(0.0, max(call.deadline_s for call in takers) - self._clock())
-        async with asyncio.timeout(timeout_s):
-            vectors = await self._provider(lane, list(batch.texts), timeout_s)
+        timeout_s = max(0.0, ends_s - self._clock())
+        vectors = await self._provider(lane, list(batch.texts), timeout_s)
         try:
             return _checked(vectors, len(batch.texts))
         except BadVectors:
             self._unclaimed(vectors)
             raise
 
-    def _send_halves(self, lane: Lane, batch: Batch, calls: list[_Call]) -> None:
+    async def _race(
+        self, lane: Lane, kind: Kind, batch: Batch, late_after_s: float, ends_s: float
+    ) -> tuple[Vectors, Spare | None]:
+        """The first good answer of two copies, where the budget has a second one.
+
+        With none the failure of the first copy is raised: the second may not even have left.
+        """
+        first = self._spawn(self._copy(lane, batch, ends_s))
+        copies = [first]
+        try:
+            await asyncio.wait(copies, timeout=late_after_s)
+            if first.done() or not self._hedging.take(kind):
+                return await first, None
+            self._counts["hedges"] += 1
+            second = self._spawn(self._copy(lane, batch, ends_s))
+            copies.append(second)
+            await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
+            if not any(map(_is_good, copies)):
+                await asyncio.wait(copies)
+            if not _is_good(first) and not _is_good(second):
+                return await first, None
+            winner, loser = (first, second) if _is_good(first) else (second, first)
+            self._counts["hedges_won"] += winner is second
+            return winner.result(), _spare(winner.result(), loser)
+        except asyncio.CancelledError:
+            # The deadline, or a caller who leaves, may come a tick after the answer.
+            for answered in filter(_is_good, copies):
+                self._unclaimed(answered.result())
+            raise
+        finally:
+            for one in copies:
+                one.cancel()
+
+    def _send_halves(self, lane: Lane, caps: Caps, batch: Batch, calls: list[_Call]) -> None:
         self._counts["halved"] += 1
         there = [take for take in batch.takes if not calls[take.caller].done.done()]
         middle = len(there) // 2
         for half in (there[:middle], there[middle:]):
             if half:
                 part = regroup([call.texts for call in calls], half)
-                self._spawn(self._send(lane, part, calls))
+                self._spawn(self._send(lane, caps, part, calls))
 
-    def _hand_out(self, batch: Batch, takers: list[_Call], vectors: Vectors, call_id: str) -> None:
+    def _hand_out(
+        self,
+        batch: Batch,
+        takers: list[_Call],
+        vectors: Vectors,
+        spare: Spare | None,
+        call_id: str,
+    ) -> None:
         weights = [take.weight for take in batch.takes]
         tokens = split(vectors.prompt_tokens, weights)
         costs: list[int] | list[None] = (
@@ -334,8 +435,11 @@ class Batcher:
             if vectors.cost_nano is None
             else split(vectors.cost_nano, weights)
         )
-        for call, take, part_tokens, cost in zip(takers, batch.takes, tokens, costs, strict=True):
-            part = _Part(take, vectors, part_tokens, cost, call_id, len(batch.texts))
+        spares = split_spare(spare, weights)
+        for call, take, part_tokens, cost, part_spare in zip(
+            takers, batch.takes, tokens, costs, spares, strict=True
+        ):
+            part = _Part(take, vectors, part_tokens, cost, call_id, len(batch.texts), part_spare)
             if call.done.done():
                 self._unclaimed(part)
                 continue
@@ -347,14 +451,20 @@ class Batcher:
         if call.parts_left or call.done.done():
             return
         if call.error is not None:
-            self._finish(call, _with_paid(call.error, call.parts))
+            self._fail(call, call.error)
             return
         try:
             share = _share(call)
         except BadVectors as error:
-            self._finish(call, _with_paid(error, call.parts))
+            self._fail(call, error)
         else:
             self._finish(call, share)
+
+    def _fail(self, call: _Call, error: Exception) -> None:
+        """The call failed, and the parts of it that did come back are paid all the same."""
+        for part in call.parts:
+            self._unclaimed_spare(part.spare)  # `Paid` is what the caller owes, and no more
+        self._finish(call, _with_paid(error, call.parts))
 
 
 def _checked(vectors: Vectors, count: int) -> Vectors:
@@ -366,6 +476,20 @@ def _checked(vectors: Vectors, count: int) -> Vectors:
     return Vectors(
         array, vectors.prompt_tokens, vectors.cost_nano, vectors.model, vectors.estimated
     )
+
+
+def _is_good(call: asyncio.Task[Vectors]) -> bool:
+    return call.done() and not call.cancelled() and call.exception() is None
+
+
+def _spare(won: Vectors, loser: asyncio.Task[Vectors]) -> Spare | None:
+    """What the copy whose answer is not used has cost; nothing where it failed."""
+    if not loser.done():
+        return Spare(won.prompt_tokens, won.cost_nano, won.model, estimated=True)
+    if not _is_good(loser):
+        return None
+    lost = loser.result()
+    return Spare(lost.prompt_tokens, lost.cost_nano, lost.model, lost.estimated)
 
 
 def _share(call: _Call) -> Share:
@@ -380,6 +504,20 @@ def _share(call: _Call) -> Share:
         sum(part.texts for part in call.parts),
         any(part.vectors.estimated for part in call.parts),
         len(call.parts),
+        _sum_of([part.spare for part in call.parts if part.spare is not None]),
+    )
+
+
+def _sum_of(spares: list[Spare]) -> Spare | None:
+    if not spares:
+        return None
+    costs = [spare.cost_nano for spare in spares]
+    known = [cost for cost in costs if cost is not None]
+    return Spare(
+        sum(spare.prompt_tokens for spare in spares),
+        sum(known) if len(known) == len(costs) else None,
+        spares[0].model,
+        any(spare.estimated for spare in spares),
     )
 
 

@@ -27,20 +27,24 @@ WEIGHT_UNIT = 1 << 16
 @dataclass(frozen=True, slots=True)
 class Lane:
     """What texts must have in common to share a call: deployment, parameters, and the owner of the
-    credential where that is a tenant's own."""
+    credential where that is a tenant's own. Texts that are sent again travel by themselves, so that
+    the provider call that carries them is a retry or is none."""
 
     deployment: str
     params: tuple[tuple[str, Any], ...] = ()
     owner: str = ""
+    retry: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """Most of one provider call: texts, estimated tokens, and UTF-8 bytes of text."""
+    """Most of one provider call: texts, estimated tokens, and UTF-8 bytes of text; and with `hedge`
+    two copies of it where the first is late."""
 
     items_max: int = 2048
     tokens_max: int = 300_000
     bytes_max: int = 4 * 1024 * 1024
+    hedge: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,12 +61,27 @@ class Vectors:
     estimated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """What second copies of provider calls have cost, whose answers nobody used.
+
+    `estimated`: one was stopped on its way. The provider is taken to ask the same price for it as
+    for the copy that it did answer.
+    """
+
+    prompt_tokens: int
+    cost_nano: int | None
+    model: str
+    estimated: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
     """One caller's part: its vectors in its own order, and its part of tokens and cost.
 
     `call_id` names the (first) provider call, `texts_in_call` counts what was sent in all `calls`
-    that carried this caller's texts, other callers' included.
+    that carried this caller's texts, other callers' included. `spare` is not in `cost_nano`: it is
+    this caller's part of what hedging has cost, to be booked and charged to nobody.
     """
 
     array: NDArray[np.float32]
@@ -73,6 +92,7 @@ class Share:
     texts_in_call: int
     estimated: bool = False
     calls: int = 1
+    spare: Spare | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +157,20 @@ def split(total: int, weights: Sequence[int]) -> list[int]:
     for index in by_remainder[: total - sum(parts)]:
         parts[index] += 1
     return parts
+
+
+def split_spare(spare: Spare | None, weights: Sequence[int]) -> list[Spare] | list[None]:
+    """Parts of what a second copy has cost, as `split` makes them."""
+    if spare is None:
+        return [None] * len(weights)
+    tokens = split(spare.prompt_tokens, weights)
+    if spare.cost_nano is None:
+        return [Spare(part, None, spare.model, spare.estimated) for part in tokens]
+    costs = split(spare.cost_nano, weights)
+    return [
+        Spare(part, cost, spare.model, spare.estimated)
+        for part, cost in zip(tokens, costs, strict=True)
+    ]
 
 
 def plan(pending: Sequence[Sequence[str]], caps: Caps) -> list[Batch]:

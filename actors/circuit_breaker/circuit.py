@@ -6,11 +6,13 @@ Rule 2: nothing happens by itself: an open circuit cools when somebody asks for 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from actors.circuit_breaker.policy import (
+    ANSWERED,
     FORCED,
     LETS_THROUGH,
     TRANSITIONS,
@@ -25,30 +27,40 @@ from actors.circuit_breaker.policy import (
     State,
     Verdict,
 )
+from actors.circuit_breaker.retry_budget import RetryBudget
 
 THROTTLE_S_MAX = 86_400.0  # a provider that asks for more than a day is mistaken
 FORGET_AFTER_S = 600.0  # longer than any call lasts, so no report from before comes after
 PROBE_AGE_S_MAX = 330.0  # the longest call (300 s) and a margin; no lease is renewed beyond
 
 
+class Seen(NamedTuple):
+    """Calls of the window; slow ones are good answers."""
+
+    calls: int
+    failures: int
+    slow: int
+
+
 class Window:
-    """Calls and failures of the last whole seconds. Bound: one slot for each second."""
+    """What became of the calls of the last whole seconds. Bound: one slot for each second."""
 
     def __init__(self) -> None:
-        self._slots: deque[list[int]] = deque()  # [second, calls, failures], oldest first
+        self._slots: deque[tuple[int, list[int]]] = deque()  # (second, figures), oldest first
 
-    def add(self, now: float, calls: int, failures: int, window_s: int) -> None:
-        """Count `calls` made now, of which `failures` failed."""
+    def add(self, now: float, seen: Seen, window_s: int) -> None:
+        """Count calls that ended now."""
         self._drop(now, window_s)
         if not self._slots or self._slots[-1][0] != int(now):
-            self._slots.append([int(now), 0, 0])
-        self._slots[-1][1] += calls
-        self._slots[-1][2] += failures
+            self._slots.append((int(now), [0, 0, 0]))
+        figures = self._slots[-1][1]
+        for index, more in enumerate(seen):
+            figures[index] += more
 
-    def totals(self, now: float, window_s: int) -> tuple[int, int]:
-        """(calls, failures) of the last `window_s` seconds, the running one included."""
+    def totals(self, now: float, window_s: int) -> Seen:
+        """The last `window_s` seconds, the running one included."""
         self._drop(now, window_s)
-        return sum(slot[1] for slot in self._slots), sum(slot[2] for slot in self._slots)
+        return Seen(*(sum(figures[index] for _, figures in self._slots) for index in range(3)))
 
     def clear(self) -> None:
         self._slots.clear()
@@ -60,11 +72,15 @@ class Window:
 
 @dataclass(slots=True)
 class Lease:
-    """The right to make the one probe; `id` is "" when somebody unknown may have it."""
+    """The right to make the one probe; `id` is "" when somebody unknown may have it.
+
+    A void one gives no right any more, but its holder may not know that yet.
+    """
 
     id: str
     until: float
     born: float
+    void: bool = False
 
 
 class Circuit:
@@ -82,7 +98,10 @@ class Circuit:
         self.generation = 0
         self.reason = Reason.NONE
         self.window = Window()
+        self.retries = RetryBudget()
+        self.verdicts: Counter[Verdict] = Counter()  # of all reports, void ones included
         self.failures_in_row = 0
+        self.unreachable_in_row = 0
         self.touched_at = float("-inf")
         self._mint = mint
         self._random = random
@@ -106,6 +125,10 @@ class Circuit:
             until = max(until, self._lease.until)
         return Standing(self.state, self.generation, max(0.0, until - now), self.reason)
 
+    def open_for_s(self, now: float) -> float:
+        """How much is left of the time it is to stay open; 0 where it is not open."""
+        return max(0.0, self._open_until - now) if self.state is State.OPEN else 0.0
+
     def forgettable(self, now: float) -> bool:
         """Whether the circuit carries no information and no call of before is under way."""
         idle = now - self.touched_at >= FORGET_AFTER_S
@@ -114,7 +137,10 @@ class Circuit:
     def judge(self, outcome: Outcome, rules: Rules, now: float) -> bool:
         """Take a report. True if the standing has changed."""
         self.touched_at = now
-        if self.state is State.HALF_OPEN:
+        self.verdicts[outcome.verdict] += outcome.count
+        if outcome.earns and outcome.verdict is not Verdict.IGNORED:
+            self.retries.earn(outcome.count, rules, now)
+        if outcome.probe and self._lease is not None and self._lease.id == outcome.probe:
             return self._judge_probe(outcome, rules, now)
         if outcome.generation != self.generation or self.state not in LETS_THROUGH:
             return False
@@ -122,17 +148,17 @@ class Circuit:
             return self._throttle(outcome.retry_after_s, rules, now)
         if outcome.verdict is Verdict.IGNORED or self.state is State.FORCED_CLOSED:
             return False
-        if outcome.verdict is Verdict.SUCCESS:
-            self.failures_in_row = 0
-            self.window.add(now, outcome.count, 0, rules.window_s)
-        else:
-            self.failures_in_row += outcome.count
-            self.window.add(now, outcome.count, outcome.count, rules.window_s)
+        self._count(outcome, rules, now)
         # A success can trip, too: it may be the call that makes the sample large enough.
         reason = self._reason_to_trip(outcome.verdict, rules, now)
         if reason is not Reason.NONE:
             self._trip(reason, rules, now)
         return reason is not Reason.NONE
+
+    def take_retries(self, wanted: int, rules: Rules, now: float) -> int:
+        """Spend on up to `wanted` retries, which a circuit in any state may have."""
+        self.touched_at = now
+        return self.retries.take(wanted, rules, now)
 
     def take_probe(self, probe_id: str, rules: Rules, now: float) -> Pass | Standing:
         """Lease the probe, or say how things stand. Asking again with the same id is one asking."""
@@ -141,6 +167,7 @@ class Circuit:
             self._go(Event.COOL, self.reason)
         if self.state is not State.HALF_OPEN or probe_id == self._spent:
             return self.standing(now, rules)
+        # A void lease is alive, too: who holds it may be probing still.
         lease = self._lease
         alive = lease is not None and now < lease.until
         if alive and not self.renew(probe_id, rules, now):
@@ -154,7 +181,9 @@ class Circuit:
     def renew(self, probe_id: str, rules: Rules, now: float) -> bool:
         """Prolong the lease. False if it is not this one's any more, or has lasted too long."""
         lease = self._lease
-        if lease is None or lease.id != probe_id or now - lease.born > PROBE_AGE_S_MAX:
+        if lease is None or lease.void or lease.id != probe_id:
+            return False
+        if now - lease.born > PROBE_AGE_S_MAX:
             return False
         lease.until = now + rules.probe_s
         return True
@@ -187,7 +216,8 @@ class Circuit:
         """
         said = claim.standing
         if self.generation != 0:
-            if claim.probe and self._lease is not None and self._lease.id == "":
+            lease = self._lease
+            if claim.probe and lease is not None and lease.id == "" and not lease.void:
                 self._lease = Lease(claim.probe, now + rules.probe_s, now)
             return False
         if said.clean:
@@ -198,6 +228,7 @@ class Circuit:
         if said.state is State.CLOSED:
             return self._throttle(said.retry_after_s, rules, now)
         self._go(Event.TRIP, Reason.LEARNED)
+        self._lease = Lease("", now + rules.probe_s, now)
         self._open_s = rules.open_s
         self._open_until = now + min(said.retry_after_s, THROTTLE_S_MAX)
         if said.state is State.HALF_OPEN or said.retry_after_s <= 0:
@@ -208,10 +239,11 @@ class Circuit:
     def _judge_probe(self, outcome: Outcome, rules: Rules, now: float) -> bool:
         # The probe is known by its lease, not by its generation: an owner that has lost its
         # memory has new generations, and the probe may have begun before that.
-        if not outcome.probe or self._lease is None or self._lease.id != outcome.probe:
-            return False
-        self._lease, self._spent = None, outcome.probe
-        if outcome.verdict is Verdict.SUCCESS:
+        assert self._lease is not None
+        void, self._lease, self._spent = self._lease.void, None, outcome.probe or ""
+        if void or self.state is not State.HALF_OPEN:
+            return self.state is State.HALF_OPEN
+        if outcome.verdict in ANSWERED:
             self._successes_in_row += 1
             if self._successes_in_row >= rules.success_threshold:
                 self._go(Event.RECOVER, Reason.NONE)
@@ -223,14 +255,31 @@ class Circuit:
             self._trip(Reason.CREDENTIAL if bad_key else Reason.PROBE_FAILED, rules, now)
         return True
 
+    def _count(self, outcome: Outcome, rules: Rules, now: float) -> None:
+        failed = outcome.count if outcome.verdict not in ANSWERED else 0
+        slow = outcome.count if outcome.verdict is Verdict.SLOW else 0
+        self.window.add(now, Seen(outcome.count, failed, slow), rules.window_s)
+        if outcome.verdict in ANSWERED:
+            self.failures_in_row = self.unreachable_in_row = 0
+        else:
+            self.failures_in_row += failed
+        if outcome.verdict is Verdict.UNREACHABLE:
+            self.unreachable_in_row += outcome.count
+
     def _reason_to_trip(self, verdict: Verdict, rules: Rules, now: float) -> Reason:
         if verdict is Verdict.CREDENTIAL:
             return Reason.CREDENTIAL
-        if self.failures_in_row >= rules.failure_threshold:
+        seen = self.window.totals(now, rules.window_s)
+        quiet = seen.failures == seen.calls
+        enough = rules.failure_threshold if quiet else max(rules.failure_threshold, rules.min_calls)
+        if self.unreachable_in_row >= rules.failure_threshold or self.failures_in_row >= enough:
             return Reason.CONSECUTIVE_FAILURES
-        calls, failures = self.window.totals(now, rules.window_s)
-        if failures and calls >= rules.min_calls and failures >= rules.failure_rate * calls:
+        if seen.calls < rules.min_calls:
+            return Reason.NONE
+        if seen.failures and seen.failures >= rules.failure_rate * seen.calls:
             return Reason.FAILURE_RATE
+        if seen.slow and seen.slow >= rules.slow_call_rate * seen.calls:
+            return Reason.SLOW
         return Reason.NONE
 
     def _trip(self, reason: Reason, rules: Rules, now: float) -> None:
@@ -254,6 +303,7 @@ class Circuit:
         if after is None:
             raise IllegalTransition(self.state, event)
         self.state, self.reason, self.generation = after, reason, self._mint()
-        self.failures_in_row = self._successes_in_row = 0
+        self.failures_in_row = self.unreachable_in_row = self._successes_in_row = 0
         self.window.clear()
-        self._lease = None
+        if self._lease is not None:
+            self._lease.void = True

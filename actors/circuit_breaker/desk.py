@@ -18,6 +18,7 @@ from typing import Any
 
 from actors.circuit_breaker.outbox import Outbox
 from actors.circuit_breaker.policy import (
+    ANSWERED,
     CLEAN,
     LETS_THROUGH,
     RULES_KEY,
@@ -31,10 +32,11 @@ from actors.circuit_breaker.policy import (
     Verdict,
 )
 from actors.circuit_breaker.probes import Probes
+from actors.circuit_breaker.retries import Retries
 from actors.ref import Clock, OwnerRef, OwnerUnavailable
 from actors.watch import Backoff, Sleep, WatchClient
 
-SUCCESS_PAUSE_S = 0.1  # successes wait this long for company; anything else goes on the next tick
+SUCCESS_PAUSE_S = 0.25  # answers wait this long for company; anything else goes on the next tick
 THROTTLES_MAX = 10_000  # throttles seen here; beyond that only the owner's word counts
 PROBE_PAUSE_S = 1.0  # when to come back while a probe is out and nobody knows how it ends
 LOCAL_AFTER_S = 10.0  # an owner that is away for longer is done without
@@ -54,14 +56,16 @@ class _View:
 class CircuitBreakerDesk:
     """Answers whether a deployment may be called, and reports what became of the calls.
 
-    Owns: the last snapshot, throttles that this process has seen, the outbox, the probes.
+    Owns: the last snapshot, throttles that this process has seen, the outbox, the probes, and
+    those who ask for retries.
     Bounds: a view for each deployment that the owner publishes; `THROTTLES_MAX` throttles; the
-    outbox's runs; one probe for each deployment.
+    outbox's runs; one probe for each deployment; `retries.WAITING_MAX` askers.
     Failure behaviour: fails open. With the owner away the last snapshot holds, outcomes are
     kept for ten seconds, and a probe that is due is refused; once the owner has been away for
-    `LOCAL_AFTER_S`, this process probes by itself, one call at a time. When the owner returns
-    without its memory, the desk tells it what was not closed. A desk that dies loses the outcomes
-    of its last 100 ms, and its probe's lease ends by itself.
+    `LOCAL_AFTER_S`, this process probes by itself, one call at a time. Retries are then a share of
+    this process's own calls. When the owner returns without its memory, the desk tells it what was
+    not closed. A desk that dies loses the good outcomes of its last 250 ms, and its probe's lease
+    ends by itself.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class CircuitBreakerDesk:
         self._rules_told = True
         self._ids = 0
         self._probes = Probes(ref, self.holder, clock, sleep, self._new_id)
+        self._retries = Retries(ref, self.holder, clock, lambda: self._watch.connected)
         self._outbox = Outbox()
         self._line = asyncio.Lock()
         self._due = asyncio.Event()
@@ -109,6 +114,7 @@ class CircuitBreakerDesk:
         for task in stopping:
             task.cancel()
         await asyncio.gather(*stopping, return_exceptions=True)
+        await self._retries.close()
         await self._probes.close()
         await self._watch.close()
         try:
@@ -160,14 +166,25 @@ class CircuitBreakerDesk:
             self._block(given.deployment, now + retry_after_s)
         if verdict is Verdict.IGNORED and given.probe is None:
             return
+        alone = self._retries.alone
+        if alone and verdict is not Verdict.IGNORED:
+            self._retries.earn(given.deployment)
         outcome = Outcome(
-            given.deployment, given.generation, verdict, 1, retry_after_s, given.probe
+            given.deployment, given.generation, verdict, 1, retry_after_s, given.probe, not alone
         )
         self._outbox.add(outcome, now)
-        if verdict is not Verdict.SUCCESS or given.probe is not None:
+        if verdict not in ANSWERED or given.probe is not None:
             self._due.set()
         elif self._sender is not None and self._timer is None:
             self._timer = asyncio.create_task(self._send_later())
+
+    async def may_retry(self, deployment: str) -> bool:
+        """Leave to send `deployment` one call more for a request that has failed somewhere.
+
+        One leave is for one call, within the budget of the whole cluster. To be asked before
+        `admit`, after the failed call was judged. Takes one message for all who ask meanwhile.
+        """
+        return await self._retries.may(deployment)
 
     def probing(self, deployment: str) -> bool:
         """Whether this process holds the live lease of the deployment's probe."""
@@ -179,6 +196,7 @@ class CircuitBreakerDesk:
         `version` settles disagreement between processes: the highest one wins.
         """
         self._rules, self._rules_told = (rules, version), False
+        self._retries.learn(rules)
         self._due.set()
 
     async def force(self, deployment: str, state: State | None) -> Standing:

@@ -6,10 +6,11 @@ Rule 2: what is published is that something changed; how it stands is said when 
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actors.circuit_breaker.circuit import Circuit
@@ -20,6 +21,7 @@ from actors.circuit_breaker.policy import (
     Claim,
     Outcome,
     Pass,
+    Reason,
     Rules,
     Standing,
     State,
@@ -32,21 +34,28 @@ HOLDERS_MAX = 10_000  # processes whose last message number is remembered
 ORDERS_MAX = 1_000  # operators' orders whose ids are remembered
 SWEEP_PAUSE_S = 1.0  # a full table is searched for forgettable circuits no more often
 
+log = logging.getLogger(__name__)
+
 
 class CircuitBreaker:
-    """Decides which deployments may be called, from what all desks report.
+    """Decides which deployments may be called, and tried again, from what all desks report.
 
-    Owns: the circuit of each deployment, the one probe lease of each half-open one, the rules.
+    Owns: the circuit of each deployment with its retry budget, the one probe lease of each
+    half-open one, the rules.
     Bounds: `DEPLOYMENTS_MAX` circuits; when full, closed ones that were idle for ten minutes are
-    forgotten, and if there are none, a new deployment is not judged (it counts as closed).
-    `HOLDERS_MAX` message numbers, the longest silent forgotten first.
+    forgotten, and if there are none, a new deployment is not judged (it counts as closed) and is
+    granted no retries. `HOLDERS_MAX` message numbers and answers, the longest silent forgotten
+    first.
     Failure behaviour: all is in memory. A restarted owner knows nothing, and learns what was
     open, forced, throttled or being probed from the desks, which see it forget; where a probe may
     be under way it lends none for one lease life. Meanwhile desks act on their last snapshot.
-    Counts of failures that had opened nothing are lost. Rules come again from the desks.
+    Counts of failures that had opened nothing are lost, and retry budgets begin anew with their
+    steady part full. Rules come again from the desks. Two probes at once are possible only if the
+    owner dies together with every desk that knows of the first one but the prober itself, and
+    `open_s` is shorter than a lease.
     """
 
-    PROTOCOL = 1
+    PROTOCOL = 2
 
     def __init__(
         self,
@@ -63,9 +72,11 @@ class CircuitBreaker:
         self._generation = getrandbits(48)
         self._circuits: dict[str, Circuit] = {}
         self._numbers: OrderedDict[str, int] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[int, dict[str, int]]] = OrderedDict()
         self._orders: OrderedDict[str, None] = OrderedDict()
         self._swept_at = float("-inf")
         self._counts = {"reports": 0, "doubled": 0, "outcomes": 0, "probes": 0, "unjudged": 0}
+        self._counts |= {"retries": 0, "retries_refused": 0}
         self.snapshots.publish(RULES_KEY, None)
 
     def protocol(self) -> int:
@@ -100,6 +111,28 @@ class CircuitBreaker:
         for outcome in outcomes:
             self._judge(outcome)
         return seq
+
+    def retry(self, holder: str, number: int, wanted: Mapping[str, int]) -> dict[str, int]:
+        """Leave for retries: how many of those `wanted` for each deployment may be made.
+
+        The same `number` again is answered as before; an older one, whose sender has given up,
+        gets nothing. Neither costs anything.
+        """
+        last, answer = self._answers.get(holder, (-1, {}))
+        if number <= last:
+            return answer if number == last else {}
+        now, granted = self._clock(), {}
+        for deployment, count in wanted.items():
+            circuit = self._circuit(deployment)
+            granted[deployment] = circuit.take_retries(count, self._rules, now) if circuit else 0
+        asked, given = sum(wanted.values()), sum(granted.values())
+        self._counts["retries"] += given
+        self._counts["retries_refused"] += asked - given
+        self._answers[holder] = number, granted
+        self._answers.move_to_end(holder)
+        if len(self._answers) > HOLDERS_MAX:
+            self._answers.popitem(last=False)
+        return granted
 
     def probe(
         self, deployment: str, holder: str, probe_id: str, claim: Claim | None = None
@@ -161,20 +194,30 @@ class CircuitBreaker:
         return self._rules_version
 
     def board(self) -> dict[str, dict[str, Any]]:
-        """Each deployment that is known: its standing and the figures behind it."""
-        now = self._clock()
+        """Each deployment that is known: its standing and the figures behind it.
+
+        `calls`, `failures` and `slow` (good, but late) are those of the window; `verdicts` counts
+        all reports by verdict, those of older generations included; `retries_left` is how many
+        retries could be had now; `open_for_s` is what is left of the open time, which throttles
+        and probe leases in `retry_after_s` may exceed.
+        """
+        now, rules = self._clock(), self._rules
         board = {}
         for name, circuit in self._circuits.items():
-            standing = circuit.standing(now, self._rules)
-            calls, failures = circuit.window.totals(now, self._rules.window_s)
+            standing = circuit.standing(now, rules)
+            seen = circuit.window.totals(now, rules.window_s)
             board[name] = {
                 "state": standing.state.value,
                 "reason": standing.reason.value,
                 "generation": standing.generation,
                 "retry_after_s": standing.retry_after_s,
-                "calls": calls,
-                "failures": failures,
+                "open_for_s": circuit.open_for_s(now),
+                "calls": seen.calls,
+                "failures": seen.failures,
+                "slow": seen.slow,
                 "failures_in_row": circuit.failures_in_row,
+                "retries_left": circuit.retries.left(rules, now),
+                "verdicts": {verdict.value: times for verdict, times in circuit.verdicts.items()},
             }
         return board
 
@@ -202,8 +245,12 @@ class CircuitBreaker:
         self._counts["outcomes"] += outcome.count
         if circuit is None:
             self._counts["unjudged"] += outcome.count
-        elif circuit.judge(outcome, self._rules, self._clock()):
+            return
+        before, why = circuit.state, circuit.reason
+        if circuit.judge(outcome, self._rules, self._clock()):
             self.snapshots.publish(outcome.deployment, None)
+        if circuit.state is not before:
+            _tell(circuit, why)
 
     def _learn(self, claim: Claim) -> Circuit | None:
         circuit = self._circuit(claim.deployment)
@@ -231,3 +278,13 @@ class CircuitBreaker:
     def _mint(self) -> int:
         self._generation += 1
         return self._generation
+
+
+def _tell(circuit: Circuit, why: Reason) -> None:
+    """Log a change of state; `why` was the reason for the state before."""
+    words = "breaker of %s: %s", circuit.deployment, f"{circuit.state} ({circuit.reason or 'well'})"
+    # A key that is wrong stays so until somebody looks after it: said once, not with every probe.
+    if circuit.reason is Reason.CREDENTIAL and why is not Reason.CREDENTIAL:
+        log.warning(*words)
+    else:
+        log.info(*words)

@@ -8,6 +8,7 @@
 Rule 1: states change in `Circuit._go` (circuit.py), nowhere else, and only as `TRANSITIONS` says.
 Rule 2: each transition begins a new generation; what a call of an older one reports is void.
 Rule 3: in HALF_OPEN only the holder of the one probe lease is heard, and leases end by themselves.
+        A lease that a forced transition made void keeps the place until its holder lets it go.
 Rule 4: a throttle (429) is not a failure: it blocks for a time and leaves the state alone.
 
 After resilience4j (time-based window), gobreaker (generations) and Envoy (growing ejection time).
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 
 
 class State(StrEnum):
@@ -63,10 +65,15 @@ class Verdict(StrEnum):
     """How one attempt ended, as far as the deployment is to blame for it."""
 
     SUCCESS = "success"
-    FAILURE = "failure"  # 5xx, connection, TLS, our timeout, truncated or unreadable, stalled
+    SLOW = "slow"  # answered, but its first token or a later one came late
+    FAILURE = "failure"  # it answered, and wrongly: 5xx, truncated or unreadable
+    UNREACHABLE = "unreachable"  # connection, DNS, TLS, a timeout of ours, a stalled stream
     THROTTLED = "throttled"  # 429
     CREDENTIAL = "credential"  # 401, 402, 403
     IGNORED = "ignored"  # the caller's own doing: other 4xx, content filter, client gone
+
+
+ANSWERED = (Verdict.SUCCESS, Verdict.SLOW)
 
 
 class Reason(StrEnum):
@@ -75,6 +82,7 @@ class Reason(StrEnum):
     NONE = ""
     CONSECUTIVE_FAILURES = "consecutive failures"
     FAILURE_RATE = "failure rate"
+    SLOW = "slow calls"
     CREDENTIAL = "credential refused"
     PROBE_FAILED = "probe failed"
     OPERATOR = "operator"
@@ -85,11 +93,15 @@ class Reason(StrEnum):
 class Rules:
     """When a circuit opens and closes.
 
-    It opens after `failure_threshold` failures in a row, or when, of at least `min_calls` calls
-    in the last `window_s` whole seconds, the share `failure_rate` failed. It stays open `open_s`
-    seconds; when it opens again soon after, twice as long each time up to `open_s_max`, less a
-    random fifth at most. `success_threshold` probes in a row close it. `probe_s` is the life of
-    a probe's lease; `throttle_s` stands in where a 429 came without a Retry-After.
+    It opens after `failure_threshold` unreachable calls with no answer between them; or so many
+    failures of any kind in a row, if there was no good answer in the last `window_s` whole
+    seconds either (a busy deployment that fails now and then has such rows by chance, so there
+    it takes `min_calls`, if that is more); or when, of at least `min_calls` calls in the window,
+    the share `failure_rate` failed or `slow_call_rate` was slow. It stays open `open_s` seconds;
+    when it opens again soon after, twice as long each time up to `open_s_max`, less a random
+    fifth at most. `success_threshold` probes in a row close it. `probe_s` is the life of a
+    probe's lease; `throttle_s` stands in where a 429 came without a Retry-After. Its retries are
+    `retry_share` of its calls and `retries_per_s` beside (retry_budget.py).
     """
 
     failure_threshold: int = 5
@@ -97,10 +109,13 @@ class Rules:
     open_s: float = 60.0
     window_s: int = 10
     failure_rate: float = 0.5
+    slow_call_rate: float = 0.5
     min_calls: int = 20
     open_s_max: float = 300.0
     throttle_s: float = 1.0
     probe_s: float = 5.0
+    retry_share: float = 0.1
+    retries_per_s: float = 3.0
 
     def __post_init__(self) -> None:
         for name in ("failure_threshold", "success_threshold", "window_s", "min_calls"):
@@ -109,8 +124,13 @@ class Rules:
         for name in ("open_s", "open_s_max", "throttle_s", "probe_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)!r}")
-        if not 0 < self.failure_rate <= 1:
-            raise ValueError(f"failure_rate must be in (0, 1], not {self.failure_rate!r}")
+        for name in ("failure_rate", "slow_call_rate"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], not {getattr(self, name)!r}")
+        if not 0 <= self.retry_share <= 1:
+            raise ValueError(f"retry_share must be in [0, 1], not {self.retry_share!r}")
+        if not 0 <= self.retries_per_s < inf:
+            raise ValueError(f"retries_per_s must be at least 0, not {self.retries_per_s!r}")
 
     def open_for_s(self, reopened: int, random: float) -> float:
         """How long to stay open after having reopened `reopened` times; `random` in [0, 1)."""
@@ -170,7 +190,11 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of `count` calls in a row of one deployment and generation."""
+    """What became of `count` calls in a row of one deployment and generation.
+
+    `earns`: whether they earn retries at the owner. Each call earns in one place: the desk that
+    finds the owner away lets it earn there.
+    """
 
     deployment: str
     generation: int
@@ -178,6 +202,7 @@ class Outcome:
     count: int = 1
     retry_after_s: float | None = None
     probe: str | None = None
+    earns: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What an admin changes in a running system: keys and the configuration.
+"""What an admin changes in a running system: keys, the configuration and breakers.
 
 Rule 1: the caller must be an admin before anything else is read.
 Rule 2: a key is told once, in the answer that makes it; lists name keys and never tell one.
@@ -7,9 +7,9 @@ Rule 3: a wrong configuration is the caller's mistake here: 400, with the field.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, Protocol, cast, get_args
 from urllib.parse import urlsplit
 
 import orjson
@@ -29,7 +29,27 @@ KEY_FIELDS: Mapping[str, type] = {
 LISTED = ("id", "tenant", "admin", "source", "created")
 KINDS = {str: "a string", bool: "a boolean", dict: "an object", list: "an array of strings"}
 
+BreakerOrder = Literal["closed", "open", "auto"]
+"""Forced closed, forced open, or left to judge for itself again."""
+
 NO_STORE: Header = (b"cache-control", b"no-store")
+
+
+class BreakerService(Protocol):
+    """What the breakers' routes need of a service. Everything may raise GatewayError."""
+
+    async def breakers(self) -> dict[str, Any]:
+        """`{source, data}`: how each deployment of each group stands; no parameters of theirs.
+
+        `source` is `owner`, or `replica` while the owner is away: then it is what was last heard.
+        """
+
+    async def set_breaker(self, deployment: str, state: BreakerOrder) -> dict[str, Any]:
+        """Have every process obey: `{deployment, state, reason, retry_after_s}`.
+
+        Raises:
+            InvalidRequest: 404 (`deployment_not_found`); 409 (`circuit_breaker_off`).
+        """
 
 
 async def create_key(exchange: Exchange) -> None:
@@ -82,6 +102,25 @@ async def write_config(exchange: Exchange) -> None:
     await exchange.send_json({"version": version})
 
 
+async def list_breakers(exchange: Exchange) -> None:
+    """GET /admin/breakers."""
+    _require_admin(exchange)
+    told = await _breakers_of(exchange).breakers()
+    await exchange.send_json({"object": "list", **told})
+
+
+async def set_breaker(exchange: Exchange) -> None:
+    """POST /admin/breakers/{id}, with `{"state": "closed" | "open" | "auto"}`."""
+    _require_admin(exchange)
+    deployment: str = exchange.scope["path_params"]["id"]
+    state = _breaker_order(await exchange.json_body())
+    await exchange.send_json(await _breakers_of(exchange).set_breaker(deployment, state))
+
+
+def _breakers_of(exchange: Exchange) -> BreakerService:
+    return cast("BreakerService", exchange.service)
+
+
 def _require_admin(exchange: Exchange) -> None:
     """An admin. Where no key is needed, a page of another site in a browser here is none."""
     exchange.admin()
@@ -106,20 +145,37 @@ def _faults_are_the_callers() -> Iterator[None]:
         raise InvalidRequest(error.message, param=error.param, code="invalid_value") from None
 
 
-def _key_fields(body: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are given; null is as if a field were not. InvalidRequest names the first
-    that is wrong."""
-    for name in body.keys() - KEY_FIELDS.keys():
-        close = nearest(name, KEY_FIELDS)
-        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(KEY_FIELDS)}."
+def _breaker_order(body: dict[str, Any]) -> BreakerOrder:
+    state = _given(body, ("state",), required="state")["state"]
+    orders = get_args(BreakerOrder)
+    if state not in orders:
+        raise InvalidRequest.about(
+            "state", f"'state' must be one of {', '.join(orders)}.", code="invalid_value"
+        )
+    return cast("BreakerOrder", state)
+
+
+def _given(body: dict[str, Any], fields: Collection[str], required: str) -> dict[str, Any]:
+    """The fields that are given, all of them known; null is as if a field were not."""
+    for name in body.keys() - set(fields):
+        close = nearest(name, fields)
+        hint = f"did you mean {close!r}?" if close else f"there are {', '.join(fields)}."
         raise InvalidRequest.about(
             name[:64], f"Unknown parameter: {name[:64]!r}; {hint}", code="unknown_parameter"
         )
     asked = {name: value for name, value in body.items() if value is not None}
-    if "tenant" not in asked:
+    if required not in asked:
         raise InvalidRequest.about(
-            "tenant", "Missing required parameter: 'tenant'.", code="missing_required_parameter"
+            required,
+            f"Missing required parameter: {required!r}.",
+            code="missing_required_parameter",
         )
+    return asked
+
+
+def _key_fields(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a new key. InvalidRequest names the first that is wrong."""
+    asked = _given(body, KEY_FIELDS, required="tenant")
     for name, value in asked.items():
         if not _fits(value, KEY_FIELDS[name]):
             wanted = KINDS[KEY_FIELDS[name]]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deployments.http import admin, native, openai, ops
+from deployments.http import admin, anthropic, native, openai, ops
 from deployments.http.exchange import (
     Endpoint,
     Exchange,
@@ -24,6 +24,7 @@ PATHS: Mapping[str, Mapping[str, Handler]] = {
     # The router tries them in this order: the busy ones come first.
     "/v1/chat/completions": {"POST": openai.chat_completions},
     "/v1/embeddings": {"POST": openai.embeddings},
+    "/v1/messages": {"POST": anthropic.messages},
     "/v1/completions": {"POST": openai.completions},
     "/api/v1/gateway/generate": {"POST": native.generate},
     "/api/v1/gateway/generate/stream": {"POST": native.generate_stream},
@@ -40,9 +41,12 @@ PATHS: Mapping[str, Mapping[str, Handler]] = {
     "/admin/keys": {"GET": admin.list_keys, "POST": admin.create_key},
     "/admin/keys/{id}": {"DELETE": admin.revoke_key},
     "/admin/config": {"GET": admin.read_config, "PUT": admin.write_config},
+    "/admin/breakers": {"GET": admin.list_breakers},
+    "/admin/breakers/{id:path}": {"POST": admin.set_breaker},
     "/openapi.json": {"GET": ops.openapi},
 }
 NATIVE = "/api/v1/gateway/"
+ANTHROPIC = "/v1/messages"
 
 
 def build_asgi(
@@ -59,29 +63,38 @@ def build_asgi(
     `x-request-id` itself, as Ray Serve does.
     """
 
-    def endpoint(handlers: Mapping[str, Handler], shape: Shape = openai_shape) -> Endpoint:
-        return Endpoint(service, handlers, clock=clock, new_id=new_id, echo_id=echo_id, shape=shape)
+    def endpoint(path: str, handlers: Mapping[str, Handler]) -> ASGIApp:
+        made = Endpoint(
+            service, handlers, clock=clock, new_id=new_id, echo_id=echo_id, shape=_shape(path)
+        )
+        if path.startswith(ANTHROPIC):
+            return anthropic.WithRequestId(made)
+        return made
 
-    routes = [
-        Route(path, endpoint(handlers, _shape(path)), name=path) for path, handlers in PATHS.items()
-    ]
+    routes = [Route(path, endpoint(path, handlers), name=path) for path, handlers in PATHS.items()]
     return Router(routes, redirect_slashes=False, default=_Unknown(endpoint))
 
 
 def _shape(path: str) -> Shape:
+    if path.startswith(ANTHROPIC):
+        return anthropic.error_shape
     return native.error_envelope if path.startswith(NATIVE) else openai_shape
 
 
 class _Unknown:
-    """Every other path: 404 in OpenAI's shape; websockets are closed."""
+    """Every other path: 404, in Anthropic's shape below its own; websockets are closed."""
 
-    def __init__(self, endpoint: Callable[[Mapping[str, Handler]], Endpoint]) -> None:
+    def __init__(self, endpoint: Callable[[str, Mapping[str, Handler]], ASGIApp]) -> None:
         methods = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-        self._endpoint = endpoint(dict.fromkeys(methods, _unknown_path))
+        handlers = dict.fromkeys(methods, _unknown_path)
+        self._anthropic = endpoint(ANTHROPIC, handlers)
+        self._endpoint = endpoint("", handlers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
+        elif scope["path"].startswith(f"{ANTHROPIC}/"):
+            await self._anthropic(scope, receive, send)
         else:
             await self._endpoint(scope, receive, send)
 

@@ -33,7 +33,7 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "Forebay",
             "version": "1",
-            "description": "One gateway to many LLM providers: OpenAI's routes and Forebay's own.",
+            "description": "One gateway to many LLM providers, on OpenAI's and Anthropic's routes.",
         },
         "security": _KEY,
         "paths": {**_openai_paths(), **_native_paths(), **_ops_paths(), **_admin_paths()},
@@ -58,7 +58,20 @@ def _openai_paths() -> dict[str, Any]:
     completion = _post(
         "createCompletion", "Completion", "CompletionRequest", "Completion", stream="Completion"
     )
+    message = _post(
+        "createMessage",
+        "Chat, in Anthropic's words",
+        "MessageRequest",
+        "Message",
+        stream="MessageEvent",
+        error="AnthropicError",
+    )
+    message["responses"]["200"]["content"]["text/event-stream"]["schema"]["description"] = (
+        "`event:` and `data:` lines of MessageEvent, the last one `message_stop`."
+    )
+    message["parameters"].append(_parameter("anthropic-version", "header"))
     return {
+        "/v1/messages": {"post": message},
         "/v1/chat/completions": {"post": chat},
         "/v1/completions": {"post": completion},
         "/v1/embeddings": {
@@ -74,7 +87,7 @@ def _openai_paths() -> dict[str, Any]:
 def _native_paths() -> dict[str, Any]:
     return {
         "/api/v1/gateway/generate": {
-            "post": _post("generate", "Text", "GenerateRequest", "Envelope", native=True)
+            "post": _post("generate", "Text", "GenerateRequest", "Envelope", error="ErrorEnvelope")
         },
         "/api/v1/gateway/generate/stream": {
             "post": _post(
@@ -83,11 +96,11 @@ def _native_paths() -> dict[str, Any]:
                 "GenerateRequest",
                 None,
                 stream="GenerateEvent",
-                native=True,
+                error="ErrorEnvelope",
             )
         },
         "/api/v1/gateway/embeddings": {
-            "post": _post("embed", "Vectors", "EmbedRequest", "Envelope", native=True)
+            "post": _post("embed", "Vectors", "EmbedRequest", "Envelope", error="ErrorEnvelope")
         },
         "/api/v1/gateway/providers": {
             "get": _get("providers", "What is configured", _ref("Envelope"))
@@ -151,6 +164,20 @@ def _admin_paths() -> dict[str, Any]:
                 "requestBody": _request("ConfigDocument"),
             },
         },
+        "/admin/breakers": {
+            "get": _get("listBreakers", "How each deployment stands", _ref("BreakerList"))
+        },
+        "/admin/breakers/{id}": {
+            "post": {
+                **_get(
+                    "setBreaker",
+                    "Every process obeys within a second",
+                    _ref("BreakerState"),
+                    [_parameter("id", "path")],
+                ),
+                "requestBody": _request("BreakerOrder"),
+            }
+        },
     }
 
 
@@ -165,7 +192,7 @@ def _post(
     answer: str | None,
     *,
     stream: str | None = None,
-    native: bool = False,
+    error: str = "Error",
 ) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if answer is not None:
@@ -181,8 +208,8 @@ def _post(
         "requestBody": _request(request),
         "responses": {
             "200": {"description": "The answer", "content": content},
-            "4XX": _answer("Refused", _ref("ErrorEnvelope" if native else "Error")),
-            "5XX": _answer("Failed", _ref("ErrorEnvelope" if native else "Error")),
+            "4XX": _answer("Refused", _ref(error)),
+            "5XX": _answer("Failed", _ref(error)),
         },
     }
 
@@ -287,7 +314,63 @@ def _answers() -> dict[str, Schema]:
             ("text", "done"), text=string, done={"type": "boolean"}, finish_reason=maybe
         ),
         "EmbedRequest": _object(("texts",), texts=texts, model=string, dimensions=integer),
+        **_anthropic_schemas(),
         **_admin_schemas(),
+    }
+
+
+def _anthropic_schemas() -> dict[str, Schema]:
+    string: Schema = {"type": "string"}
+    maybe: Schema = {"type": ["string", "null"]}
+    integer: Schema = {"type": "integer"}
+    number: Schema = {"type": "number"}
+    free: Schema = {"type": "object"}
+    content: Schema = {"oneOf": [string, _list(free)]}
+    turn = _object(
+        ("role", "content"),
+        role={"enum": ["user", "assistant", "system"]},
+        content=content,
+    )
+    usage = _object(("input_tokens", "output_tokens"), input_tokens=integer, output_tokens=integer)
+    return {
+        "MessageRequest": {
+            **_object(
+                ("model", "max_tokens", "messages"),
+                model=string,
+                max_tokens=integer,
+                messages=_list(turn),
+                system=content,
+                stop_sequences=_list(string),
+                temperature=number,
+                top_p=number,
+                stream={"type": "boolean"},
+                tools=_list(free),
+                tool_choice=free,
+                metadata=_object(user_id=maybe),
+                output_config=free,
+                service_tier={"enum": ["auto", "standard_only"]},
+                thinking=free,
+            ),
+            "description": "`thinking`, other than disabled, and `top_k` only where allowed.",
+        },
+        "Message": _object(
+            ("id", "type", "role", "content", "model", "usage"),
+            id=string,
+            type={"const": "message"},
+            role={"const": "assistant"},
+            model=string,
+            content=_list(free),
+            stop_reason=maybe,
+            stop_sequence=maybe,
+            usage=usage,
+        ),
+        "MessageEvent": _object(("type",), type=string),
+        "AnthropicError": _object(
+            ("type", "error", "request_id"),
+            type={"const": "error"},
+            error=_object(("type", "message"), type=string, message=string),
+            request_id=string,
+        ),
     }
 
 
@@ -298,6 +381,12 @@ def _admin_schemas() -> dict[str, Schema]:
     version: Schema = {"type": "integer"}
     whose = {"id": string, "tenant": string}
     key = {**whose, "admin": flag, "created": {"type": ["string", "number"]}}
+    standing: dict[str, Schema] = {
+        "deployment": string,
+        "state": string,
+        "reason": string,
+        "retry_after_s": {"type": ["number", "null"]},
+    }
     listed = _object(
         ("id", "tenant", "admin", "source"), source={"enum": ["config", "runtime"]}, **key
     )
@@ -317,6 +406,18 @@ def _admin_schemas() -> dict[str, Schema]:
             ("version", "config"), version=version, config=_ref("ConfigDocument")
         ),
         "ConfigVersion": _object(("version",), version=version),
+        "BreakerOrder": {
+            **_object(("state",), state={"enum": ["closed", "open", "auto"]}),
+            "additionalProperties": False,
+            "description": "Forced closed, forced open, or left to judge for itself again.",
+        },
+        "BreakerState": _object(("deployment", "state"), **standing),
+        "BreakerList": _object(
+            ("data", "source"),
+            object=string,
+            source={"enum": ["owner", "replica"]},
+            data=_list(_object(("deployment", "group", "state"), group=string, **standing)),
+        ),
     }
 
 

@@ -20,14 +20,14 @@ async def health(exchange: Exchange) -> None:
 
 
 async def health_ready(exchange: Exchange) -> None:
-    """GET /health/ready: 200 when requests can be served, else 503 and why. No key needed."""
+    """GET /health/ready: 200 when requests can be served here, else 503 and why. No key needed."""
     ready, reason = exchange.service.ready()
-    answer = {"status": "ready" if ready else "starting", "message": reason}
+    answer = {"status": "ready" if ready else "not ready", "message": reason}
     await exchange.send_json(answer, 200 if ready else 503)
 
 
 async def health_detail(exchange: Exchange) -> None:
-    """GET /health/detail: owners, desks, breakers. For admins."""
+    """GET /health/detail: a check of each concern, owners, desks, breakers. For admins."""
     exchange.admin()
     await exchange.send_json(await exchange.service.health(True))
 

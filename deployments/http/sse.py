@@ -2,7 +2,7 @@
 
 Rule 1: the first chunk goes out at once; what follows within LINGER_S of a write goes out together.
 Rule 2: a client that hangs up stops the provider: the chunks are closed at once.
-Rule 3: after the first byte a failure is an event, and `[DONE]` still ends the stream.
+Rule 3: after the first byte a failure is an event, and `[DONE]` (`done`) still ends the stream.
 """
 
 from __future__ import annotations
@@ -57,9 +57,13 @@ async def send_stream(
     encode: Encode,
     *,
     fail: Fail = error_frame,
+    done: bytes = DONE,
     linger_s: float = LINGER_S,
 ) -> None:
-    """Send `chunks` as events until they end, fail, or the client is gone. Always closes them."""
+    """Send `chunks` as events until they end, fail, or the client is gone. Always closes them.
+
+    `done` is the last frame, after a failure too; b"" where a stream has none.
+    """
     pump = _Pump(exchange, chunks, encode, fail)
     reading = asyncio.create_task(pump.run())
     leaving = asyncio.create_task(exchange.gone())
@@ -70,7 +74,7 @@ async def send_stream(
             await exchange.write(pump.take(), more=True)
             await pump.linger(linger_s)
         if not pump.abandoned:
-            await exchange.write(pump.take() + DONE, more=False)
+            await exchange.write(pump.take() + done, more=False)
     except OSError:
         pass  # The client hung up while we wrote; what remains is to close the chunks.
     finally:

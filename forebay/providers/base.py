@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.circuit_breaker.policy import Verdict
 from forebay.codec import Answer
-from forebay.errors import GatewayError, GatewayTimeout, ProviderError, RateLimitError
+from forebay.errors import (
+    GatewayError,
+    GatewayTimeout,
+    ProviderConnectionError,
+    ProviderError,
+    RateLimitError,
+)
 
 if TYPE_CHECKING:
     from actors.batcher.policy import Vectors
     from forebay.providers.prices import PriceBound
     from forebay.routing import Deployment
 
-__all__ = ["Answer", "Chunks", "Provider", "Resolve", "verdict_of"]
+__all__ = ["STALLED", "STALL_S", "Answer", "Chunks", "Provider", "Resolve", "verdict_of"]
 
 Resolve = Callable[[Mapping[str, Any]], dict[str, Any]]
 """A deployment's `params` with references and hidden secrets replaced by the secrets.
@@ -29,6 +35,8 @@ Raises ConfigurationError when one is missing, in words that hold no secret.
 """
 
 CREDENTIAL_STATUSES = frozenset({401, 402, 403})
+STALL_S = 30.0
+STALLED = "stream_stalled"
 
 
 class Chunks(Protocol):
@@ -46,7 +54,9 @@ class Chunks(Protocol):
 
 
 class Provider(Protocol):
-    """A lane to providers. `timeout_s` is the total time a call may take, streams included.
+    """A lane to providers. `timeout_s` is the total time a call may take, streams included;
+    `stall_s` is how long a stream may keep who waits for its next chunk, the first one included.
+    A stream that does not is over with a GatewayTimeout whose code is STALLED.
 
     `body` holds OpenAI's parameters of the route, checked; it is only read. Its `model` is the
     name the caller used and is not looked at: the deployment says which model is asked.
@@ -69,6 +79,7 @@ class Provider(Protocol):
         *,
         timeout_s: float,
         resolve: Resolve,
+        stall_s: float = STALL_S,
     ) -> Chunks: ...
 
     async def completion(
@@ -87,6 +98,7 @@ class Provider(Protocol):
         *,
         timeout_s: float,
         resolve: Resolve,
+        stall_s: float = STALL_S,
     ) -> Chunks: ...
 
     async def embed(
@@ -132,8 +144,8 @@ def verdict_of(error: BaseException | None) -> Verdict:
     """How far the deployment is to blame for the way a call ended; None is success."""
     if error is None:
         return Verdict.SUCCESS
-    if isinstance(error, GatewayTimeout):
-        return Verdict.FAILURE
+    if isinstance(error, GatewayTimeout | ProviderConnectionError):
+        return Verdict.UNREACHABLE
     if isinstance(error, RateLimitError):
         # A limit of ours says nothing about the provider.
         return Verdict.IGNORED if error.upstream_status is None else Verdict.THROTTLED

@@ -11,9 +11,9 @@ Rule 3: all text from a provider passes `redaction.spoken`.
     413                                 RequestTooLarge              ignored
     401, 402, 403                       ProviderError (502)          credential
     429                                 RateLimitError (429)         throttled
-    408, or nothing in time             GatewayTimeout (504)         failure
+    408, or nothing in time             GatewayTimeout (504)         unreachable
     5xx, or what makes no sense         ProviderError (502)          failure
-    over no connection, or half         ProviderConnectionError      failure
+    over no connection, or half         ProviderConnectionError      unreachable
 """
 
 from __future__ import annotations
@@ -133,6 +133,16 @@ _TIMEOUTS = frozenset({"APITimeoutError", "TimeoutException", "ServerTimeoutErro
 _NETWORK = frozenset(
     {"APIConnectionError", "TransportError", "ClientConnectionError", "ClientPayloadError"}
 )
+
+
+class ErrorEvent(Exception):
+    """An error that a provider sent inside a stream. `body` is the event, parsed."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        inner = body.get("error")
+        said = inner if isinstance(inner, str) else error_object(body).get("message")
+        super().__init__(said if isinstance(said, str) and said else "an error without words")
+        self.body = body
 
 
 @dataclass(slots=True)
@@ -270,8 +280,10 @@ def _hear_client(cause: BaseException, name: str, found: _Found) -> None:
     if response is not None and status is not None:
         found.answered = status
         found.said = _words(cause, response) or found.said
-    elif name == "APIError":  # an error event inside a stream
+    elif name == "APIError" or isinstance(cause, ErrorEvent):  # inside a stream
         found.said = found.said or str(cause)
+    elif name:
+        found.implied = found.implied or STATUS_OF_CLASS[name]
     names = {kind.__name__ for kind in type(cause).__mro__}
     found.disconnected |= isinstance(cause, OSError) or not _NETWORK.isdisjoint(names)
 

@@ -15,21 +15,23 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from actors.batcher.policy import Vectors
 from forebay.errors import InvalidRequest, ResponseValidationError
 from forebay.providers import shapes
-from forebay.providers.base import Answer, Resolve
+from forebay.providers.base import STALL_S, Answer, Resolve
 from forebay.providers.calls import Call
 from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
 from forebay.providers.prices import PriceBound, Prices
 from forebay.providers.streams import LiteLLMChunks, Opened
 from forebay.providers.tokenizers import Tokenizers
 from forebay.providers.vectors import decoded
+from forebay.providers.wire import WatchedTexts
 from forebay.tally import StreamTally
 
 if TYPE_CHECKING:
@@ -54,8 +56,8 @@ SAY_END = frozenset(
         *("perplexity", "cerebras", "nvidia_nim"),
     }
 )
-"""Providers whose streams end with a finish reason that LiteLLM passes on. (Gemini's and Cohere's
-do, too, but LiteLLM forgets it: there, a stream that just ends cannot be told from a whole one.)"""
+"""Providers whose streams end with a finish reason that LiteLLM passes on. (Of others' it makes up
+a "stop"; where they speak in events, `wire` looks for their own end.)"""
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
@@ -141,13 +143,14 @@ class LiteLLMProvider:
         *,
         timeout_s: float,
         resolve: Resolve,
+        stall_s: float = STALL_S,
     ) -> LiteLLMChunks:
         """One chat completion, in OpenAI's chunks; usage in the last, if `stream_options` ask.
 
         Raises (from `anext`):
             GatewayError: see `failures`.
         """
-        return self._stream("chat", deployment, body, timeout_s, resolve)
+        return self._stream("chat", deployment, body, timeout_s, stall_s, resolve)
 
     def completion_stream(
         self,
@@ -156,9 +159,10 @@ class LiteLLMProvider:
         *,
         timeout_s: float,
         resolve: Resolve,
+        stall_s: float = STALL_S,
     ) -> LiteLLMChunks:
         """One text completion, in chunks; as `chat_stream`."""
-        return self._stream("completion", deployment, body, timeout_s, resolve)
+        return self._stream("completion", deployment, body, timeout_s, stall_s, resolve)
 
     async def embed(
         self,
@@ -261,6 +265,7 @@ class LiteLLMProvider:
         deployment: Deployment,
         body: Mapping[str, Any],
         timeout_s: float,
+        stall_s: float,
         resolve: Resolve,
     ) -> LiteLLMChunks:
         async def begin() -> Opened:
@@ -272,15 +277,19 @@ class LiteLLMProvider:
             if body.get("stream_options") is not None:
                 asked["stream_options"] = body["stream_options"]
             beside = self._beside(deployment, asked)
+            keywords = self._keywords(route, call, asked)
+            if "client" in keywords:
+                keywords["client"] = WatchedTexts(keywords["client"], call.error, call.provider)
             with self._bare(beside), call.errors():
                 async with asyncio.timeout(call.limit_s):
-                    stream = await self._function(route)(**self._keywords(route, call, asked))
+                    stream = await self._function(route)(**keywords)
             if beside is not None and beside.chunks is not None:
                 return Opened(beside.chunks, None, call.error)
             plain = shapes.plain_chat_chunk if route == "chat" else shapes.plain_text_chunk
-            return Opened(stream, plain, call.error, deployment.provider in SAY_END)
+            says_end = deployment.provider in SAY_END
+            return Opened(stream, plain, call.error, says_end, call.limit_s)
 
-        return LiteLLMChunks(begin, timeout_s, deployment.provider, deployment.group)
+        return LiteLLMChunks(begin, timeout_s, stall_s, deployment.provider, deployment.group)
 
     async def _embed(
         self,
@@ -381,6 +390,8 @@ def _imported(environ: MutableMapping[str, str]) -> Any:
     litellm.disable_streaming_logging = True
     litellm.telemetry = False
     litellm.disable_hf_tokenizer_download = True  # it counts words where a provider does not
+    http = importlib.import_module("litellm.llms.custom_httpx.http_handler")
+    http.AsyncHTTPHandler.single_connection_post_request = _fail_once
     # LiteLLM's models of answers say list[float] where base64 is a str; that is how it is meant.
     warnings.filterwarnings(
         "ignore", "Pydantic serializer warnings", UserWarning, module=r"pydantic\.main"
@@ -391,6 +402,16 @@ def _imported(environ: MutableMapping[str, str]) -> Any:
     for _ in litellm.completion("openai/gpt-4o", greeting, mock_response="hello", stream=True):
         pass
     return litellm
+
+
+async def _fail_once(*_: Any, **__: Any) -> NoReturn:
+    """In place of the second attempt that LiteLLM makes, unasked, when a connection breaks.
+
+    It is called while the first one's failure is being handled, which is what the call ends with.
+    """
+    failure = sys.exception()
+    assert failure is not None
+    raise failure
 
 
 def _internal_call() -> Any:

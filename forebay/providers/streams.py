@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from types import AsyncGeneratorType
@@ -12,6 +13,8 @@ from typing import Any
 import httpx
 
 from forebay.errors import GatewayError, GatewayTimeout, ProviderConnectionError
+from forebay.providers import wire
+from forebay.providers.base import STALLED
 
 LAYERS_MAX = 16
 CLOSE_S = 0.5
@@ -29,18 +32,21 @@ class Opened:
 
     `plain` makes a chunk dict of what it gives (None: it gives such dicts), `error` an error of
     ours of what it raises. `says_end`: its provider ends every answer with a finish reason.
+    `stall_s`: how long the deployment itself is given for a chunk.
     """
 
     stream: AsyncIterator[Any]
     plain: Callable[[Any], dict[str, Any]] | None
     error: Callable[[BaseException], GatewayError]
     says_end: bool = False
+    stall_s: float = math.inf
 
 
 class LiteLLMChunks:
     """One streamed answer; the first `anext` makes the call.
 
-    Owns the upstream connection. Bounded by `timeout_s` from the first `anext` to the end.
+    Owns the upstream connection and one timer. Bounded by `timeout_s` from the first `anext` to the
+    end, and by `stall_s` for whoever waits for a chunk.
 
     Failure behaviour: what goes wrong is raised once, as a GatewayError, and the stream is over. A
     provider that is known to give a finish reason, and does not, has broken off; LiteLLM makes up
@@ -52,18 +58,23 @@ class LiteLLMChunks:
         self,
         begin: Callable[[], Awaitable[Opened]],
         timeout_s: float,
+        stall_s: float,
         provider: str,
         model: str,
     ) -> None:
         self._begin = begin
         self._timeout_s = timeout_s
+        self._stall_s = stall_s
+        self._deadline_s = 0.0
+        self._waiting_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Task[Any] | None = None
-        self._expired = False
+        self._late: GatewayTimeout | None = None
         self._provider = provider
         self._model = model
         self._opened: Opened | None = None
         self._stream: AsyncIterator[Any] | None = None
+        self._begun = False
         self._over = False
 
     def __aiter__(self) -> LiteLLMChunks:
@@ -74,20 +85,20 @@ class LiteLLMChunks:
             raise StopAsyncIteration
         task = asyncio.current_task()
         assert task is not None
+        loop = task.get_loop()
+        self._waiting_since_s = loop.time()
         if self._timer is None:
-            # One timer for the stream: one per chunk would cost as much as the chunk's own JSON.
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._timeout_s, self._expire)
+            self._deadline_s = self._waiting_since_s + self._timeout_s
+            self._watch(loop)
         cancelling = task.cancelling()
         self._waiting = task
         try:
             return await self._next()
         except BaseException as error:
             await self.aclose()
-            cancelled = isinstance(error, asyncio.CancelledError)
-            if not (self._expired and cancelled and task.uncancel() <= cancelling):
+            if self._late in (None, error) or task.uncancel() > cancelling:
                 raise
-            raise self._late() from None
+            raise self._late from None
         finally:
             self._waiting = None
 
@@ -99,30 +110,54 @@ class LiteLLMChunks:
         if stream is not None:
             await _close(stream)
 
-    def _expire(self) -> None:
-        """The deadline: whoever waits for a chunk gets a timeout, else the next one who comes."""
-        self._expired = True
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Look whether time is up, and come again when it may be.
+
+        One timer for the stream, and a time noted per chunk: a timer per chunk would cost as much
+        as the chunk's own JSON. Only time that somebody waits counts as a stall: a client that is
+        slow to take its chunks is not the provider's fault. Without one who waits, the next who
+        comes learns of the deadline.
+        """
+        now_s = loop.time()
+        since_s = now_s if self._waiting is None else self._waiting_since_s
+        due_s = min(self._deadline_s, since_s + self._stall_s)
+        if now_s < due_s:
+            self._timer = loop.call_at(due_s, self._watch, loop)
+            return
+        if now_s >= self._deadline_s:
+            self._late = self._timeout(f"did not end its answer within {self._timeout_s:g} s")
+        else:
+            self._late = self._timeout(f"sent nothing for {self._stall_s:g} s", STALLED)
         if self._waiting is not None:
             self._waiting.cancel()
 
-    def _late(self) -> GatewayTimeout:
-        return GatewayTimeout(
-            f"{self._provider} did not end its answer within {self._timeout_s:g} s",
-            provider=self._provider,
-            model=self._model,
-        )
+    def _hurry(self, stall_s: float) -> None:
+        """Be patient for no longer than `stall_s`, from now on."""
+        if stall_s < self._stall_s:
+            self._stall_s = stall_s
+            assert self._timer is not None
+            self._timer.cancel()
+            self._watch(asyncio.get_running_loop())
+
+    def _timeout(self, said: str, code: str | None = None) -> GatewayTimeout:
+        text = f"{self._provider} {said}"
+        return GatewayTimeout(text, provider=self._provider, model=self._model, code=code)
 
     async def _next(self) -> dict[str, Any]:
-        if self._expired:
-            raise self._late()
+        if self._late is not None:
+            raise self._late
         if self._opened is None:
             self._opened = await self._begin()
             self._stream = self._opened.stream
             if self._over:  # closed meanwhile
                 await self.aclose()
                 raise StopAsyncIteration
+            self._hurry(self._opened.stall_s)
         opened = self._opened
         try:
+            if not self._begun:
+                self._begun = True
+                await self._watch_wire(opened)
             chunk = await anext(opened.stream)
             told: dict[str, Any] = chunk if opened.plain is None else opened.plain(chunk)
         except (StopAsyncIteration, GatewayError):
@@ -137,6 +172,15 @@ class LiteLLMChunks:
         if usage is not None and not _reported(opened.stream):
             usage["estimated"] = True
         return told
+
+    async def _watch_wire(self, opened: Opened) -> None:
+        stream: Any = opened.stream
+        if getattr(stream, "make_call", None) is not None and stream.completion_stream is None:
+            await stream.fetch_stream()  # for some providers LiteLLM calls at the first chunk only
+        for layer in _layers(stream):
+            if isinstance(layer, httpx.Response):
+                wire.watch(layer, opened.error, self._provider)
+                return
 
     def _check_finished(self, stream: Any) -> None:
         """LiteLLM ends every stream with a finish reason; did the provider give one?"""

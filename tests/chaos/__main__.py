@@ -1,6 +1,7 @@
 """`python -m tests.chaos --full` runs every chaos test at its full count and writes RESULTS.md.
 
-Owners killed under load first, then limits under everything, each with a system to itself.
+Owners killed under load first, then limits under everything, then failing providers, each with a
+system to itself.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SUITES = (HERE, ROOT / "tests" / "system" / "test_limits.py")
+SYSTEM = ROOT / "tests" / "system"
+SUITES = (HERE, SYSTEM / "test_limits.py", SYSTEM / "test_failures.py")
 NOTHING_COLLECTED = 5
-TELLING = ("  chaos:", "  limits:")
+TELLING = ("  chaos:", "  limits:", "  failures:")
 
 
 def main() -> int:

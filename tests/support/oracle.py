@@ -66,6 +66,20 @@ def most_at_once(records: Iterable[Record]) -> int:
     return most
 
 
+def under_way(records: Iterable[Record], at_s: float) -> int:
+    """How many requests were under way at a moment, both ends included."""
+    at_ns = at_s * NANO
+    return sum(
+        r.start_mono_ns <= at_ns and (r.end_mono_ns is None or r.end_mono_ns >= at_ns)
+        for r in records
+    )
+
+
+def ends_s(records: Iterable[Record]) -> list[float]:
+    """When the requests were over, as far as they are."""
+    return sorted(r.end_mono_ns / NANO for r in records if r.end_mono_ns is not None)
+
+
 def most_in(
     times_s: Iterable[float], window_s: float, amounts: Sequence[float] | None = None
 ) -> float:

@@ -142,5 +142,6 @@ def groups(url: str) -> list[dict[str, Any]]:
         group("dead-first", "openai/sim", "http://127.0.0.1:9/v1", order=1),
         group("dead-first", "openai/sim", v1, order=2),
         group("any/*", "openai/*", v1),
+        group("cursed", "openai/sim-reset=before+latency=0.1", v1),
         *(group(f"faulty-{n}", f"openai/sim-faulty-{n}", v1) for n in (400, 401, 429, 500)),
     ]

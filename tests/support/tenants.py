@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +28,8 @@ from tests.support.upstream import Upstream
 SECRET = "a-secret-of-the-tests-and-of-nothing-else"
 SIM_KEY = "sk-simulated-key-of-the-tests"
 ADMIN = "boss"
+NUMBER = iter(range(10**9))
+WARM_S = 60.0
 
 
 def limits(**given: Any) -> dict[str, Any]:
@@ -147,3 +153,61 @@ def found(value: Any, name: str) -> list[Any]:
     if isinstance(value, list):
         return [one for inner in value for one in found(inner, name)]
     return []
+
+
+# --------------------------------------------------------------------------------------- callers
+
+
+def question(text: str = "") -> list[dict[str, str]]:
+    """Messages that nobody sent before."""
+    return [{"role": "user", "content": f"{text} question {next(NUMBER)}".strip()}]
+
+
+async def chat(
+    client: httpx.AsyncClient,
+    system: Tenants,
+    tenant: str,
+    text: str = "",
+    *,
+    model: str = "sim",
+    headers: dict[str, str] | None = None,
+    **more: Any,
+) -> httpx.Response:
+    return await client.post(
+        "/v1/chat/completions",
+        json={"model": model, "messages": question(text), **more},
+        headers=system.headers(tenant, **(headers or {})),
+    )
+
+
+def statuses(answers: Iterable[httpx.Response]) -> Counter[int]:
+    return Counter(response.status_code for response in answers)
+
+
+async def warm(system: Tenants, replicas: int) -> None:
+    """So many replicas have called the upstream as tenant `free`: no first call is slow later."""
+    system.upstream.script(latency=0.05)
+    deadline = time.monotonic() + WARM_S
+    async with system.client() as client:
+        while True:
+            await asyncio.gather(*(chat(client, system, "free") for _ in range(32)))
+            if len(serving(system)) >= replicas:
+                return
+            assert time.monotonic() < deadline, "not every replica answers"
+
+
+def serving(system: Tenants) -> set[int]:
+    """The replicas that have a connection to the upstream: those that called it."""
+    return {pid for pid, sockets in upstream_sockets(system).items() if sockets}
+
+
+def upstream_sockets(system: Tenants) -> dict[int, int]:
+    """Replica by replica: how many connections to the upstream it has."""
+    found_sockets = {}
+    for process in system.replicas():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found_sockets[process.pid] = sum(
+                bool(c.raddr) and c.raddr.port == system.upstream.port
+                for c in process.net_connections("tcp")
+            )
+    return found_sockets

@@ -66,6 +66,13 @@ class Record:
     def finished(self) -> bool:
         return self.end_ns is not None
 
+    @property
+    def prompt(self) -> str:
+        """The last message, prompt or input, where the script says `log_bodies`; else empty."""
+        body = self.body or {}
+        messages = body.get("messages") or [{}]
+        return str(messages[-1].get("content", body.get("prompt", body.get("input", ""))))
+
 
 _FIELDS = frozenset(f.name for f in fields(Record))
 

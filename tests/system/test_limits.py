@@ -13,13 +13,12 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -28,7 +27,19 @@ from forebay import GatewayConfig, LiteLLMGateway, RateLimitConfig, errors
 from forebay.config import TenantConfig
 from tests.support import oracle
 from tests.support.driver import Driver
-from tests.support.tenants import ADMIN, Tenants, deployment, found, limits, running
+from tests.support.tenants import (
+    ADMIN,
+    Tenants,
+    chat,
+    deployment,
+    found,
+    limits,
+    question,
+    running,
+    serving,
+    statuses,
+    warm,
+)
 from tests.support.upstream import Record, Upstream
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
@@ -114,7 +125,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
             data_dir, TENANTS, model_list(upstream.url), upstream, replicas=REPLICAS
         ) as started,
     ):
-        asyncio.run(warm(started))
+        asyncio.run(warm(started, REPLICAS))
         yield started
 
 
@@ -134,55 +145,6 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
 
 
 # --------------------------------------------------------------------------------------- callers
-
-
-async def warm(system: Tenants) -> None:
-    """Every replica has called the upstream, so that no first call is slow later."""
-    system.upstream.script(latency=0.05)
-    deadline = time.monotonic() + 60
-    async with system.client() as client:
-        while True:
-            await asyncio.gather(*(chat(client, system, "free") for _ in range(32)))
-            if len(serving(system)) >= REPLICAS:
-                return
-            assert time.monotonic() < deadline, "not every replica answers"
-
-
-def serving(system: Tenants) -> set[int]:
-    """The replicas that have a connection to the upstream: those that called it."""
-    pids = set()
-    for process in system.replicas():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if any(
-                c.raddr and c.raddr.port == system.upstream.port
-                for c in process.net_connections("tcp")
-            ):
-                pids.add(process.pid)
-    return pids
-
-
-NUMBER = iter(range(10**9))
-
-
-def question(text: str = "") -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"{text} question {next(NUMBER)}".strip()}]
-
-
-async def chat(
-    client: httpx.AsyncClient,
-    system: Tenants,
-    tenant: str,
-    text: str = "",
-    *,
-    model: str = "sim",
-    headers: dict[str, str] | None = None,
-    **more: Any,
-) -> httpx.Response:
-    return await client.post(
-        "/v1/chat/completions",
-        json={"model": model, "messages": question(text), **more},
-        headers=system.headers(tenant, **(headers or {})),
-    )
 
 
 def wait_of(response: httpx.Response) -> float:
@@ -213,16 +175,6 @@ async def pound(
 
     await asyncio.gather(*(caller(number) for number in range(callers)))
     return answers
-
-
-def statuses(answers: Sequence[httpx.Response]) -> Counter[int]:
-    return Counter(response.status_code for response in answers)
-
-
-def prompt_of(record: Record) -> str:
-    body = record.body or {}
-    messages = body.get("messages") or [{}]
-    return str(messages[-1].get("content", body.get("prompt", body.get("input", ""))))
 
 
 def not_at_midnight() -> None:
@@ -289,7 +241,7 @@ async def _storm(system: Tenants, driver: Driver, scratch: Path) -> Storm:
     told.tasks = await asyncio.to_thread(
         driver.storm, "storm", "sim", "free", go, stop, tasks=TASKS, callers=4
     )
-    await warm(system)
+    await warm(system, REPLICAS)
     system.upstream.reset()
     system.upstream.script(log_bodies=True)
     stopped = asyncio.Event()
@@ -317,7 +269,7 @@ async def _storm(system: Tenants, driver: Driver, scratch: Path) -> Storm:
             await asyncio.gather(*callers)
     told.python = await asyncio.to_thread(driver.results)
     told.records = [
-        r for r in system.upstream.log() if prompt_of(r).startswith(("pid=", "http"))
+        r for r in system.upstream.log() if r.prompt.startswith(("pid=", "http"))
     ]  # without the warm-up
     return told
 
@@ -353,8 +305,8 @@ def test_four_tasks_and_all_replicas_share_one_limit_exactly(
     plain = [t for t in times if t <= storm.plain_until_s]
     over = oracle.overrun(plain, 10.0, 20)
     used = oracle.utilisation(plain, 10.0, 20, storm.go_s + 1.0, storm.plain_until_s)
-    asking = {p.split()[0] for r in storm.records if (p := prompt_of(r)).startswith("pid=")}
-    http = sum(prompt_of(r).startswith("http") for r in storm.records)
+    asking = {p.split()[0] for r in storm.records if (p := r.prompt).startswith("pid=")}
+    http = sum(r.prompt.startswith("http") for r in storm.records)
     say(
         f"600/min burst 20, {REPLICAS} replicas and {TASKS} tasks, "
         f"{storm.plain_until_s - storm.go_s:.0f} s: {len(plain)} admitted, over by {over:+.2f}, "
@@ -776,7 +728,7 @@ async def _in_line(gateway: LiteLLMGateway, system: Tenants) -> None:
         waiting.append(asyncio.create_task(ask(number)))
         await asyncio.sleep(0.005)
     await asyncio.wait_for(asyncio.gather(*waiting), 10)
-    prompts = [prompt_of(record) for record in system.upstream.log()]
+    prompts = [record.prompt for record in system.upstream.log()]
     assert prompts == [f"in line {number:02d}" for number in range(9)]
     assert oracle.overrun(oracle.starts_s(system.upstream.log()), 10.0, 1) <= 0.2  # local jitter
 
@@ -930,7 +882,7 @@ async def test_the_number_of_owners_changes_under_load_without_an_excess(
     admitted: dict[str, int] = {}
     paused: dict[str, float] = {}
     for name in MOVING:
-        records = [r for r in system.upstream.log() if f"by={name} " in prompt_of(r)]
+        records = [r for r in system.upstream.log() if f"by={name} " in r.prompt]
         times = oracle.starts_s(records)
         over[name] = round(oracle.overrun(times, 10.0, 20), 2)
         admitted[name] = len(times)

@@ -6,11 +6,12 @@ import random
 
 import pytest
 
-from actors.circuit_breaker.policy import Verdict
-from forebay.attempts import Plan
+from actors.circuit_breaker.policy import Refusal, State, Verdict
+from forebay.attempts import THROTTLED_CODE, Plan, refusal_error, refused_by
 from forebay.errors import (
     CircuitBreakerOpenError,
     DeploymentsBusy,
+    GatewayTimeout,
     InvalidRequest,
     ProviderError,
     RateLimitError,
@@ -22,13 +23,22 @@ def deployment(name: str) -> Deployment:
     return Deployment(id=name, group="g", model=f"openai/{name}", provider="openai", params={})
 
 
-def plan(groups: dict[str, list[str]], max_retries: int = 2, retry_delay_s: float = 1.0) -> Plan:
+def plan(
+    groups: dict[str, list[str]],
+    max_retries: int = 2,
+    retry_delay_s: float = 1.0,
+    special: dict[str, list[str]] | None = None,
+    usual: int | None = None,
+) -> Plan:
+    """`special` holds lists by "kind group"; only the first `usual` groups are usual ones."""
+    lists = special or {}
     return Plan(
-        list(groups),
+        list(groups)[:usual],
         lambda group: [deployment(name) for name in groups[group]],
         max_retries=max_retries,
         retry_delay_s=retry_delay_s,
         rng=random.Random(7),
+        special=lambda kind, group: lists.get(f"{kind} {group}", []),
     )
 
 
@@ -66,7 +76,7 @@ def test_retry_after_of_the_provider_is_never_cut_short() -> None:
     attempts.next()
     attempts.failed(deployment("a"), RateLimitError("slow", retry_after_s=5.0), Verdict.THROTTLED)
 
-    assert attempts.next().pause_s == 5.0
+    assert 5.0 < attempts.next().pause_s <= 5.5
 
 
 def test_retries_are_bounded_and_the_last_error_is_what_callers_get() -> None:
@@ -109,7 +119,7 @@ def test_a_bad_credential_is_not_tried_twice() -> None:
 def test_when_every_breaker_is_open_the_error_says_when_the_first_closes() -> None:
     attempts = plan({"g": ["a", "b"]})
     for retry_after_s in (9.0, 4.0):
-        attempts.refused(attempts.next().deployment, retry_after_s)
+        attempts.refused(attempts.next().deployment, retry_after_s, "open")
 
     with pytest.raises(CircuitBreakerOpenError, match="is OPEN") as caught:
         attempts.next()
@@ -118,7 +128,7 @@ def test_when_every_breaker_is_open_the_error_says_when_the_first_closes() -> No
 
 def test_an_open_breaker_costs_no_retry() -> None:
     attempts = plan({"g": ["a", "b"]}, max_retries=0)
-    attempts.refused(attempts.next().deployment, 1.0)
+    attempts.refused(attempts.next().deployment, 1.0, "open")
 
     assert attempts.next().deployment.id == "b"
     assert attempts.retries == 0
@@ -127,7 +137,7 @@ def test_an_open_breaker_costs_no_retry() -> None:
 def test_when_every_deployment_is_busy_the_error_says_when_the_first_is_free() -> None:
     attempts = plan({"g": ["a", "b"]})
     for retry_after_s in (9.0, 4.0):
-        attempts.refused(attempts.next().deployment, retry_after_s, busy=True)
+        attempts.refused(attempts.next().deployment, retry_after_s, "busy")
 
     with pytest.raises(DeploymentsBusy, match="own rpm or tpm") as caught:
         attempts.next()
@@ -137,8 +147,8 @@ def test_when_every_deployment_is_busy_the_error_says_when_the_first_is_free() -
 
 def test_a_busy_deployment_goes_before_an_open_breaker() -> None:
     attempts = plan({"g": ["a", "b"]})
-    attempts.refused(attempts.next().deployment, 1.0)
-    attempts.refused(attempts.next().deployment, 7.0, busy=True)
+    attempts.refused(attempts.next().deployment, 1.0, "open")
+    attempts.refused(attempts.next().deployment, 7.0, "busy")
 
     with pytest.raises(DeploymentsBusy) as caught:
         attempts.next()
@@ -148,7 +158,7 @@ def test_a_busy_deployment_goes_before_an_open_breaker() -> None:
 def test_what_failed_is_what_callers_get_even_if_the_rest_was_busy() -> None:
     attempts = plan({"g": ["a", "b"]}, max_retries=1)
     attempts.failed(attempts.next().deployment, ProviderError("down"), Verdict.CREDENTIAL)
-    attempts.refused(attempts.next().deployment, 1.0, busy=True)
+    attempts.refused(attempts.next().deployment, 1.0, "busy")
 
     with pytest.raises(ProviderError, match="down"):
         attempts.next()
@@ -157,7 +167,7 @@ def test_what_failed_is_what_callers_get_even_if_the_rest_was_busy() -> None:
 def test_after_a_wait_the_plan_begins_anew_with_the_first_group() -> None:
     attempts = plan({"g": ["a"], "h": ["b"]})
     for _ in range(2):
-        attempts.refused(attempts.next().deployment, 1.0, busy=True)
+        attempts.refused(attempts.next().deployment, 1.0, "busy")
     with pytest.raises(DeploymentsBusy):
         attempts.next()
     attempts.again()
@@ -170,10 +180,160 @@ def test_after_a_wait_the_plan_begins_anew_with_the_first_group() -> None:
 
 def test_a_refusal_of_an_earlier_round_is_forgotten() -> None:
     attempts = plan({"g": ["a"]})
-    attempts.refused(attempts.next().deployment, 1.0, busy=True)
+    attempts.refused(attempts.next().deployment, 1.0, "busy")
     attempts.again()
-    attempts.refused(attempts.next().deployment, 5.0, busy=True)
+    attempts.refused(attempts.next().deployment, 5.0, "busy")
 
     with pytest.raises(DeploymentsBusy) as caught:
         attempts.next()
     assert caught.value.retry_after_s == 5.0
+
+
+# ------------------------------------------------------------------------- what each refusal is
+
+
+def test_throttled_deployments_make_a_429_and_not_an_open_breaker() -> None:
+    attempts = plan({"g": ["a", "b"]})
+    attempts.refused(attempts.next().deployment, 9.0, "open")
+    attempts.refused(attempts.next().deployment, 4.0, "throttled")
+
+    with pytest.raises(RateLimitError, match="asked for a pause") as caught:
+        attempts.next()
+    assert (caught.value.retry_after_s, caught.value.code) == (4.0, THROTTLED_CODE)
+
+
+def test_of_a_busy_and_a_throttled_deployment_the_sooner_one_counts() -> None:
+    attempts = plan({"g": ["a", "b"]})
+    attempts.refused(attempts.next().deployment, 9.0, "busy")
+    attempts.refused(attempts.next().deployment, 4.0, "throttled")
+
+    with pytest.raises(DeploymentsBusy) as caught:
+        attempts.next()
+    assert caught.value.retry_after_s == 4.0
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [(State.OPEN, "open"), (State.FORCED_OPEN, "open"), (State.CLOSED, "throttled")],
+)
+def test_a_refusal_is_the_same_after_its_way_through_the_batcher(state: State, why: str) -> None:
+    error = refusal_error(deployment("a"), Refusal("a", 4.0, state))
+
+    assert (refused_by(error), error.retry_after_s) == (why, 4.0)
+    assert ("is OPEN" in str(error)) == (why == "open")
+
+
+def test_a_providers_own_429_is_no_refusal_of_ours() -> None:
+    assert refused_by(RateLimitError("slow down", upstream_status=429)) is None
+    assert refused_by(ProviderError("down")) is None
+
+
+# ------------------------------------------------------------------------------------ the budget
+
+
+def test_without_budget_the_group_is_over_and_its_fallback_goes_on() -> None:
+    attempts = plan({"g": ["a", "b"], "h": ["c"]})
+    attempts.failed(attempts.next().deployment, ProviderError("down"), Verdict.FAILURE)
+    assert attempts.next().is_retry
+    attempts.spent()
+    fallback = attempts.next()
+
+    assert (fallback.deployment.id, fallback.is_retry) == ("c", False)
+    assert (attempts.retries, attempts.fallbacks) == (0, 1)
+
+
+def test_without_budget_and_fallback_callers_get_what_happened() -> None:
+    attempts = plan({"g": ["a", "b"]})
+    attempts.failed(attempts.next().deployment, ProviderError("down"), Verdict.FAILURE)
+    attempts.next()
+    attempts.spent()
+
+    with pytest.raises(ProviderError, match="down"):
+        attempts.next()
+    assert attempts.retries == 0
+
+
+# --------------------------------------------------------------------------- special fallbacks
+
+TOO_LONG = InvalidRequest("too long", code="context_length_exceeded")
+
+
+def test_a_prompt_that_is_too_long_goes_to_the_groups_for_it_and_no_others() -> None:
+    groups = {"g": ["a", "b"], "h": ["c"], "big": ["d"]}
+    attempts = plan(groups, special={"context_window g": ["big"]}, usual=2)
+    attempts.failed(attempts.next().deployment, TOO_LONG, Verdict.IGNORED)
+    tried = attempts.next()
+
+    assert (tried.deployment.id, tried.is_fallback, tried.is_retry) == ("d", True, False)
+    attempts.failed(tried.deployment, ProviderError("down"), Verdict.CREDENTIAL)
+    with pytest.raises(ProviderError, match="down"):
+        attempts.next()
+    assert attempts.fallbacks == 1
+
+
+def test_a_group_that_refuses_too_goes_on_with_its_own_list_but_never_in_a_circle() -> None:
+    lists = {"context_window g": ["big"], "context_window big": ["g", "bigger"]}
+    attempts = plan({"g": ["a"], "big": ["b"], "bigger": ["c"]}, special=lists, usual=1)
+    for expected in ("a", "b"):
+        tried = attempts.next()
+        assert tried.deployment.id == expected
+        attempts.failed(tried.deployment, TOO_LONG, Verdict.IGNORED)
+    assert attempts.next().deployment.id == "c"
+
+    with pytest.raises(InvalidRequest, match="too long"):
+        attempts.failed(deployment("c"), TOO_LONG, Verdict.IGNORED)
+
+
+def test_a_fallback_that_finds_the_prompt_too_long_uses_the_first_groups_list() -> None:
+    groups = {"g": ["a"], "h": ["b"], "big": ["c"]}
+    attempts = plan(groups, 0, special={"context_window g": ["big"]}, usual=2)
+    attempts.failed(attempts.next().deployment, ProviderError("down"), Verdict.FAILURE)
+    attempts.failed(attempts.next().deployment, TOO_LONG, Verdict.IGNORED)
+
+    assert attempts.next().deployment.id == "c"
+
+
+@pytest.mark.parametrize("code", ["content_filter", "content_policy_violation"])
+def test_what_a_filter_refuses_goes_to_groups_with_another_policy(code: str) -> None:
+    lists = {"content_policy g": ["h"]}
+    attempts = plan({"g": ["a"], "h": ["b"]}, special=lists, usual=1)
+    refused = InvalidRequest("no", code=code)
+    attempts.failed(attempts.next().deployment, refused, Verdict.IGNORED)
+
+    assert attempts.next().deployment.id == "b"
+
+
+def test_without_a_list_for_it_a_refusal_is_final_whatever_fallbacks_there_are() -> None:
+    attempts = plan({"g": ["a"], "h": ["b"]}, special={"content_policy g": ["h"]})
+    tried = attempts.next()
+
+    with pytest.raises(InvalidRequest, match="too long"):
+        attempts.failed(tried.deployment, TOO_LONG, Verdict.IGNORED)
+
+
+def test_beginning_anew_forgets_the_turn() -> None:
+    lists = {"context_window g": ["big"]}
+    attempts = plan({"g": ["a"], "big": ["b"]}, special=lists, usual=1)
+    attempts.failed(attempts.next().deployment, TOO_LONG, Verdict.IGNORED)
+    attempts.again()
+
+    assert attempts.next().deployment.id == "a"
+
+
+# --------------------------------------------------------------------------------------- timeouts
+
+
+def test_a_timeout_that_blames_nobody_is_tried_elsewhere_while_there_is_time() -> None:
+    attempts = plan({"g": ["a", "b"]})
+    attempts.failed(attempts.next().deployment, GatewayTimeout("slow"), Verdict.IGNORED)
+
+    assert attempts.next(left_s=5.0).deployment.id == "b"
+
+
+def test_when_time_is_up_callers_get_what_happened_last() -> None:
+    attempts = plan({"g": ["a", "b"], "h": ["c"]})
+    attempts.failed(attempts.next().deployment, GatewayTimeout("slow"), Verdict.IGNORED)
+
+    with pytest.raises(GatewayTimeout, match="slow"):
+        attempts.next(left_s=0.0)
+    assert attempts.fallbacks == 0

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.batcher.policy import (
@@ -31,6 +31,7 @@ caps = st.builds(
 
 
 @given(st.integers(0, 10**15), st.lists(st.integers(0, 10**9), min_size=1, max_size=50))
+@settings(deadline=None)
 def test_parts_sum_exactly_and_are_within_one_of_their_quota(
     total: int, weights: list[int]
 ) -> None:
@@ -51,6 +52,7 @@ def test_ties_go_to_the_earliest_and_nothing_weighs_equally() -> None:
 
 
 @given(lists, caps)
+@settings(deadline=None)
 def test_caps_are_never_exceeded_but_by_a_text_that_is_over_them_alone(
     pending: list[list[str]], caps: Caps
 ) -> None:
@@ -63,6 +65,7 @@ def test_caps_are_never_exceeded_but_by_a_text_that_is_over_them_alone(
 
 
 @given(lists, caps)
+@settings(deadline=None)
 def test_each_distinct_text_is_sent_once_and_everybody_gets_its_own(
     pending: list[list[str]], caps: Caps
 ) -> None:
@@ -80,12 +83,14 @@ def test_each_distinct_text_is_sent_once_and_everybody_gets_its_own(
 
 
 @given(lists)
+@settings(deadline=None)
 def test_a_plan_without_caps_is_one_call(pending: list[list[str]]) -> None:
     (batch,) = plan(pending, Caps())
     assert [take.caller for take in batch.takes] == list(range(len(pending)))
 
 
 @given(lists)
+@settings(deadline=None)
 def test_weights_are_the_bytes_of_a_callers_texts_shared_ones_in_part(
     pending: list[list[str]],
 ) -> None:
@@ -102,6 +107,7 @@ def test_two_callers_of_one_text_pay_half_each() -> None:
 
 
 @given(lists, caps)
+@settings(deadline=None)
 def test_regrouped_parts_carry_what_the_whole_did(pending: list[list[str]], caps: Caps) -> None:
     for batch in plan(pending, caps):
         middle = len(batch.takes) // 2

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 
+from actors.batcher.policy import Spare
 from actors.ledger.desk import LedgerDesk
 from actors.ledger.owner import Ledger
 from actors.ledger.policy import TENANTS_PER_READ_MAX
 from actors.rate_limiter.terms import Seed
 from actors.ref import InlineRef, OwnerUnavailable
-from forebay.books import Books
+from forebay.books import HEDGING, Books
+from forebay.pipeline import Call, Facts
+from forebay.routing import Deployment
 
 NOW_S = 1_700_000_000.0
 DAY, MONTH = 19_675, 2023 * 12 + 10
@@ -93,3 +96,20 @@ async def test_a_ledger_that_cannot_be_read_gives_no_seed(world: World) -> None:
     await world.owner.close()
     with pytest.raises(OwnerUnavailable):
         await world.books().seeds(["acme"])
+
+
+async def test_what_a_second_copy_has_cost_is_in_the_totals_and_on_no_tenants_bill(
+    world: World,
+) -> None:
+    books = world.books()
+    world.pay(70)
+    call = Call("embedding", {"input": "a"}, "acme", "r1")
+    deployment = Deployment("d", "m", "openai/m", "openai", {})
+    books.spare(call, Facts("m", attempts=1), deployment, Spare(3, 21, "m", estimated=True))
+    by_tenant = (await books.usage(group_by="tenant"))["by_tenant"]
+    assert by_tenant["acme"]["total_cost_nano"] == 70
+    assert by_tenant[HEDGING]["total_cost_nano"] == 21
+    totals = await books.usage()
+    assert totals["total_cost_nano"] == 91
+    assert totals["total_requests"] == totals["successful_requests"] == 1
+    assert totals["estimated_entries"] == 1

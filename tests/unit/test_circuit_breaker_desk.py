@@ -109,8 +109,8 @@ async def test_the_deciding_failure_opens_it_for_every_desk_without_any_time_pas
 
 async def test_successes_wait_for_company_and_failures_take_them_along(world: World) -> None:
     desk, wire = await world.desk()
-    for _ in range(50):
-        desk.judge(await passed(desk), Verdict.SUCCESS)
+    for number in range(50):
+        desk.judge(await passed(desk), Verdict.SUCCESS if number % 5 else Verdict.SLOW)
     await settle()
     assert wire.sent["report"] == 0
     await world.time.advance(SUCCESS_PAUSE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 from typing import Any
 
@@ -171,6 +172,81 @@ async def test_new_rules_count_from_now_on_and_older_ones_are_not_taken_back() -
 
     assert owner.board()["d"]["state"] == "open"
     assert (await owner.watch({}, 0.0))[RULES_KEY][1] == 4
+
+
+def test_a_refused_credential_is_reported_once_until_it_is_well_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    time = FakeTime()
+    owner = breaker(time)
+    with caplog.at_level(logging.WARNING):
+        owner.report("a", 1, [Outcome("d", 0, Verdict.CREDENTIAL)])
+        for seq in (2, 3):
+            time.now += 500.0
+            lease = owner.probe("d", "a", f"p{seq}")
+            assert isinstance(lease, Pass)
+            outcome = Outcome("d", lease.generation, Verdict.CREDENTIAL, probe=lease.probe)
+            owner.report("a", seq, [outcome])
+        owner.report("b", 1, failures(3, "e"))
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "breaker of d: open (credential refused)"
+    ]
+
+
+def test_the_board_shows_the_figures_behind_each_standing() -> None:
+    owner = breaker()
+    owner.report("a", 1, [Outcome("d", 0, Verdict.SLOW, 2), Outcome("d", 0, Verdict.SUCCESS, 5)])
+    owner.report("a", 2, [Outcome("d", 0, Verdict.UNREACHABLE, 2)])
+    owner.report("a", 3, [Outcome("d", 0, Verdict.THROTTLED, 1, 9.0)])
+    assert owner.board()["d"] == {
+        "state": "closed",
+        "reason": "",
+        "generation": 0,
+        "retry_after_s": 9.0,
+        "open_for_s": 0.0,
+        "calls": 9,
+        "failures": 2,
+        "slow": 2,
+        "failures_in_row": 2,
+        "retries_left": 28,
+        "verdicts": {"slow": 2, "success": 5, "unreachable": 2, "throttled": 1},
+    }
+    owner.report("a", 4, [Outcome("d", 0, Verdict.UNREACHABLE, 1)])
+
+    assert owner.board()["d"]["open_for_s"] == 60.0
+
+
+def test_in_a_hundred_recoveries_there_is_one_probe_at_a_time_though_half_of_the_probers_die() -> (
+    None
+):
+    time = FakeTime()
+    owner = breaker(time)
+    owner.report("a", 1, failures())
+    out_s = []
+    for recovery in range(100):
+        time.now += owner.board()["d"]["open_for_s"]
+        dies = recovery % 2 == 0
+        lent_until, began_at, seq = -1.0, time.now, recovery * 1_000
+        while owner.board()["d"]["state"] != "closed":
+            asked = [owner.probe("d", f"h{n}", f"h{n}:{recovery}:{time.now}") for n in range(16)]
+            lent = [answer for answer in asked if isinstance(answer, Pass)]
+            assert len(lent) <= (time.now >= lent_until)
+            for given in lent:
+                lent_until = time.now + given.lease_s
+                if dies:
+                    dies = False  # nobody hears of this probe again
+                    continue
+                seq += 1
+                outcome = Outcome("d", given.generation, Verdict.SUCCESS, probe=given.probe)
+                owner.report("b", seq, [outcome])
+                lent_until = time.now
+            time.now += 0.5
+        out_s.append(time.now - began_at)
+        generation = owner.board()["d"]["generation"]
+        owner.report("c", recovery, failures(3, generation=generation))
+
+    assert max(out_s) <= RULES.probe_s + 1.0
 
 
 async def test_a_full_table_forgets_what_was_idle_and_clean_and_nothing_else() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import random
 from collections.abc import Callable
 from itertools import count, product
 
 import pytest
 
 from actors.circuit_breaker import outbox as outbox_module
-from actors.circuit_breaker.circuit import PROBE_AGE_S_MAX, THROTTLE_S_MAX, Circuit, Window
+from actors.circuit_breaker.circuit import PROBE_AGE_S_MAX, THROTTLE_S_MAX, Circuit, Seen, Window
 from actors.circuit_breaker.outbox import AGE_S_MAX, RUNS_SENT_MAX, Outbox
 from actors.circuit_breaker.policy import (
+    FORCED,
     TRANSITIONS,
     Claim,
     Event,
@@ -97,6 +99,59 @@ def test_the_table_is_the_whole_truth_about_transitions(state: State, event: Eve
         assert of.state is state
 
 
+HASTY = Rules(failure_threshold=1, success_threshold=1, min_calls=1)
+STAYS = {state: dict.fromkeys(Verdict, state) for state in State}
+BECOMES: dict[State, dict[Verdict, State]] = STAYS | {
+    State.CLOSED: STAYS[State.CLOSED]
+    | {
+        Verdict.SLOW: State.OPEN,
+        Verdict.FAILURE: State.OPEN,
+        Verdict.UNREACHABLE: State.OPEN,
+        Verdict.CREDENTIAL: State.OPEN,
+    },
+}
+PROBE_MAKES = STAYS[State.HALF_OPEN] | {
+    Verdict.SUCCESS: State.CLOSED,
+    Verdict.SLOW: State.CLOSED,
+    Verdict.FAILURE: State.OPEN,
+    Verdict.UNREACHABLE: State.OPEN,
+    Verdict.CREDENTIAL: State.OPEN,
+}
+
+
+def in_state(state: State) -> Circuit:
+    of = circuit()
+    if state in (State.OPEN, State.HALF_OPEN):
+        of.judge(outcome(of, Verdict.FAILURE), HASTY, 0.0)
+    if state is State.HALF_OPEN:
+        of.take_probe("p", HASTY, 60.0)
+    if state in FORCED:
+        of.force(state, 0.0)
+    assert of.state is state
+    return of
+
+
+@pytest.mark.parametrize(("state", "verdict"), list(product(State, Verdict)))
+def test_each_verdict_does_in_each_state_what_the_table_says(
+    state: State, verdict: Verdict
+) -> None:
+    of = in_state(state)
+    of.judge(outcome(of, verdict, retry_after_s=7.0), HASTY, 60.0)
+    throttled = verdict is Verdict.THROTTLED and state in (State.CLOSED, State.FORCED_CLOSED)
+
+    assert of.state is BECOMES[state][verdict]
+    assert (of._blocked_until == 67.0) is throttled
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_each_verdict_of_the_probe_does_what_the_table_says(verdict: Verdict) -> None:
+    of = in_state(State.HALF_OPEN)
+    assert of.judge(outcome(of, verdict, probe="p", retry_after_s=7.0), HASTY, 60.0)
+
+    assert of.state is PROBE_MAKES[verdict]
+    assert (of._blocked_until == 67.0) is (verdict is Verdict.THROTTLED)
+
+
 def test_every_transition_begins_a_new_generation() -> None:
     of = circuit()
     seen = [of.generation]
@@ -129,6 +184,66 @@ def test_a_success_between_failures_starts_the_row_anew() -> None:
         say(of, Verdict.SUCCESS)
 
     assert of.state is State.CLOSED
+
+
+def test_an_unreachable_upstream_opens_it_though_wrong_answers_come_between() -> None:
+    of = circuit()
+    say(of, Verdict.SUCCESS)
+    for _ in range(2):
+        say(of, Verdict.UNREACHABLE)
+        say(of, Verdict.FAILURE)
+    assert of.state is State.CLOSED
+    say(of, Verdict.UNREACHABLE)
+
+    assert (of.state, of.reason) == (State.OPEN, Reason.CONSECUTIVE_FAILURES)
+
+
+@pytest.mark.parametrize("answer", [Verdict.SUCCESS, Verdict.SLOW])
+def test_any_answer_ends_the_rows(answer: Verdict) -> None:
+    of = circuit()
+    for now in range(0, 200, 20):
+        say(of, Verdict.UNREACHABLE, 2, float(now))
+        say(of, answer, now=float(now))
+
+    assert of.state is State.CLOSED
+
+
+def test_a_row_of_wrong_answers_opens_a_quiet_deployment_and_a_busy_one_a_little_later() -> None:
+    quiet, busy = circuit(), circuit()
+    for of, now in ((quiet, 0.0), (busy, 90.0)):
+        say(of, Verdict.SUCCESS, 100, now)
+        say(of, Verdict.FAILURE, RULES.failure_threshold, 99.0)
+    assert (quiet.state, busy.state) == (State.OPEN, State.CLOSED)
+    say(busy, Verdict.FAILURE, RULES.min_calls - RULES.failure_threshold - 1, 99.0)
+    assert busy.state is State.CLOSED
+    say(busy, Verdict.FAILURE, 1, 99.0)
+
+    assert busy.reason is quiet.reason is Reason.CONSECUTIVE_FAILURES
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_busy_deployment_of_which_three_calls_in_ten_fail_stays_closed(seed: int) -> None:
+    of, rules, chance = circuit(), Rules(), random.Random(seed)
+    of.judge(outcome(of, Verdict.SUCCESS, 100), rules, 0.0)
+    for number in range(10_000):
+        verdict = Verdict.FAILURE if chance.random() < 0.3 else Verdict.SUCCESS
+        of.judge(outcome(of, verdict), rules, 1.0 + number / 100)
+
+    assert of.generation == 0
+
+
+def test_half_of_enough_calls_being_slow_opens_it_and_fewer_do_not() -> None:
+    of = circuit()
+    for now in range(4):
+        say(of, Verdict.SLOW, now=float(now))
+        say(of, Verdict.SUCCESS, now=float(now))
+    say(of, Verdict.SUCCESS, now=5.0)
+    say(of, Verdict.SUCCESS, now=5.0)
+    assert of.state is State.CLOSED
+    say(of, Verdict.SLOW, 2, now=5.0)
+
+    assert (of.state, of.reason) == (State.OPEN, Reason.SLOW)
+    assert of.open_for_s(6.0) == 59.0
 
 
 def test_half_of_enough_calls_failing_opens_it_though_never_three_in_a_row() -> None:
@@ -243,6 +358,33 @@ def test_a_lease_is_renewed_only_for_its_holder() -> None:
     assert not opened().renew("p", RULES, 61.0)
 
 
+def test_a_lease_that_forcing_made_void_keeps_the_next_probe_waiting() -> None:
+    of = probing(60.0)
+    of.force(State.FORCED_CLOSED, 61.0)
+    of.force(None, 61.0)
+    say(of, Verdict.FAILURE, 3, 61.0)
+    assert not of.renew("p", RULES, 61.0)
+    hasty = Rules(open_s=1.0)
+    of._open_until = 62.0
+
+    assert not of.take_probe("q", hasty, 62.0).callable  # type: ignore[union-attr]
+    assert not of.take_probe("p", hasty, 62.0).callable  # type: ignore[union-attr]
+    assert isinstance(of.take_probe("q", hasty, 65.0), Pass)
+
+
+def test_the_holder_of_a_void_lease_lets_it_go_and_is_not_heard_otherwise() -> None:
+    of = probing(60.0)
+    of.force(State.FORCED_OPEN, 61.0)
+    of.force(None, 61.0)
+    say(of, Verdict.FAILURE, 3, 61.0)
+    of._open_until = 62.0
+    assert isinstance(of.take_probe("q", RULES, 62.0), Standing)
+    assert probed(of, Verdict.CREDENTIAL, 62.0, "p")
+
+    assert of.state is State.HALF_OPEN
+    assert isinstance(of.take_probe("q", RULES, 62.0), Pass)
+
+
 def test_enough_good_probes_close_it() -> None:
     of = probing(60.0)
     assert probed(of, Verdict.SUCCESS, 61.0)
@@ -255,7 +397,11 @@ def test_enough_good_probes_close_it() -> None:
 
 @pytest.mark.parametrize(
     ("verdict", "reason"),
-    [(Verdict.FAILURE, Reason.PROBE_FAILED), (Verdict.CREDENTIAL, Reason.CREDENTIAL)],
+    [
+        (Verdict.FAILURE, Reason.PROBE_FAILED),
+        (Verdict.UNREACHABLE, Reason.PROBE_FAILED),
+        (Verdict.CREDENTIAL, Reason.CREDENTIAL),
+    ],
 )
 def test_a_bad_probe_opens_it_again_for_twice_as_long(verdict: Verdict, reason: Reason) -> None:
     of = probing(60.0)
@@ -434,12 +580,12 @@ def test_what_is_clean_teaches_nothing() -> None:
 
 def test_the_window_forgets_whole_seconds() -> None:
     window = Window()
-    window.add(0.9, 4, 1, window_s=3)
-    window.add(1.0, 2, 2, window_s=3)
+    window.add(0.9, Seen(4, 1, 2), window_s=3)
+    window.add(1.0, Seen(2, 2, 0), window_s=3)
 
-    assert window.totals(2.99, 3) == (6, 3)
-    assert window.totals(3.0, 3) == (2, 2)
-    assert window.totals(4.0, 3) == (0, 0)
+    assert window.totals(2.99, 3) == Seen(6, 3, 2)
+    assert window.totals(3.0, 3) == Seen(2, 2, 0)
+    assert window.totals(4.0, 3) == Seen(0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -450,6 +596,9 @@ def test_the_window_forgets_whole_seconds() -> None:
         {"open_s": 0.0},
         {"failure_rate": 1.5},
         {"failure_rate": 0.0},
+        {"slow_call_rate": 2.0},
+        {"retry_share": -0.1},
+        {"retries_per_s": float("inf")},
         {"min_calls": 0},
         {"probe_s": float("nan")},
     ],
@@ -466,7 +615,7 @@ def test_all_that_travels_survives_pickling() -> None:
         standing,
         Pass("d", 1, "p", 5.0),
         Refusal("d", 1.0, State.OPEN),
-        Outcome("d", 1, Verdict.THROTTLED, 2, 3.0),
+        Outcome("d", 1, Verdict.THROTTLED, 2, 3.0, earns=False),
         Claim("d", standing, "p"),
     ):
         assert pickle.loads(pickle.dumps(value)) == value

@@ -217,10 +217,9 @@ class TestWhatIsNotBuilt:
     @pytest.mark.parametrize(
         ("make", "field"),
         [
-            (lambda: CircuitBreakerConfig(slow_call_s=1), "slow_call_s"),
             (lambda: CacheConfig(backend="redis"), "backend"),
-            (lambda: GatewayConfig(retry_budget=0.1), "retry_budget"),
-            (lambda: GatewayConfig(routing="latency"), "routing"),
+            (lambda: GatewayConfig(routing="prefix"), "routing"),
+            (lambda: GatewayConfig(routing="feedback"), "routing"),
             (lambda: GatewayConfig(ledger_url="postgresql+psycopg://h/d"), "ledger_url"),
             (lambda: GatewayConfig(redis_url="redis://h"), "redis_url"),
             (lambda: ServerConfig(lane="relay"), "lane"),
@@ -256,7 +255,10 @@ class TestWhatIsNotBuilt:
             max_queue_size=0, queue_timeout=0, enable_queuing=False, count_cache_hits=False,
             tokens_per_minute=6000, usd_per_day=1, usd_per_month=10,
         )  # fmt: skip
-        breaker = CircuitBreakerConfig(failure_rate=0.2, window_s=30, min_calls=5)
+        breaker = CircuitBreakerConfig(
+            failure_rate=0.2, window_s=30, min_calls=5,
+            slow_call_s=2, slow_call_rate=0.8, active_probe_s=5,
+        )  # fmt: skip
         GatewayConfig(
             rate_limit_config=limits,
             circuit_breaker_config=breaker,
@@ -264,7 +266,65 @@ class TestWhatIsNotBuilt:
             kv_cache_ttl=60,
             cache_config=CacheConfig(max_bytes=2**20, scope="shared"),
             ledger_url="sqlite:///~/ledger.db",
+            retry_budget=0.2,
+            hedge_embeddings=True,
+            stall_timeout=5,
         )
+        for strategy in ("weighted", "least_busy", "latency", "cost"):
+            GatewayConfig(routing=strategy)
+
+
+class TestWhenProvidersFail:
+    def test_a_rate_of_slow_calls_needs_to_know_what_is_slow(self) -> None:
+        error = refused(lambda: CircuitBreakerConfig(slow_call_rate=0.3))
+        assert error.param == "slow_call_rate"
+        assert "slow_call_s" in str(error)
+        assert CircuitBreakerConfig(slow_call_rate=0.3, slow_call_s=2).slow_call_rate == 0.3
+
+    def test_the_default_rate_contradicts_nothing_however_it_is_said(self) -> None:
+        breaker = CircuitBreakerConfig(slow_call_rate=0.5)
+        assert CircuitBreakerConfig(**breaker.model_dump()) == breaker
+
+    @pytest.mark.parametrize(
+        ("field", "least", "most"), [("retry_budget", 0, 1), ("stall_timeout", 0.01, 300)]
+    )
+    def test_shares_and_pauses_have_their_ranges(
+        self, field: str, least: float, most: float
+    ) -> None:
+        for value in (least, most):
+            assert getattr(GatewayConfig(**{field: value}), field) == value
+        for value in (least - 1, most + 1):
+            assert refused(lambda value=value: GatewayConfig(**{field: value})).param == field
+
+    def test_probes_that_are_paid_for_are_not_asked_for_without_pause(self) -> None:
+        assert CircuitBreakerConfig().active_probe_s is None
+        error = refused(lambda: CircuitBreakerConfig(active_probe_s=0.001))
+        assert str(error) == "active_probe_s: must be from 0.1 to 3600, not 0.001"
+
+    @pytest.mark.parametrize("setting", ["context_window_fallbacks", "content_policy_fallbacks"])
+    @pytest.mark.parametrize("given", ["a", ["a"], [1], [{"a": "a"}], {"a": ["a"]}])
+    def test_special_fallbacks_have_one_form(self, setting: str, given: Any) -> None:
+        error = refused(lambda: GatewayConfig(model_list=[entry("a")], **{setting: given}))
+        assert error.param == setting
+        assert "a list of {group: [names]}" in str(error)
+
+    def test_they_are_found_on_their_line(self, file: Any) -> None:
+        path = file(
+            "model_list: [{model_name: a, litellm_params: {model: openai/x}}]\n"
+            "gateway:\n"
+            "  context_window_fallbacks:\n"
+            "    - a: [b]\n"
+        )
+        (problem,) = check(path, {})
+        assert (problem.line, problem.field) == (4, "gateway.context_window_fallbacks[0].a[0]")
+
+    def test_they_come_back_from_a_document(self) -> None:
+        lists = [{"a": ["b"]}]
+        models = [entry("a"), entry("b", "openai/x")]
+        config = SystemConfig(gateway=GatewayConfig(
+            model_list=models, context_window_fallbacks=lists, content_policy_fallbacks=lists
+        ))  # fmt: skip
+        assert SystemConfig.from_document(config.document()) == config
 
 
 class TestLimits:
@@ -443,6 +503,15 @@ class TestModelList:
             ({"fallbacks": ["gpt4"]}, "fallbacks[0]"),
             ({"fallbacks": [{"gpt-4": ["claude"]}]}, "fallbacks[0].gpt-4[0]"),
             ({"fallbacks": [{"gpt": ["claude-3"]}]}, "fallbacks[0].gpt"),
+            ({"fallbacks": [{"gpt/*": ["claude-3"]}]}, "fallbacks[0].gpt/*"),
+            (
+                {"context_window_fallbacks": [{"*": ["gpt-4"]}, {"gpt-4": ["claude"]}]},
+                "context_window_fallbacks[1].gpt-4[0]",
+            ),
+            (
+                {"content_policy_fallbacks": [{"gpt": ["claude-3"]}]},
+                "content_policy_fallbacks[0].gpt",
+            ),
             ({"default_model": "gpt4"}, "default_model"),
             ({"default_embedding_model": "ada"}, "default_embedding_model"),
             ({"tenants": [{"id": "a", "models": ["gpt-4", "gp4"]}]}, "tenants[0].models[1]"),

@@ -1,8 +1,9 @@
-"""What an admin changes over HTTP: keys and the configuration."""
+"""What an admin changes over HTTP: keys, the configuration and breakers."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -263,3 +264,81 @@ async def test_a_body_that_is_no_json_object_is_400(body: bytes) -> None:
 
     assert answered.status == 400
     assert not service.queries
+
+
+# --- breakers ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Breakers(ScriptedService):
+    """Two deployments, and what was ordered of them."""
+
+    orders: list[tuple[str, str]] = field(default_factory=list)
+
+    async def breakers(self) -> dict[str, Any]:
+        return {"source": "owner", "data": [{"deployment": "d-1", "state": "closed"}]}
+
+    async def set_breaker(self, deployment: str, state: str) -> dict[str, Any]:
+        self._refuse()
+        self.orders.append((deployment, state))
+        return {"deployment": deployment, "state": f"forced_{state}"}
+
+
+async def ordered(
+    path: str, body: Any = None, key: str | None = "fb-ops", refusal: Any = None
+) -> tuple[Answered, Breakers]:
+    service = Breakers(keys=KEYS, refusal=refusal)
+    client = Client(build_asgi(service), key)
+    return await (client.get(path) if body is None else client.post(path, body)), service
+
+
+async def test_every_breaker_is_told() -> None:
+    answered, _ = await ordered("/admin/breakers")
+
+    assert answered.json() == {
+        "object": "list",
+        "source": "owner",
+        "data": [{"deployment": "d-1", "state": "closed"}],
+    }
+
+
+@pytest.mark.parametrize("state", ["open", "closed", "auto"])
+async def test_a_breaker_is_set(state: str) -> None:
+    answered, service = await ordered("/admin/breakers/my/d-1", {"state": state})
+
+    assert answered.status == 200
+    assert service.orders == [("my/d-1", state)]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({}, "state", "missing_required_parameter"),
+        ({"state": None}, "state", "missing_required_parameter"),
+        ({"state": "ajar"}, "state", "invalid_value"),
+        ({"state": ["open"]}, "state", "invalid_value"),
+        ({"state": "open", "for": 5}, "for", "unknown_parameter"),
+    ],
+)
+async def test_a_wrong_order_is_named_and_not_obeyed(body: Any, param: str, code: str) -> None:
+    answered, service = await ordered("/admin/breakers/d-1", body)
+
+    assert answered.status == 400
+    assert (answered.error["param"], answered.error["code"]) == (param, code)
+    assert not service.orders
+
+
+async def test_breakers_are_an_admins() -> None:
+    for path, body in (("/admin/breakers", None), ("/admin/breakers/d-1", {"state": "open"})):
+        nobody, _ = await ordered(path, body, key=None)
+        tenant, service = await ordered(path, body, key="fb-acme")
+
+        assert (nobody.status, tenant.status) == (401, 403)
+        assert not service.orders
+
+
+async def test_a_breaker_that_was_not_set_says_so() -> None:
+    away = Overloaded("the breaker was not set: its owner is away", retry_after_s=1.0)
+    answered, _ = await ordered("/admin/breakers/d-1", {"state": "open"}, refusal=away)
+
+    assert (answered.status, answered.headers["retry-after"]) == (503, "1")

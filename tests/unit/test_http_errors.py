@@ -41,7 +41,7 @@ async def test_an_unknown_path_is_404() -> None:
     assert answered.error["code"] == "unknown_url"
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/dashboard", "/admin/breakers"])
+@pytest.mark.parametrize("path", ["/v1/responses", "/dashboard"])
 async def test_what_is_not_built_is_404_and_no_stub(path: str) -> None:
     assert (await post(ScriptedService(), CHAT, path)).status == 404
 

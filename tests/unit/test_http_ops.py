@@ -29,7 +29,8 @@ async def test_readiness_is_honest() -> None:
     starting = await get(ScriptedService(is_ready=False), "/health/ready")
 
     assert (ready.status, ready.json()["status"]) == (200, "ready")
-    assert (starting.status, starting.json()["message"]) == (503, "owners are starting")
+    assert (starting.status, starting.json()["status"]) == (503, "not ready")
+    assert starting.json()["message"] == "owners are starting"
 
 
 async def test_details_show_more() -> None:

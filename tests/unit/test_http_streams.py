@@ -155,6 +155,20 @@ async def test_a_failure_in_mid_stream_is_an_event_and_then_done() -> None:
     assert answered.events == [chunk("a"), {"error": error.body()}, "[DONE]"]
 
 
+@pytest.mark.parametrize("script", [[chunk("a")], [chunk("a"), GatewayTimeout("too slow")]])
+async def test_a_dialect_without_a_last_frame_sends_none(script: list[Any]) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        exchange = Exchange(
+            ScriptedService(), scope, receive, send, arrived_s=0.0, new_id=lambda: "r"
+        )
+        await exchange.json_body()
+        await send_stream(exchange, [], ScriptedChunks(script), frame, done=b"", linger_s=0.0)
+
+    answered = await Client(app).post("/", {})
+    assert b"DONE" not in answered.body
+    assert len(answered.events) == len(script)
+
+
 async def test_an_unforeseen_failure_in_mid_stream_tells_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -93,3 +93,10 @@ def test_the_longest_pause_includes_the_ends() -> None:
 def test_money_is_added_up_exactly() -> None:
     calls = [record(0, 1, 7, 1000)] * 20
     assert oracle.spent(calls, "0", "0.00005") == oracle.NANO
+
+
+def test_what_begins_or_ends_at_a_moment_is_under_way_then() -> None:
+    records = [record(0, 1), record(1, 2), record(1.5, None), record(3, 4)]
+
+    assert [oracle.under_way(records, at_s) for at_s in (0.5, 1, 2, 2.5, 4)] == [1, 2, 2, 1, 2]
+    assert oracle.ends_s(records) == [1, 2, 4]

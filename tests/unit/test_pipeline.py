@@ -11,41 +11,50 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.batcher.policy import Vectors
+from actors.batcher.policy import Lane, Vectors
+from actors.circuit_breaker.policy import State
 from actors.ledger.policy import Entry
 from forebay.codec import Answer
 from forebay.config import SystemConfig
 from forebay.errors import (
     BudgetExceeded,
+    CircuitBreakerOpenError,
     DeploymentsBusy,
     GatewayError,
     GatewayTimeout,
+    InvalidRequest,
     ModelNotFound,
     PermissionDenied,
+    ProviderConnectionError,
     ProviderError,
     QueueTimeout,
     RateLimitError,
     RequestTooLarge,
+    ResponseValidationError,
 )
 from forebay.pipeline import Call, Pipeline
-from forebay.providers.base import Chunks, Resolve
+from forebay.providers.base import STALLED, Chunks, Resolve
 from forebay.providers.prices import PriceBound, Rate
 from forebay.reckoning import Reckoner
 from forebay.routing import Deployment
+from forebay.stalls import StallWatch
 from forebay.system import System, open_inline
 from tests.support.fake_time import settle
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
-Step = GatewayError | asyncio.Event | tuple[asyncio.Event, GatewayError]
+Step = (
+    GatewayError | asyncio.Event | tuple[asyncio.Event, GatewayError] | Callable[[], object] | None
+)
 
 
 class Scripted:
     """A provider that answers "fine" unless told what to do, by deployment model.
 
     What it is told is a list of steps, one for each call: an error to raise, an event to wait
-    for, or both. For streams, `cut` raises after the first chunk. An answer costs `cost_nano`, and
+    for, or both; or a function to call. For streams, `between` is called and `cut` is raised after
+    the first chunk. An answer costs `cost_nano`, and
     a token `token_nano` at most.
     """
 
@@ -57,6 +66,7 @@ class Scripted:
         self.usage: dict[str, int] | None = USAGE
         self.finish_reason = "stop"
         self.steps: dict[str, list[Step]] = {}
+        self.between: Callable[[], object] | None = None
         self.cut: GatewayError | None = None
         self.streams_open = 0
 
@@ -83,6 +93,8 @@ class Scripted:
             await self._step(deployment)
             for word in ("one", "two"):
                 yield {"choices": [{"index": 0, "delta": {"content": word}}]}
+                if self.between is not None:
+                    self.between()
                 if self.cut is not None:
                     raise self.cut
             yield {"choices": [], "usage": USAGE}
@@ -96,6 +108,7 @@ class Scripted:
         *,
         timeout_s: float,
         resolve: Resolve,
+        stall_s: float = 30.0,
     ) -> Chunks:
         self.bodies.append(body)
         return self._chunks(deployment)  # type: ignore[return-value]
@@ -142,6 +155,8 @@ class Scripted:
         self.asked.append(deployment.model)
         steps = self.steps.get(deployment.model) or []
         step = steps.pop(0) if steps else None
+        if callable(step):
+            step()
         gate, error = step if isinstance(step, tuple) else (step, step)
         if isinstance(gate, asyncio.Event):
             await gate.wait()
@@ -172,6 +187,31 @@ class House:
             body["max_tokens"] = max_tokens
         return Call("chat", body, "acme", f"req_{self._number}", **details)
 
+    def texts(self, text: str, model: str = "e", **details: Any) -> Call:
+        self._number += 1
+        body = {"model": model, "input": [text]}
+        return Call("embedding", body, "acme", f"req_{self._number}", **details)
+
+    def deployment(self, model: str, group: str = "m") -> Deployment:
+        """A group's deployment that asks for this model."""
+        (found,) = [d for d in self.system.table.group(group).deployments if d.model == model]
+        return found
+
+    def outcomes(self) -> dict[str, int]:
+        """How many provider calls were metered, by outcome."""
+        counts: dict[str, int] = {}
+        for sample in (s for m in self.system.meter._calls.collect() for s in m.samples):
+            if sample.name.endswith("_total"):
+                outcome = sample.labels["outcome"]
+                counts[outcome] = counts.get(outcome, 0) + int(sample.value)
+        return counts
+
+    async def state(self, model: str, group: str = "m") -> State:
+        """How the breaker stands when all that was reported has come back."""
+        await self.system.breaker.flush()
+        await settle()
+        return self.system.breaker.standing(self.deployment(model, group).circuit).state
+
     async def entries(self, call: Call) -> list[Entry]:
         await self.system._ledger.flush()
         found: list[Entry] = await self.system._refs["ledger"].ask("entries", call.request_id)
@@ -199,6 +239,7 @@ async def house(tmp_path: Path) -> AsyncIterator[Open]:
     async def build(*, own: Mapping[str, int] | None = None, **gateway: Any) -> House:
         """`own` are the limits of every deployment but those of `spare`."""
         groups = {"m": ["a"], "two": ["a", "b"], "spare": ["c"], "e": ["text-embedding-x"]}
+        groups |= {"ee": ["text-embedding-x", "text-embedding-y"], "any/*": ["*"]}
         entries = [
             {
                 "model_name": name,
@@ -369,7 +410,7 @@ async def test_a_leaders_own_deadline_is_not_its_followers(house: Open) -> None:
 async def test_an_own_deadline_is_not_retried_and_blames_nobody(house: Open) -> None:
     here = await house(max_retries=5, circuit_breaker_config={"failure_threshold": 1})
     here.provider.steps["openai/a"] = [asyncio.Event()]
-    call = here.call(timeout_s=0.01)
+    call = here.call(timeout_s=0.05)
     with pytest.raises(GatewayTimeout):
         await here.pipeline.answer(call)
 
@@ -683,3 +724,480 @@ async def test_a_deployments_own_limits_hold_for_embeddings(house: Open) -> None
     with pytest.raises(DeploymentsBusy):
         await here.pipeline.answer(call("y"))
     assert len(here.provider.asked) == 1
+
+
+# ------------------------------------------------------------------------- breaker and throttles
+
+OPENS_AT_ONCE = {"failure_threshold": 1}
+REFUSED = ProviderConnectionError("connection refused")
+
+
+def throttle() -> RateLimitError:
+    return RateLimitError("slow down", retry_after_s=7.0, upstream_status=429)
+
+
+async def test_when_all_are_open_the_error_says_when_the_first_may_be_tried(house: Open) -> None:
+    here = await house(circuit_breaker_config={**OPENS_AT_ONCE, "timeout": 40}, max_retries=0)
+    here.provider.steps["openai/a"] = [REFUSED]
+    with pytest.raises(ProviderConnectionError):
+        await here.pipeline.answer(here.call())
+    assert await here.state("openai/a") is State.OPEN
+    call = here.call("again")
+    with pytest.raises(CircuitBreakerOpenError, match="is OPEN") as caught:
+        await here.pipeline.answer(call)
+
+    assert caught.value.retry_after_s is not None
+    assert 35 < caught.value.retry_after_s <= 40
+    assert (here.provider.asked, await here.entries(call)) == (["openai/a"], [])
+    assert here.at_rest
+
+
+async def test_a_cached_answer_is_served_while_all_are_open(house: Open) -> None:
+    here = await house(circuit_breaker_config=OPENS_AT_ONCE, enable_caching=True, max_retries=0)
+    await here.pipeline.answer(here.call())
+    await here.system.breaker.force(here.deployment("openai/a").circuit, State.FORCED_OPEN)
+    assert await here.state("openai/a") is State.FORCED_OPEN
+    result = await here.pipeline.answer(here.call())
+    with pytest.raises(CircuitBreakerOpenError):
+        await here.pipeline.answer(here.call("something else"))
+
+    assert (result.facts.cache, result.facts.attempts) == ("hit", 0)
+    assert here.provider.asked == ["openai/a"]
+
+
+async def test_a_throttled_provider_is_left_alone_and_callers_hear_for_how_long(
+    house: Open,
+) -> None:
+    here = await house(max_retries=0)
+    here.provider.steps["openai/a"] = [throttle()]
+    with pytest.raises(RateLimitError, match="slow down"):
+        await here.pipeline.answer(here.call())
+    with pytest.raises(RateLimitError, match="asked for a pause") as caught:
+        await here.pipeline.answer(here.call("again"))
+
+    assert caught.value.retry_after_s is not None
+    assert 6 < caught.value.retry_after_s <= 7
+    assert here.provider.asked == ["openai/a"]
+
+
+async def test_a_throttle_is_the_same_for_texts(house: Open) -> None:
+    here = await house(max_retries=0)
+    here.provider.steps["openai/text-embedding-x"] = [throttle()]
+    with pytest.raises(RateLimitError, match="slow down"):
+        await here.pipeline.answer(here.texts("x"))
+    with pytest.raises(RateLimitError, match="asked for a pause") as caught:
+        await here.pipeline.answer(here.texts("y"))
+
+    assert caught.value.retry_after_s is not None
+    assert 6 < caught.value.retry_after_s <= 7
+    assert len(here.provider.asked) == 1
+
+
+async def test_all_names_of_a_pattern_share_one_breaker(house: Open) -> None:
+    here = await house(circuit_breaker_config=OPENS_AT_ONCE, max_retries=0)
+    here.provider.steps["openai/x"] = [REFUSED]
+    with pytest.raises(ProviderConnectionError):
+        await here.pipeline.answer(here.call(model="any/x"))
+    assert await here.state("openai/x", "any/x") is State.OPEN
+    with pytest.raises(CircuitBreakerOpenError):
+        await here.pipeline.answer(here.call(model="any/y"))
+
+    assert here.provider.asked == ["openai/x"]
+    labels = {line for line in here.system.metrics().decode().splitlines() if "/x" in line}
+    assert not [line for line in labels if line.startswith("forebay_provider")]
+
+
+async def test_a_call_that_the_deployments_own_limits_refuse_is_no_call(house: Open) -> None:
+    here = await house(own={"rpm": 1})
+    await here.pipeline.answer(here.call())
+    with pytest.raises(DeploymentsBusy):
+        await here.pipeline.answer(here.call("again"))
+
+    assert here.outcomes() == {"success": 1}
+
+
+async def test_texts_that_a_deployment_refuses_leave_the_facts_as_they_are(house: Open) -> None:
+    here = await house(own={"rpm": 1})
+    told = [(await here.pipeline.answer(here.texts(str(n), "ee"))).facts for n in range(2)]
+
+    assert [(facts.attempts, facts.retries) for facts in told] == [(1, 0), (1, 0)]
+    assert len({facts.deployment for facts in told}) == 2
+
+
+# ------------------------------------------------------------------------------------- retries
+
+
+async def test_the_facts_tell_of_every_attempt(house: Open) -> None:
+    here = await house(fallbacks=[{"two": ["spare"]}], max_retries=1)
+    for model in ("openai/a", "openai/b"):
+        here.provider.steps[model] = [ProviderError("down", upstream_status=500)]
+    result = await here.pipeline.answer(here.call(model="two"))
+
+    facts = result.facts
+    assert (facts.attempts, facts.retries, facts.fallbacks) == (3, 1, 1)
+    assert facts.deployment == here.deployment("openai/c", "spare").id
+    assert facts.group == "two"
+    assert result.answer.model == "openai/c"
+    assert here.outcomes() == {"failure": 2, "success": 1}
+
+
+async def test_retries_stay_within_their_budget_and_fallback_groups_need_none(house: Open) -> None:
+    here = await house(
+        fallbacks=[{"two": ["spare"]}],
+        max_retries=1,
+        retry_budget=0.0,
+        enable_circuit_breaker=False,
+        enable_request_deduplication=False,
+    )
+    for model in ("openai/a", "openai/b"):
+        here.provider.steps[model] = [ProviderError("down", upstream_status=500)] * 400
+    for _ in range(200):
+        result = await here.pipeline.answer(here.call(model="two"))
+        assert result.answer.model == "openai/c"
+
+    retries = len(here.provider.asked) - 2 * 200
+    assert 50 <= retries <= 80, "30 for each of the two, and 3 a second"
+
+
+async def test_calls_earn_retries_and_open_nothing_where_the_breaker_is_off(house: Open) -> None:
+    here = await house(
+        fallbacks=[{"two": ["spare"]}],
+        max_retries=1,
+        retry_budget=1.0,
+        enable_circuit_breaker=False,
+        enable_request_deduplication=False,
+    )
+    for model in ("openai/a", "openai/b"):
+        here.provider.steps[model] = [REFUSED] * 400
+    for _ in range(200):
+        await here.pipeline.answer(here.call(model="two"))
+        await settle()
+
+    assert len(here.provider.asked) - 2 * 200 > 180
+    assert await here.state("openai/a") is State.CLOSED
+
+
+async def test_texts_that_failed_together_go_again_together(house: Open) -> None:
+    here = await house(enable_request_batching=True, max_retries=1)
+    gate = asyncio.Event()
+    for model in ("openai/text-embedding-x", "openai/text-embedding-y"):
+        here.provider.steps[model] = [(gate, ProviderError("down", upstream_status=500))]
+    calls = [here.texts(str(n), "ee") for n in range(64)]
+    tasks = [asyncio.create_task(here.pipeline.answer(call)) for call in calls]
+    while len(here.provider.asked) < 2:
+        await settle()
+    gate.set()
+    results = await asyncio.gather(*tasks)
+
+    assert [result.facts.retries for result in results] == [1] * 64
+    assert len(here.provider.asked) == 4
+
+
+# ---------------------------------------------------------------------------- special fallbacks
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_a_prompt_that_is_too_long_goes_to_a_model_that_takes_it(
+    house: Open, streams: bool
+) -> None:
+    here = await house(context_window_fallbacks=[{"m": ["spare"]}], fallbacks=["two"])
+    too_long = InvalidRequest("too long", code="context_length_exceeded", upstream_status=400)
+    here.provider.steps["openai/a"] = [too_long]
+    call = here.call()
+    if streams:
+        stream = await here.pipeline.stream(call)
+        assert [chunk async for chunk in stream.chunks]
+        facts = stream.facts
+    else:
+        facts = (await here.pipeline.answer(call)).facts
+
+    assert here.provider.asked == ["openai/a", "openai/c"]
+    assert (facts.attempts, facts.retries, facts.fallbacks) == (2, 0, 1)
+    assert here.outcomes() == {"ignored": 1, "success": 1}
+    assert here.at_rest
+
+
+async def test_an_answer_that_a_filter_kept_back_is_asked_for_elsewhere_and_paid(
+    house: Open,
+) -> None:
+    here = await house(content_policy_fallbacks=[{"m": ["spare"]}])
+    here.provider.finish_reason = "content_filter"
+    call = here.call()
+    result = await here.pipeline.answer(call)
+
+    assert here.provider.asked == ["openai/a", "openai/c"]
+    assert [entry.status for entry in await here.entries(call)] == ["posted", "posted"]
+    assert (result.facts.cost_nano, result.facts.fallbacks) == (14, 1)
+    assert result.answer.body["choices"][0]["finish_reason"] == "content_filter"
+
+
+async def test_an_invalid_answer_is_paid_and_neither_retried_nor_blamed(house: Open) -> None:
+    here = await house(max_retries=3, circuit_breaker_config=OPENS_AT_ONCE)
+    call = here.call(model="two")
+    call.body["response_format"] = {"type": "json_object"}
+    with pytest.raises(ResponseValidationError):
+        await here.pipeline.answer(call)
+
+    (entry,) = await here.entries(call)
+    assert (entry.status, entry.cost_nano, entry.http_status) == ("posted", 7, 502)
+    assert here.outcomes() == {"success": 1}
+    assert here.at_rest
+
+
+# --------------------------------------------------------------------- slow, late, and whose fault
+
+
+class Hands:
+    """A clock whose hands a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def moved(self, by_s: float, error: GatewayError | None = None) -> Callable[[], object]:
+        """A step: so much time passes, then the error."""
+
+        def step() -> None:
+            self.now += by_s
+            if error is not None:
+                raise error
+
+        return step
+
+
+def standing_still(clock: Hands) -> StallWatch:
+    """A watch over a loop that never gets to its heartbeat."""
+
+    class Nothing:
+        def cancel(self) -> None:
+            pass
+
+    watch = StallWatch(clock)
+    watch.start(lambda delay_s, callback: Nothing())
+    return watch
+
+
+SLOW = {"slow_call_s": 2.0}
+
+
+async def told_by_hand(house: Open, **gateway: Any) -> tuple[House, Hands]:
+    here = await house(max_retries=0, **gateway)
+    clock = Hands()
+    here.system.clock = clock
+    here.system.stalls.close()
+    return here, clock
+
+
+async def test_a_stream_that_begins_late_is_slow(house: Open) -> None:
+    here, clock = await told_by_hand(house, circuit_breaker_config=SLOW)
+    here.provider.steps["openai/a"] = [clock.moved(1.9), clock.moved(2.1)]
+    for text in ("in time", "late"):
+        stream = await here.pipeline.stream(here.call(text))
+        assert [chunk async for chunk in stream.chunks]
+
+    assert here.outcomes() == {"success": 1, "slow": 1}
+
+
+async def test_a_stream_that_pauses_is_slow(house: Open) -> None:
+    here, clock = await told_by_hand(house, circuit_breaker_config=SLOW)
+    here.provider.between = clock.moved(2.1)
+    stream = await here.pipeline.stream(here.call())
+    assert [chunk async for chunk in stream.chunks]
+
+    assert here.outcomes() == {"slow": 1}
+
+
+async def test_a_client_that_is_slow_to_take_its_chunks_slows_nobody(house: Open) -> None:
+    here, clock = await told_by_hand(house, circuit_breaker_config=SLOW)
+    stream = await here.pipeline.stream(here.call())
+    async for _ in stream.chunks:
+        clock.now += 9.0
+
+    assert here.outcomes() == {"success": 1}
+
+
+async def test_a_whole_answer_may_take_its_time(house: Open) -> None:
+    here, clock = await told_by_hand(house, circuit_breaker_config=SLOW)
+    here.provider.steps["openai/a"] = [clock.moved(50.0)]
+    await here.pipeline.answer(here.call())
+
+    assert here.outcomes() == {"success": 1}
+
+
+async def test_what_is_late_because_we_stood_still_is_not_slow(house: Open) -> None:
+    here, clock = await told_by_hand(house, circuit_breaker_config=SLOW)
+    here.system.stalls = standing_still(clock)
+    here.provider.steps["openai/a"] = [clock.moved(3.0)]
+    stream = await here.pipeline.stream(here.call())
+    assert [chunk async for chunk in stream.chunks]
+
+    assert here.outcomes() == {"success": 1}
+
+
+LATE = GatewayTimeout("late")
+
+
+async def test_a_provider_that_has_all_the_time_there_is_and_does_not_answer_is_to_blame(
+    house: Open,
+) -> None:
+    here, clock = await told_by_hand(house)
+    here.provider.steps["openai/a"] = [clock.moved(60.0, LATE)]
+    with pytest.raises(GatewayTimeout, match="late"):
+        await here.pipeline.answer(here.call())
+
+    assert here.outcomes() == {"unreachable": 1}
+
+
+async def test_a_timeout_while_we_stood_still_blames_nobody(house: Open) -> None:
+    here, clock = await told_by_hand(house)
+    here.system.stalls = standing_still(clock)
+    here.provider.steps["openai/a"] = [clock.moved(60.0, LATE)]
+    with pytest.raises(GatewayTimeout, match="late"):
+        await here.pipeline.answer(here.call())
+
+    assert here.outcomes() == {"ignored": 1}
+
+
+async def test_an_error_counts_whether_we_stood_still_or_not(house: Open) -> None:
+    here, clock = await told_by_hand(house)
+    here.system.stalls = standing_still(clock)
+    here.provider.steps["openai/a"] = [
+        clock.moved(3.0, ProviderError("down", upstream_status=500)),
+        clock.moved(3.0, REFUSED),
+    ]
+    for text in ("one", "two"):
+        with pytest.raises(ProviderError):
+            await here.pipeline.answer(here.call(text))
+
+    assert here.outcomes() == {"failure": 1, "unreachable": 1}
+
+
+async def test_a_second_attempt_with_little_time_left_blames_nobody_for_being_late(
+    house: Open,
+) -> None:
+    here, clock = await told_by_hand(house, fallbacks=[{"m": ["spare"]}])
+    here.provider.steps["openai/a"] = [clock.moved(50.0, REFUSED)]
+    here.provider.steps["openai/c"] = [clock.moved(10.0, LATE)]
+    with pytest.raises(GatewayTimeout, match="late"):
+        await here.pipeline.answer(here.call())
+
+    assert here.outcomes() == {"unreachable": 1, "ignored": 1}
+
+
+async def test_a_clients_own_deadline_blames_nobody_but_a_stall_before_it_does(
+    house: Open,
+) -> None:
+    here, clock = await told_by_hand(house)
+    here.provider.steps["openai/a"] = [clock.moved(40.0, LATE)]
+    with pytest.raises(GatewayTimeout):
+        await here.pipeline.stream(here.call(timeout_s=40.0))
+    assert here.outcomes() == {"ignored": 1}
+
+    here.provider.steps["openai/a"] = [clock.moved(30.0, GatewayTimeout("stuck", code=STALLED))]
+    with pytest.raises(GatewayTimeout):
+        await here.pipeline.stream(here.call(timeout_s=40.0))
+    assert here.outcomes() == {"ignored": 1, "unreachable": 1}
+
+
+async def test_a_stream_that_speaks_until_its_time_is_up_has_done_nothing_wrong(
+    house: Open,
+) -> None:
+    here, clock = await told_by_hand(house)
+    here.provider.cut = LATE
+    stream = await here.pipeline.stream(here.call())
+    await anext(stream.chunks)
+    clock.now += 60.0
+    with pytest.raises(GatewayTimeout):
+        await anext(stream.chunks)
+
+    assert here.outcomes() == {"ignored": 1}
+    assert here.at_rest
+
+
+async def test_a_stream_that_was_silent_until_its_time_was_up_is_to_blame(house: Open) -> None:
+    here, clock = await told_by_hand(house)
+    here.provider.between, here.provider.cut = clock.moved(60.0), LATE
+    stream = await here.pipeline.stream(here.call())
+    await anext(stream.chunks)
+    with pytest.raises(GatewayTimeout):
+        await anext(stream.chunks)
+
+    assert here.outcomes() == {"unreachable": 1}
+    assert here.at_rest
+
+
+async def test_a_client_that_leaves_a_stream_blames_nobody(house: Open) -> None:
+    here = await house()
+    stream = await here.pipeline.stream(here.call())
+    await anext(stream.chunks)
+    await stream.chunks.aclose()
+
+    assert here.outcomes() == {"ignored": 1}
+
+
+@pytest.mark.parametrize(("passed_s", "expected"), [(60.0, State.OPEN), (1.0, State.CLOSED)])
+async def test_texts_cancelled_at_their_deadline_are_late_and_before_it_given_up(
+    house: Open, passed_s: float, expected: State
+) -> None:
+    here, clock = await told_by_hand(house, circuit_breaker_config=OPENS_AT_ONCE)
+    deployment = here.deployment("openai/text-embedding-x", "e")
+    here.provider.steps[deployment.model] = [asyncio.Event()]
+    call = asyncio.create_task(here.system.embed_call(Lane(deployment.id, ()), ["x"], 60.0))
+    await settle()
+    clock.now += passed_s
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+    assert await here.state(deployment.model, "e") is expected
+
+
+@pytest.mark.parametrize(("given_s", "expected"), [(60.0, State.OPEN), (5.0, State.CLOSED)])
+async def test_texts_of_callers_in_a_hurry_blame_nobody(
+    house: Open, given_s: float, expected: State
+) -> None:
+    here, clock = await told_by_hand(house, circuit_breaker_config=OPENS_AT_ONCE)
+    deployment = here.deployment("openai/text-embedding-x", "e")
+    here.provider.steps[deployment.model] = [clock.moved(given_s, LATE)]
+    with pytest.raises(GatewayTimeout):
+        await here.system.embed_call(Lane(deployment.id, ()), ["x"], given_s)
+
+    assert await here.state(deployment.model, "e") is expected
+
+
+async def test_calls_in_flight_are_counted_while_they_last(house: Open) -> None:
+    here = await house()
+    gate = asyncio.Event()
+    here.provider.steps["openai/a"] = [gate]
+    circuit = here.deployment("openai/a").circuit
+    task = asyncio.create_task(here.pipeline.answer(here.call()))
+    while not here.provider.asked:
+        await settle()
+    during = here.system.router.stats()["deployments"][circuit]["in_flight"]
+    gate.set()
+    await task
+    stream = await here.pipeline.stream(here.call("a stream"))
+    streaming = here.system.router.stats()["deployments"][circuit]["in_flight"]
+    await stream.chunks.aclose()
+
+    after = here.system.router.stats()["deployments"][circuit]
+    assert (during, streaming, after["in_flight"]) == (1, 1, 0)
+    assert after["latency_s"] is not None
+
+
+async def test_a_second_copy_of_late_texts_is_booked_and_charged_to_nobody(house: Open) -> None:
+    here = await house(hedge_embeddings=True)
+    for number in range(20):
+        await here.pipeline.answer(here.texts(str(number)))
+    here.provider.steps["openai/text-embedding-x"] = [asyncio.Event()]
+    call = here.texts("late")
+    result = await here.pipeline.answer(call)
+
+    own, spare = sorted(await here.entries(call), key=lambda entry: entry.tenant)
+    assert (own.tenant, own.status, own.cost_nano, own.estimated) == ("acme", "posted", 9, False)
+    assert (spare.tenant, spare.status, spare.cost_nano) == ("forebay/hedging", "posted", 9)
+    assert spare.estimated, "nobody knows whether the provider asks anything for it"
+    assert (result.facts.cost_nano, result.facts.attempts) == (9, 1)
+    assert here.at_rest

@@ -6,10 +6,14 @@ import asyncio
 import importlib
 import inspect
 import pickle
+import socket
+import ssl
 from datetime import UTC, datetime
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import aiohttp
+import httpx
 import pytest
 
 from actors.circuit_breaker.policy import Verdict
@@ -20,6 +24,7 @@ from forebay.errors import (
     GatewayError,
     GatewayTimeout,
     InvalidRequest,
+    ModelNotFound,
     Overloaded,
     ProviderConnectionError,
     ProviderError,
@@ -28,13 +33,14 @@ from forebay.errors import (
 )
 from forebay.providers.base import verdict_of
 from forebay.providers.failures import (
-    CODE_OF_CLASS,
     RETRY_AFTER_S_MAX,
     STATUS_OF_CLASS,
     error_of,
     retry_after_s,
 )
 from forebay.providers.redaction import MESSAGE_CHARS_MAX, redact, secrets_in, spoken
+
+BROKE = "it broke"
 
 
 def exceptions_of(module: ModuleType) -> list[type[BaseException]]:
@@ -56,26 +62,156 @@ def test_every_exception_class_of_the_installed_packages_is_known(name: str) -> 
     assert missing == [], "say in STATUS_OF_CLASS what these mean"
 
 
+REQUEST = httpx.Request("POST", "http://host/v1")
+STATUSES = {
+    "APIResponseValidationError": 200,
+    "BadRequestError": 400,
+    "AuthenticationError": 401,
+    "OAuthError": 401,
+    "PermissionDeniedError": 403,
+    "NotFoundError": 404,
+    "ConflictError": 409,
+    "UnprocessableEntityError": 422,
+    "RateLimitError": 429,
+    "InternalServerError": 500,
+    "APIStatusError": 503,
+}
+ARGUMENTS: dict[str, Any] = {
+    "message": BROKE,
+    "model": "m",
+    "llm_provider": "acme",
+    "custom_llm_provider": "acme",
+    "request": REQUEST,
+    "body": None,
+    "status_code": 503,
+    "failures": [],
+    "request_data": {},
+    "raw_response": "{}",
+    "schema": "{}",
+    "current_cost": 2.0,
+    "max_budget": 1.0,
+    "entity_type": "EMAIL",
+    "route_to_model": "n",
+    "session_id": "s",
+    "unsent_messages": [],
+    "completion": SimpleNamespace(usage=None),
+}
+
+
 def made(cls: type[Any]) -> Any:
-    """An instance without its constructor, which each class wants something else for."""
-    error = cls.__new__(cls)
-    error.args = ("it broke",)
-    error.message = "it broke"
-    return error
+    """An instance, by its own constructor, with what that wants and no more."""
+    told = {"error": {"message": BROKE}}
+    response = httpx.Response(STATUSES.get(cls.__name__, 400), request=REQUEST, json=told)
+    given = {**ARGUMENTS, "response": response}
+    wanted = [
+        parameter.name
+        for parameter in list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if parameter.name == "message" or parameter.default is parameter.empty
+    ]
+    if wanted == ["args", "kwargs"]:
+        return cls(BROKE)
+    return cls(**{name: given[name] for name in wanted})
+
+
+REFUSED = (InvalidRequest, None, Verdict.IGNORED)
+FILTERED = (InvalidRequest, "content_filter", Verdict.IGNORED)
+CREDENTIAL = (ProviderError, "provider_credentials", Verdict.CREDENTIAL)
+FAILED = (ProviderError, None, Verdict.FAILURE)
+UNREACHED = (ProviderConnectionError, None, Verdict.UNREACHABLE)
+LATE = (GatewayTimeout, "timeout", Verdict.UNREACHABLE)
+MEANINGS: dict[str, tuple[type[GatewayError], str | None, Verdict]] = {
+    "AuthenticationError": CREDENTIAL,
+    "OAuthError": CREDENTIAL,
+    "SubjectTokenProviderError": CREDENTIAL,
+    "PermissionDeniedError": CREDENTIAL,
+    "PaymentRequiredError": (ProviderError, "provider_quota", Verdict.CREDENTIAL),
+    "RateLimitError": (RateLimitError, "rate_limit_exceeded", Verdict.THROTTLED),
+    "NotFoundError": (ModelNotFound, "model_not_found", Verdict.IGNORED),
+    "BadRequestError": REFUSED,
+    "ConflictError": REFUSED,
+    "ImageFetchError": REFUSED,
+    "InvalidRequestError": REFUSED,
+    "LiteLLMUnknownProvider": REFUSED,
+    "ModifyResponseException": REFUSED,
+    "RejectedRequestError": REFUSED,
+    "SensitiveDataRouteException": REFUSED,
+    "UnprocessableEntityError": REFUSED,
+    "UnsupportedParamsError": REFUSED,
+    "VectorStoreSearchError": (InvalidRequest, "vector_store_search_failed", Verdict.IGNORED),
+    "ContextWindowExceededError": (InvalidRequest, "context_length_exceeded", Verdict.IGNORED),
+    "ContentPolicyViolationError": FILTERED,
+    "ContentFilterFinishReasonError": FILTERED,
+    "GuardrailRaisedException": FILTERED,
+    "BlockedPiiEntityError": FILTERED,
+    "Timeout": LATE,
+    "APITimeoutError": LATE,
+}
+"""What the classes mean that are not simply a failure of the provider."""
 
 
 @pytest.mark.parametrize("name", ["litellm.exceptions", "openai._exceptions"])
 def test_every_exception_class_becomes_an_error_of_ours(name: str) -> None:
     for cls in exceptions_of(importlib.import_module(name)):
         error = error_of(made(cls), provider="acme", model="m")
-        assert isinstance(error, GatewayError)
-        assert error.provider == "acme"
-        assert error.status not in (401, 403), "a provider's refusal is not the caller's"
-        assert verdict_of(error) in Verdict
-        if cls.__name__ in CODE_OF_CLASS:
-            assert error.code == CODE_OF_CLASS[cls.__name__]
+        meant = MEANINGS.get(cls.__name__, FAILED)
+        if (name, cls.__name__) == ("openai._exceptions", "APIConnectionError"):
+            meant = UNREACHED
+        assert (type(error), error.code, verdict_of(error)) == meant, cls
+        unprocessable = cls.__name__ == "UnprocessableEntityError"
+        assert error.status == (422 if unprocessable else type(error).status), cls
+        assert error.body().keys() == {"message", "type", "param", "code"}
+        assert (error.provider, error.model) == ("acme", "m")
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), again.__dict__) == (type(error), error.__dict__)
+
+
+def test_every_exception_that_litellms_handlers_raise_goes_by_its_status() -> None:
+    importlib.import_module("litellm")
+    base = importlib.import_module("litellm.llms.base_llm.chat.transformation").BaseLLMException
+
+    def below(cls: type[Any]) -> list[type[Any]]:
+        return [cls, *(found for sub in cls.__subclasses__() for found in below(sub))]
+
+    found = below(base)
+    assert len(found) > 20
+    expected = {400: InvalidRequest, 401: ProviderError, 429: RateLimitError, 503: ProviderError}
+    for cls in found:
+        for status, kind in expected.items():
+            error: Any = BaseException.__new__(cls)
+            error.args, error.message, error.status_code = (BROKE,), BROKE, status
+            ours = error_of(error, provider="acme", model="m")
+            assert (type(ours), ours.upstream_status) == (kind, status), cls
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (httpx.ConnectError("no"), ProviderConnectionError),
+        (httpx.ConnectTimeout("no"), GatewayTimeout),
+        (httpx.ReadTimeout("no"), GatewayTimeout),
+        (httpx.PoolTimeout("no"), GatewayTimeout),
+        (httpx.ReadError("no"), ProviderConnectionError),
+        (httpx.RemoteProtocolError("no"), ProviderConnectionError),
+        (httpx.ProxyError("no"), ProviderConnectionError),
+        (aiohttp.ServerDisconnectedError(), ProviderConnectionError),
+        (aiohttp.ClientPayloadError("half"), ProviderConnectionError),
+        (aiohttp.ServerTimeoutError("no"), GatewayTimeout),
+        (ssl.SSLCertVerificationError("no"), ProviderConnectionError),
+        (socket.gaierror("no such host"), ProviderConnectionError),
+        (ConnectionRefusedError("no"), ProviderConnectionError),
+        (BrokenPipeError("no"), ProviderConnectionError),
+        (TimeoutError("no"), GatewayTimeout),
+    ],
+)
+def test_what_happens_below_http_is_told_from_an_answer(
+    error: BaseException, expected: type[GatewayError]
+) -> None:
+    litellm = importlib.import_module("litellm")
+    wrapped = raised(litellm.InternalServerError("no idea", "acme", "m"), error)
+    for told in (error, wrapped):
+        ours = error_of(told, provider="acme", model="m")
+        assert type(ours) is expected
+        assert verdict_of(ours) is Verdict.UNREACHABLE
 
 
 def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
@@ -126,9 +262,9 @@ def test_a_chain_that_bites_its_own_tail_ends() -> None:
         (ProviderError("x"), Verdict.FAILURE),
         (ProviderError("x", upstream_status=401), Verdict.CREDENTIAL),
         (ProviderError("x", upstream_status=403), Verdict.CREDENTIAL),
-        (ProviderConnectionError("x"), Verdict.FAILURE),
+        (ProviderConnectionError("x"), Verdict.UNREACHABLE),
         (ResponseValidationError("x"), Verdict.FAILURE),
-        (GatewayTimeout("x"), Verdict.FAILURE),
+        (GatewayTimeout("x"), Verdict.UNREACHABLE),
         (RateLimitError("x", upstream_status=429, provider="acme"), Verdict.THROTTLED),
         (RateLimitError("a limit of ours"), Verdict.IGNORED),
         (BudgetExceeded("a limit of ours"), Verdict.IGNORED),
@@ -147,6 +283,54 @@ def test_every_error_of_ours_has_a_verdict() -> None:
     for cls in vars(errors).values():
         if inspect.isclass(cls) and issubclass(cls, GatewayError):
             assert verdict_of(cls("x")) in Verdict
+
+
+# --- to another process -----------------------------------------------------------------------
+
+KEY = "sk-do-not-show-this-4711"
+
+
+def every_error() -> list[type[GatewayError]]:
+    return [
+        cls
+        for cls in vars(errors).values()
+        if inspect.isclass(cls) and issubclass(cls, GatewayError)
+    ]
+
+
+@pytest.mark.parametrize("cls", every_error())
+def test_an_error_arrives_in_another_process_as_it_was(cls: type[GatewayError]) -> None:
+    error = cls(
+        BROKE,
+        param="p",
+        code="c",
+        status=418,
+        retry_after_s=1.5,
+        model="m",
+        provider="acme",
+        upstream_status=503,
+        figures={"requests": (1, 2)},
+    )
+    error.__cause__ = KeyError("choices")
+    error.add_note("while it rained")
+    again = pickle.loads(pickle.dumps(error))
+    twice = pickle.loads(pickle.dumps(again))
+    for one in (again, twice):
+        assert type(one) is cls
+        assert one.__dict__ == error.__dict__
+        assert str(one) == str(error)
+        assert str(one.__cause__) == "KeyError: 'choices'"
+
+
+def test_what_an_error_was_raised_from_shows_no_key() -> None:
+    error = ProviderError("it broke")
+    error.__cause__ = ValueError(f"Authorization: Bearer {KEY}")
+    assert KEY.encode() not in pickle.dumps(error)
+
+
+def test_an_error_without_a_cause_gets_none() -> None:
+    again = pickle.loads(pickle.dumps(raised(ProviderError("it broke"), KeyError("x"))))
+    assert again.__cause__ is None
 
 
 # --- texts ------------------------------------------------------------------------------------

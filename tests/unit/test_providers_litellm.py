@@ -519,20 +519,26 @@ async def test_a_stream_that_another_task_closes_is_over(
 
 
 @pytest.mark.parametrize(
-    ("parts", "then", "expected"),
+    ("parts", "then", "expected", "verdict"),
     [
-        pytest.param(WORDS, "cut", ProviderConnectionError, id="connection cut"),
-        pytest.param(WORDS, "end", ProviderConnectionError, id="no finish reason"),
+        pytest.param(
+            WORDS, "cut", ProviderConnectionError, Verdict.UNREACHABLE, id="connection cut"
+        ),
+        pytest.param(
+            WORDS, "end", ProviderConnectionError, Verdict.UNREACHABLE, id="no finish reason"
+        ),
         pytest.param(
             [*WORDS, sse({"error": {"message": "boiler burst", "type": "server_error"}})],
             "end",
             ProviderError,
+            Verdict.FAILURE,
             id="error event",
         ),
         pytest.param(
             [*WORDS, sse({"error": {"message": "slow down", "code": "rate_limit_exceeded"}})],
             "end",
             RateLimitError,
+            Verdict.THROTTLED,
             id="limit event",
         ),
     ],
@@ -543,6 +549,7 @@ async def test_a_stream_that_breaks_raises_what_happened(
     parts: list[str],
     then: str,
     expected: type[GatewayError],
+    verdict: Verdict,
 ) -> None:
     remote.reply = stream_reply(parts, then)
     told = []
@@ -550,7 +557,7 @@ async def test_a_stream_that_breaks_raises_what_happened(
         async for one in lane.chat_stream(deployment(remote), body(), **call()):
             told.append(one)
     assert text_of(told) == "Hello"
-    assert verdict_of(caught.value) in (Verdict.FAILURE, Verdict.THROTTLED)
+    assert verdict_of(caught.value) is verdict
     assert len(remote.bodies) == 1
 
 
@@ -574,7 +581,7 @@ async def test_a_slow_answer_is_given_up_in_time(remote: Remote, lane: LiteLLMPr
     with pytest.raises(GatewayTimeout) as caught:
         await lane.chat(deployment(remote), body(), **call(timeout_s=0.2))
     assert time.monotonic() - began_s < 1.0
-    assert verdict_of(caught.value) is Verdict.FAILURE
+    assert verdict_of(caught.value) is Verdict.UNREACHABLE
     with pytest.raises(GatewayTimeout):
         await lane.chat(deployment(remote, timeout=0.2), body(), **call())
 
@@ -592,7 +599,7 @@ async def test_nobody_at_the_address_is_a_connection_failure(
             await attempt()
         assert caught.value.provider == "openai"
         assert "Traceback" not in str(caught.value)
-        assert verdict_of(caught.value) is Verdict.FAILURE
+        assert verdict_of(caught.value) is Verdict.UNREACHABLE
 
 
 @pytest.mark.parametrize(
@@ -603,7 +610,7 @@ async def test_nobody_at_the_address_is_a_connection_failure(
         (402, ProviderError, 502, Verdict.CREDENTIAL),
         (403, ProviderError, 502, Verdict.CREDENTIAL),
         (404, ModelNotFound, 404, Verdict.IGNORED),
-        (408, GatewayTimeout, 504, Verdict.FAILURE),
+        (408, GatewayTimeout, 504, Verdict.UNREACHABLE),
         (413, RequestTooLarge, 413, Verdict.IGNORED),
         (418, InvalidRequest, 400, Verdict.IGNORED),
         (422, InvalidRequest, 422, Verdict.IGNORED),

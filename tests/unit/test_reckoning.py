@@ -220,6 +220,6 @@ class TestQuotas:
     async def test_a_patterns_deployments_share_one_limit(self) -> None:
         limiter = Admitting()
         for name in ("openai/x", "openai/y"):
-            here = Deployment(f"d:{name}", name, name, "openai", rpm=60)
+            here = Deployment(f"d:{name}", name, name, "openai", rpm=60, filled_from="d")
             await self.take(limiter, here)
         assert {name for name, _, _ in limiter.asked} == {"deployment/d"}

@@ -1,20 +1,14 @@
-"""Which deployments answer for a name, and in which order they are tried."""
+"""Which deployments answer for a name, and which groups when they cannot."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from actors.circuit_breaker.policy import CLEAN, Standing, State
 from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, ModelNotFound
-from forebay.routing import Group, ModelTable, allows, nearest, order, provider_of
+from forebay.routing import ModelTable, allows, nearest, provider_of
 
 
 def entry(name: str, model: str = "openai/gpt-4o", /, **params: Any) -> dict[str, Any]:
@@ -23,27 +17,6 @@ def entry(name: str, model: str = "openai/gpt-4o", /, **params: Any) -> dict[str
 
 def table(*entries: dict[str, Any], **fields: Any) -> ModelTable:
     return ModelTable.build(GatewayConfig(model_list=list(entries), **fields))
-
-
-def group(*params: dict[str, Any]) -> Group:
-    """A group whose deployments are called 0, 1, 2, …"""
-    entries = [
-        {**entry("g", f"openai/m{n}", **given), "model_info": {"id": str(n)}}
-        for n, given in enumerate(params)
-    ]
-    return table(*entries).group("g")
-
-
-def clean(_: str) -> Standing:
-    return CLEAN
-
-
-def standings(**by_id: Standing) -> Callable[[str], Standing]:
-    return lambda deployment: by_id.get(f"d{deployment}", CLEAN)
-
-
-def tried(of: Group, standing: Callable[[str], Standing] = clean, seed: int = 1) -> list[str]:
-    return [deployment.id for deployment in order(of, standing, Random(seed))]
 
 
 class TestGroups:
@@ -146,6 +119,25 @@ class TestIds:
         assert len(models.deployments()) == 2
         with pytest.raises(ModelNotFound):
             models.deployment("nope")
+
+
+class TestCircuits:
+    def test_all_names_filled_into_a_pattern_share_one(self) -> None:
+        models = table(entry("openai/*", "openai/*"))
+        (pattern,) = models.deployments()
+        for name in ("openai/gpt-4o", "openai/whatever:free"):
+            (deployment,) = models.group(name).deployments
+            assert deployment.circuit == pattern.circuit == pattern.id
+            assert deployment.limited_as == f"deployment/{pattern.id}"
+            assert deployment.id != pattern.id
+        assert models.deployment(pattern.circuit) is pattern
+
+    def test_every_other_deployment_has_its_own_whatever_its_id(self) -> None:
+        models = table(
+            {**entry("gpt-4", "azure/x"), "model_info": {"id": "azure:gpt-4"}},
+            {**entry("gpt-5", "azure/y"), "model_info": {"id": "azure:gpt-5"}},
+        )
+        assert [d.circuit for d in models.deployments()] == ["azure:gpt-4", "azure:gpt-5"]
 
 
 class TestApiKeys:
@@ -254,6 +246,50 @@ class TestFallbacks:
         assert models.fallbacks("y/1") == ["b"]
 
 
+class TestSpecialFallbacks:
+    def test_they_are_for_their_kind_and_group_alone(self) -> None:
+        models = table(
+            entry("a"), entry("long"), entry("mild"), entry("other"),
+            fallbacks=["other"],
+            context_window_fallbacks=[{"a": ["long", "a", "long"]}],
+            content_policy_fallbacks=[{"a": ["mild", "other"]}],
+        )  # fmt: skip
+        assert models.special_fallbacks("context_window", "a") == ["long"]
+        assert models.special_fallbacks("content_policy", "a") == ["mild", "other"]
+        assert models.special_fallbacks("context_window", "long") == []
+        assert models.fallbacks("a") == ["other"]
+
+    def test_without_any_the_refusal_is_the_answer(self) -> None:
+        models = table(entry("a"), entry("b"), fallbacks=["b"])
+        assert models.special_fallbacks("context_window", "a") == []
+        assert models.special_fallbacks("content_policy", "not/there") == []
+
+    def test_a_star_is_for_every_group_without_a_list_of_its_own(self) -> None:
+        models = table(
+            entry("a"), entry("b"), entry("x/*", "x/*"), entry("y/*", "y/*"),
+            context_window_fallbacks=[{"*": ["b"]}, {"a": []}, {"x/*": ["a"]}],
+        )  # fmt: skip
+        found = [models.special_fallbacks("context_window", n) for n in ("a", "b", "x/1", "y/1")]
+        assert found == [[], [], ["a"], ["b"]]
+
+    def test_what_a_pattern_matches_may_be_named(self) -> None:
+        models = table(
+            entry("a"), entry("x/*", "x/*"), content_policy_fallbacks=[{"a": ["x/mild"]}]
+        )
+        assert models.special_fallbacks("content_policy", "a") == ["x/mild"]
+
+    def test_all_that_an_answer_may_come_from_is_reachable(self) -> None:
+        models = table(
+            *(entry(name) for name in "abcdefg"),
+            fallbacks=[{"a": ["b"]}, {"c": ["g"]}],
+            context_window_fallbacks=[{"a": ["c"]}, {"c": ["d"]}, {"d": ["a", "c"]}],
+            content_policy_fallbacks=[{"b": ["e"]}],
+        )
+        assert models.reachable("a") == ["a", "b", "c", "e", "d"]
+        assert models.reachable("c") == ["c", "g", "d", "a"]
+        assert models.reachable("f") == ["f"]
+
+
 class TestDefaults:
     def test_they_are_the_first_that_can(self) -> None:
         models = table(
@@ -280,70 +316,6 @@ class TestDefaults:
 
     def test_there_may_be_none(self) -> None:
         assert table(entry("a")).default_embedding is None
-
-
-class TestOrder:
-    def test_lower_orders_come_first_and_those_without_one_last(self) -> None:
-        of = group({}, {"order": 2}, {"order": 1}, {"order": 2})
-        for seed in range(20):
-            found = tried(of, seed=seed)
-            assert (found[0], set(found[1:3]), found[3]) == ("2", {"1", "3"}, "0")
-
-    def test_a_weight_is_a_share_of_first_tries(self) -> None:
-        of = group({"weight": 3}, {"weight": 1})
-        firsts = Counter(tried(of, seed=seed)[0] for seed in range(4000))
-        assert 2850 < firsts["0"] < 3150
-
-    @pytest.mark.parametrize("figure", ["rpm", "tpm"])
-    def test_without_weights_rpm_or_else_tpm_are_the_shares(self, figure: str) -> None:
-        of = group({figure: 9000}, {figure: 1000})
-        firsts = Counter(tried(of, seed=seed)[0] for seed in range(4000))
-        assert 3480 < firsts["0"] < 3720
-
-    def test_weights_go_before_rpm_and_one_without_comes_last(self) -> None:
-        of = group({"rpm": 10**6}, {"weight": 1}, {"weight": 0})
-        assert {tried(of, seed=seed)[0] for seed in range(50)} == {"1"}
-
-    def test_without_any_figure_all_are_alike(self) -> None:
-        firsts = Counter(tried(group({}, {}, {}), seed=seed)[0] for seed in range(3000))
-        assert all(850 < count < 1150 for count in firsts.values())
-
-    def test_what_the_breaker_holds_back_comes_last_soonest_first(self) -> None:
-        standing = standings(
-            d0=Standing(State.OPEN, retry_after_s=9),
-            d1=Standing(State.CLOSED, retry_after_s=2),  # throttled
-            d2=Standing(State.FORCED_OPEN),
-        )
-        of = group({"order": 1}, {"order": 1}, {"order": 1}, {"order": 2})
-        assert tried(of, standing) == ["3", "1", "0", "2"]
-
-    def test_one_that_may_be_probed_keeps_its_place(self) -> None:
-        standing = standings(d0=Standing(State.HALF_OPEN), d1=Standing(State.FORCED_CLOSED))
-        assert tried(group({"order": 1}, {"order": 2}), standing) == ["0", "1"]
-
-    def test_a_deployment_listed_twice_is_tried_once(self) -> None:
-        models = table(entry("g", "openai/x"), entry("g", "openai/x"), entry("g", "openai/y"))
-        found = order(models.group("g"), clean, Random(1))
-        assert sorted(d.model for d in found) == ["openai/x", "openai/y"]
-
-    @settings(deadline=None)
-    @given(
-        st.lists(
-            st.fixed_dictionaries(
-                {},
-                optional={
-                    "weight": st.floats(0, 1e6),
-                    "order": st.integers(-3, 3),
-                    "rpm": st.integers(1, 10**6),
-                },
-            ),
-            min_size=1,
-            max_size=6,
-        ),
-        st.integers(0, 2**16),
-    )
-    def test_nothing_is_lost_or_tried_twice(self, given: list[dict[str, Any]], seed: int) -> None:
-        assert sorted(tried(group(*given), seed=seed)) == [str(n) for n in range(len(given))]
 
 
 class TestNames:

@@ -503,6 +503,44 @@ async def test_a_chunk_or_a_body_can_be_malformed(http: httpx.AsyncClient) -> No
         plain.json()
 
 
+@pytest.mark.parametrize(
+    ("kind", "sign"),
+    [
+        ("text", b"data: the boiler burst\n\n"),
+        ("choices", b'"object": "chat.completion.chunk"}\n\n'),
+        ("types", b'"delta": "word"'),
+        ("utf8", b"\xff\xfe"),
+        ("error", b'data: {"error": {'),
+        ("huge", b"x" * (9 << 20)),
+    ],
+)
+async def test_a_chunk_can_be_malformed_in_many_ways(
+    http: httpx.AsyncClient, kind: str, sign: bytes
+) -> None:
+    body = chat_body(f"[[malformed-at=1 malformed={kind}]]", stream=True)
+    told = (await http.post("/v1/chat/completions", json=body)).content
+    events = told.split(b"\n\n")
+    assert sign in told
+    assert sign.rstrip() not in events[0] + events[2], "this one and no other"
+
+
+async def test_one_key_can_be_refused_and_another_served(
+    http: httpx.AsyncClient, upstream: Upstream
+) -> None:
+    upstream.script(status=401, key="sk-bad")
+    statuses = [
+        (
+            await http.post(
+                "/v1/chat/completions",
+                json=chat_body("hi"),
+                headers={"authorization": f"Bearer {key}"},
+            )
+        ).status_code
+        for key in ("sk-bad", "sk-good", "sk-bad")
+    ]
+    assert statuses == [401, 200, 401]
+
+
 async def test_a_stalled_stream_goes_on_or_ends_with_its_client(
     http: httpx.AsyncClient, upstream: Upstream
 ) -> None:

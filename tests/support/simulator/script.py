@@ -2,8 +2,8 @@
 
 A request's behaviour is laid together from four sheets, the later over the earlier:
 the base (`POST /control/script {"latency": 0.1}`), the first rule that matches and has a count
-left (`{"status": 503, "count": 3}`: any of `count`, `probability`, `route`, `model`, `text` makes
-it a rule), the model name (`sim-500`, `sim-latency=0.2+tokens=40`), and words in the prompt
+left (`{"status": 503, "count": 3}`: any of `count`, `probability`, `route`, `model`, `text`, `key`
+makes it a rule), the model name (`sim-500`, `sim-latency=0.2+tokens=40`), and words in the prompt
 (`[[status=429 retry-after=2]]`).
 """
 
@@ -16,6 +16,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from tests.support.simulator.log import hash_credential
 
 RULES_MAX = 1000
 _MAGIC = re.compile(r"\[\[\s*([^\[\]]{1,500}?)\s*\]\]")
@@ -37,8 +39,11 @@ class Behaviour:
     interval                s between stream chunks
     cut_after               chunks, then the connection is closed (`cut=clean`: the body ends well,
                             without [DONE]); a plain answer loses its second half
-    malformed_at            this chunk (from 0) is half a JSON object; of a plain answer, the body
-    stall_after, stall      chunks, then silence for `stall` s (None: until the client goes)
+    malformed_at            this chunk (from 0) makes no sense; of a plain answer, the body is half
+    malformed               how the chunk is: "half" a JSON object, "text", without "choices", of
+                            wrong "types", no "utf8", an "error" event, or "huge" (9 MiB)
+    stall_after, stall      chunks, then silence for `stall` s (None: until the client goes);
+                            `stall_after=0` is a slow first token
     reset                   TCP reset "before" the head, or "after" it
     tool                    call this tool ("" = the first one given)
     answer, echo, tokens    the answer's text; the prompt itself; the answer's length
@@ -60,6 +65,7 @@ class Behaviour:
     cut_after: int | None = None
     cut: Literal["abort", "clean"] = "abort"
     malformed_at: int | None = None
+    malformed: Literal["half", "text", "choices", "types", "utf8", "error", "huge"] = "half"
     stall_after: int | None = None
     stall: float | None = None
     reset: Literal["before", "after"] | None = None
@@ -86,7 +92,10 @@ class Behaviour:
 
 @dataclass(slots=True)
 class Rule:
-    """Overrides for requests that match, `count` times (None: always)."""
+    """Overrides for requests that match, `count` times (None: always).
+
+    `key` is the caller's, given plainly and kept as the hash that the log has.
+    """
 
     overrides: dict[str, Any]
     count: int | None = None
@@ -94,13 +103,19 @@ class Rule:
     route: str | None = None
     model: str | None = None
     text: str | None = None
+    key: str | None = None
 
-    def matches(self, route: str, model: str, text: str) -> bool:
+    def __post_init__(self) -> None:
+        if self.key is not None:
+            self.key = hash_credential(self.key)
+
+    def matches(self, route: str, model: str, text: str, credential: str | None) -> bool:
         return (
             self.count != 0
             and (self.route is None or self.route == route)
             and (self.model is None or self.model == model)
             and (self.text is None or self.text in text)
+            and (self.key is None or self.key == credential)
         )
 
 
@@ -124,7 +139,8 @@ class Settings:
 BASE = Behaviour()
 _BEHAVIOUR = {field.name: str(field.type) for field in dataclasses.fields(Behaviour)}
 _SETTINGS = {field.name: str(field.type) for field in dataclasses.fields(Settings)}
-_SELECTORS = {"count": "int", "probability": "float", "route": "str", "model": "str", "text": "str"}
+_SELECTORS = {"count": "int", "probability": "float"}
+_SELECTORS |= dict.fromkeys(("route", "model", "text", "key"), "str")
 
 
 class Script:
@@ -173,11 +189,13 @@ class Script:
             "settings": dataclasses.asdict(self.settings),
         }
 
-    def decide(self, route: str, model: str, text: str, magic: bool) -> Behaviour:
+    def decide(
+        self, route: str, model: str, text: str, magic: bool, credential: str | None = None
+    ) -> Behaviour:
         """The behaviour of one request; uses up one count of the rule that matched."""
         overrides: dict[str, Any] = {}
         for rule in self.rules:
-            if not rule.matches(route, model, text):
+            if not rule.matches(route, model, text, credential):
                 continue
             if rule.probability < 1.0 and self.dice.random() >= rule.probability:
                 continue

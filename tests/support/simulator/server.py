@@ -79,6 +79,15 @@ MESSAGES = {
     503: "The engine is currently overloaded, please try again later (simulated).",
     529: "Overloaded (simulated)",
 }
+SAYING = b'{"choices": [{"index": 0, "delta": {"content": "%b"}}]}'
+MALFORMED = {
+    "text": b"the boiler burst",
+    "choices": b'{"id": "chatcmpl-0", "object": "chat.completion.chunk"}',
+    "types": b'{"choices": [{"index": "zero", "delta": "word"}]}',
+    "utf8": SAYING % b"\xff\xfe",
+    "error": b'{"error": {"message": "the boiler burst (simulated)", "type": "server_error"}}',
+    "huge": SAYING % (b"x" * (9 << 20)),
+}
 MODELS = ("sim", "sim-large", "sim-embed")
 
 CREDENTIAL_HEADERS = (b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key")
@@ -249,7 +258,7 @@ class Simulator:
             record["texts"] = len(ask.texts)
             magic = b"[[" in request.body
             if magic or script.rules or "sim-" in ask.model:
-                behaviour = script.decide(route, ask.model, ask.text, magic)
+                behaviour = script.decide(route, ask.model, ask.text, magic, record["credential"])
                 exchange.behaviour = behaviour
             else:
                 behaviour = exchange.behaviour
@@ -414,7 +423,8 @@ class Simulator:
         at = exchange.behaviour.malformed_at
         if at is not None and at < len(frames):
             exchange.record["fault"] = "malformed"
-            frames[at] = Frame(broken(frames[at].data), frames[at].tokens)
+            kind = exchange.behaviour.malformed
+            frames[at] = Frame(broken(frames[at].data, kind), frames[at].tokens)
         return frames
 
     async def _stream(self, exchange: Exchange, frames: list[Frame]) -> None:
@@ -755,9 +765,11 @@ def retry_after(given: str, now_s: float) -> tuple[str, float | None]:
         return given, None
 
 
-def broken(frame: bytes) -> bytes:
-    """A frame whose JSON stops in the middle."""
-    return frame[: max(len(frame) // 2, len(b"data: {"))] + b"\n\n"
+def broken(frame: bytes, kind: str) -> bytes:
+    """A frame that makes no sense; see `Behaviour.malformed`."""
+    if kind == "half":
+        return frame[: max(len(frame) // 2, len(b"data: {"))] + b"\n\n"
+    return b"data: %b\n\n" % MALFORMED[kind]
 
 
 def status_line(status: int) -> bytes:

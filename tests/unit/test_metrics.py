@@ -1,0 +1,51 @@
+"""What is counted: names and labels as dashboards expect them."""
+
+from __future__ import annotations
+
+from actors.circuit_breaker.policy import Verdict
+from forebay.metrics import TENANTS_MAX, Meter
+
+
+def meter() -> Meter:
+    return Meter(list)
+
+
+def lines(meter: Meter, family: str) -> list[str]:
+    return [line for line in meter.render().decode().splitlines() if line.startswith(family + "{")]
+
+
+def test_every_verdict_is_an_outcome_of_provider_calls() -> None:
+    counted = meter()
+    for verdict in Verdict:
+        counted.provider_call("d-1", verdict.value)
+
+    found = lines(counted, "forebay_provider_calls_total")
+    assert len(found) == len(Verdict)
+    assert 'forebay_provider_calls_total{deployment="d-1",outcome="unreachable"} 1.0' in found
+    assert 'forebay_provider_calls_total{deployment="d-1",outcome="slow"} 1.0' in found
+
+
+def test_breakers_that_left_the_configuration_are_not_shown_any_more() -> None:
+    counted = meter()
+    counted.breaker("d-1", 2)
+    counted.breaker("d-2", 0)
+    before = lines(counted, "forebay_breaker_state")
+    counted.breaker("d-2", 1)
+
+    assert before == [
+        'forebay_breaker_state{deployment="d-1"} 2.0',
+        'forebay_breaker_state{deployment="d-2"} 0.0',
+    ]
+    assert lines(counted, "forebay_breaker_state") == [
+        'forebay_breaker_state{deployment="d-2"} 1.0'
+    ]
+
+
+def test_tenants_beyond_the_bound_are_folded_into_one() -> None:
+    counted = meter()
+    for number in range(TENANTS_MAX + 3):
+        counted.request("chat", "m", f"t{number}", "ok", 0.1, 0.1)
+
+    found = lines(counted, "forebay_requests_total")
+    assert len(found) == TENANTS_MAX + 1
+    assert next(line for line in found if 'tenant="other"' in line).endswith(" 3.0")
