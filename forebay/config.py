@@ -349,7 +349,7 @@ class GatewayConfig(Settings):
         default=60.0, description="Seconds a request may take, retries included."
     )
     stall_timeout: Annotated[float, Field(gt=0, le=300)] = Field(
-        default=30.0, description="Seconds that a stream may pause between two chunks."
+        default=30.0, description="Seconds that a stream may pause after its first chunk."
     )
     max_retries: Annotated[int, Field(ge=0, le=10)] = 3
     retry_delay: Annotated[float, Field(ge=0.1, le=60)] = Field(

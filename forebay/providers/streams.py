@@ -46,7 +46,7 @@ class LiteLLMChunks:
     """One streamed answer; the first `anext` makes the call.
 
     Owns the upstream connection and one timer. Bounded by `timeout_s` from the first `anext` to the
-    end, and by `stall_s` for whoever waits for a chunk.
+    end, and by `stall_s` for whoever waits for another chunk; a model may think before its first.
 
     Failure behaviour: what goes wrong is raised once, as a GatewayError, and the stream is over. A
     provider that is known to give a finish reason, and does not, has broken off; LiteLLM makes up
@@ -65,6 +65,7 @@ class LiteLLMChunks:
         self._begin = begin
         self._timeout_s = timeout_s
         self._stall_s = stall_s
+        self._patience_s = math.inf
         self._deadline_s = 0.0
         self._waiting_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -120,21 +121,21 @@ class LiteLLMChunks:
         """
         now_s = loop.time()
         since_s = now_s if self._waiting is None else self._waiting_since_s
-        due_s = min(self._deadline_s, since_s + self._stall_s)
+        due_s = min(self._deadline_s, since_s + self._patience_s)
         if now_s < due_s:
             self._timer = loop.call_at(due_s, self._watch, loop)
             return
         if now_s >= self._deadline_s:
             self._late = self._timeout(f"did not end its answer within {self._timeout_s:g} s")
         else:
-            self._late = self._timeout(f"sent nothing for {self._stall_s:g} s", STALLED)
+            self._late = self._timeout(f"sent nothing for {self._patience_s:g} s", STALLED)
         if self._waiting is not None:
             self._waiting.cancel()
 
-    def _hurry(self, stall_s: float) -> None:
-        """Be patient for no longer than `stall_s`, from now on."""
-        if stall_s < self._stall_s:
-            self._stall_s = stall_s
+    def _hurry(self, patience_s: float) -> None:
+        """Wait for a chunk no longer than so, from now on."""
+        if patience_s < self._patience_s:
+            self._patience_s = patience_s
             assert self._timer is not None
             self._timer.cancel()
             self._watch(asyncio.get_running_loop())
@@ -164,6 +165,9 @@ class LiteLLMChunks:
             raise
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise opened.error(error) from None
+        if self._patience_s > self._stall_s:  # the first chunk
+            self._waiting_since_s = asyncio.get_running_loop().time()
+            self._hurry(self._stall_s)
         if opened.plain is None:
             return told
         if opened.says_end and any(choice.get("finish_reason") for choice in told["choices"]):

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import time
+import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -612,7 +613,7 @@ async def _come_back(
     wait_s = wait_of(response)
     early_s = 0.020 if early else 0.0
     await asyncio.sleep(max(0.0, wait_s - early_s - (time.monotonic() - refused_s)))
-    marker = f"trial {next(NUMBER)}."
+    marker = f"trial {uuid.uuid4().hex}."
     again = await chat(client, system, tenant, marker)
     if not early:
         told.as_told[again.status_code] += 1

@@ -140,18 +140,18 @@ async def test_half_an_answer_is_never_taken_for_a_whole_one(
 
 @pytest.mark.parametrize("model", ROUTES)
 async def test_silence_is_a_stall(upstream: Upstream, lane: LiteLLMProvider, model: str) -> None:
-    for after in (0, 7):
+    for after in (5, 9):  # some dialects begin with chunks that hold nothing
         upstream.script(stall_after=after, tokens=TOKENS)
         _, error = await read(stream(lane, upstream, model, stall_s=0.2))
         assert isinstance(error, GatewayTimeout), after
         assert error.code == STALLED
 
 
-async def test_a_slow_first_token_within_the_bound_is_an_answer(
+async def test_a_model_may_think_before_its_first_token(
     upstream: Upstream, lane: LiteLLMProvider
 ) -> None:
-    upstream.script(stall_after=0, stall=0.3)
-    told, error = await read(stream(lane, upstream, "openai/sim", stall_s=5.0))
+    upstream.script(stall_after=0, stall=0.5)
+    told, error = await read(stream(lane, upstream, "openai/sim", stall_s=0.2))
     assert error is None
     assert text_of(told) == answer_text(PROMPT)
 
@@ -206,7 +206,7 @@ async def test_streams_that_are_cut_leave_nothing_behind(
     others = (await asyncio.to_thread(upstream.stats))["connections"]
 
     async def one(way: str) -> int:
-        after = dice.randrange(1, 12)
+        after = dice.randrange(5 if way == "stalled" else 1, 12)
         prompt = f"{PROMPT} [[{WORDS[way].format(after)}]]" if way in WORDS else PROMPT
         stall_s = 0.2 if way == "stalled" else 9.0
         await cut(stream(lane, upstream, model, prompt, stall_s=stall_s), way, after)
