@@ -26,7 +26,7 @@ from actors.registry.policy import (
     VersionConflict,
 )
 from deployments import ingress
-from deployments.http.admin import BreakerOrder
+from deployments.http.service import BreakerOrder
 from forebay.config import TenantConfig, parse
 from forebay.errors import ConfigurationError, InvalidRequest, ModelNotFound, Overloaded
 from forebay.health import by_group

@@ -22,10 +22,10 @@ from deployments.admin import Admin
 from deployments.http import build_asgi
 from deployments.http.auth import KeyEntry, Keys
 from deployments.http.service import HttpCall, Reply, StreamReply, Told
+from forebay.call import Call, Facts, Route
 from forebay.config import SystemConfig
 from forebay.errors import ConfigurationError, Overloaded
 from forebay.health import HealthCheck
-from forebay.pipeline import Call, Facts, Route
 from forebay.secrets import key_secret
 from forebay.system import System, attach, create_owners
 

@@ -6,19 +6,17 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from actors.batcher.policy import Paid, Spare
 from actors.ledger.desk import LedgerDesk, OpenEntry
 from actors.ledger.policy import TENANTS_PER_READ_MAX, GroupBy, LedgerFull, Spent
 from actors.rate_limiter.terms import Amount, Seed
 from actors.ref import OwnerUnavailable
+from forebay.call import Call, Facts
 from forebay.codec import Answer
 from forebay.errors import GatewayError, Overloaded
 from forebay.routing import Deployment
-
-if TYPE_CHECKING:
-    from forebay.pipeline import Call, Facts
 
 CLIENT_CLOSED = 499  # nginx's status for a caller who went away; no answer carries it
 HEDGING = "forebay/hedging"  # who pays for second copies; no tenant can be called so

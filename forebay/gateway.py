@@ -14,11 +14,11 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
+from forebay.call import Call, Result
 from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, InvalidRequest
 from forebay.health import HealthCheck
 from forebay.loop import LoopThread
-from forebay.pipeline import Call, Result
 from forebay.schemas import EmbedResponse, GenerateResponse, HealthCheckResult, Usage
 from forebay.system import System, choose_runtime, open_system
 

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from actors.batcher.policy import BadVectors, BatcherFull, Lane
 from actors.cache.desk import FlightFailed, Hit, Lead
@@ -35,6 +34,7 @@ from actors.ref import OwnerUnavailable
 from forebay import bounds, codec, schemas, validation
 from forebay.attempts import Plan, Try, pass_unasked, refused_by, why_of
 from forebay.bounds import Bound
+from forebay.call import Call, Facts, Result, Stream
 from forebay.codec import Answer
 from forebay.config import RateLimitConfig
 from forebay.errors import (
@@ -52,101 +52,13 @@ from forebay.errors import (
 )
 from forebay.providers.base import Chunks
 from forebay.routing import Deployment, Group
-from forebay.tenants import DEFAULT_TENANT
 
 if TYPE_CHECKING:
     from forebay.system import System
 
-Route = Literal["chat", "completion", "embedding"]
 BATCHER_GRACE_S = 0.25
 NANO_PER_USD = 1e9
 TEXTS_FIELD: dict[str, str] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
-
-
-@dataclass(slots=True)
-class Call:
-    """One request as it came in, from whichever door.
-
-    `body` holds OpenAI's parameters of the route, verbatim. `timeout_s` can only shorten the
-    configured deadline. `may_wait` lets a limit queue the request instead of refusing it.
-    """
-
-    route: Route
-    body: dict[str, Any]
-    tenant: str
-    request_id: str
-    timeout_s: float | None = None
-    may_wait: bool = False
-    cache_read: bool = True
-    cache_write: bool = True
-    cache_ttl_s: float | None = None
-    bulk: bool = False
-
-    @classmethod
-    def of(cls, route: Route, keywords: Mapping[str, Any]) -> Self:
-        """A call from Python: OpenAI's parameters, and ours among them.
-
-        Ours are `tenant_id`, `timeout` and `cache_ttl` (seconds). A parameter that is None is as if
-        it had not been given.
-
-        Raises:
-            InvalidRequest: one of ours has a wrong value.
-        """
-        body = {name: value for name, value in keywords.items() if value is not None}
-        tenant = body.pop("tenant_id", DEFAULT_TENANT)
-        timeout_s, cache_ttl_s = body.pop("timeout", None), body.pop("cache_ttl", None)
-        for name, seconds in (("timeout", timeout_s), ("cache_ttl", cache_ttl_s)):
-            if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
-                raise InvalidRequest.about(name, f"{name} must be a positive number of seconds")
-        if not isinstance(tenant, str) or not tenant:
-            raise InvalidRequest.about("tenant_id", "tenant_id must be a non-empty string")
-        return cls(
-            route,
-            body,
-            tenant,
-            request_id=f"req_{uuid.uuid4().hex}",
-            timeout_s=timeout_s,
-            may_wait=True,
-            cache_ttl_s=cache_ttl_s,
-        )
-
-
-@dataclass(slots=True)
-class Facts:
-    """How an answer came to be; what the response headers tell."""
-
-    group: str
-    deployment: str = ""
-    attempts: int = 0
-    retries: int = 0
-    fallbacks: int = 0
-    cache: Literal["hit", "miss", "joined", "off"] = "off"
-    cost_nano: int | None = 0
-    provider_s: float = 0.0
-    total_s: float = 0.0
-    config_version: int = 0
-    clamped: int | None = None  # completion tokens that a limit left, where it left less than asked
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def overhead_s(self) -> float:
-        return max(0.0, self.total_s - self.provider_s)
-
-
-@dataclass(slots=True)
-class Result:
-    """An answer and how it came to be."""
-
-    answer: Answer
-    facts: Facts
-
-
-@dataclass(slots=True)
-class Stream:
-    """A stream whose first chunk has arrived. Close `chunks` to stop the provider."""
-
-    chunks: AsyncGenerator[dict[str, Any], None]
-    facts: Facts
 
 
 @dataclass(slots=True)

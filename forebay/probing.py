@@ -20,10 +20,10 @@ from actors.ledger.desk import OpenEntry
 from actors.rate_limiter.terms import Amount, Hold, Refusal
 from actors.ref import OwnerUnavailable
 from actors.watch import Sleep
+from forebay.call import Call, Facts, Route
 from forebay.codec import Answer
 from forebay.config import GatewayConfig
 from forebay.errors import GatewayError, Overloaded
-from forebay.pipeline import Call, Facts, Route
 from forebay.routing import Deployment
 
 if TYPE_CHECKING:

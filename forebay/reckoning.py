@@ -8,19 +8,17 @@ Rule 2: the bound of a tenant holds for every deployment that the request may en
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from actors.rate_limiter.desk import RateLimiterDesk
 from actors.rate_limiter.terms import Amount, Hold, Limits, Refusal
 from forebay import bounds
 from forebay.bounds import Bound, Guess
+from forebay.call import Call
 from forebay.errors import PermissionDenied
 from forebay.providers.base import Provider
 from forebay.providers.prices import PriceBound, dearest
 from forebay.routing import Deployment, Group
-
-if TYPE_CHECKING:
-    from forebay.pipeline import Call
 
 NOT_LIMITED = Limits()
 DEPLOYMENTS_REMEMBERED_MAX = 10_000

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, cast, get_args
 from urllib.parse import urlsplit
 
 import orjson
 
 from deployments.http.auth import is_name
 from deployments.http.exchange import JSON, Exchange, Header
+from deployments.http.service import BreakerOrder
 from forebay.errors import ConfigurationError, InvalidRequest, PermissionDenied
 from forebay.faults import nearest
 
@@ -29,27 +30,7 @@ KEY_FIELDS: Mapping[str, type] = {
 LISTED = ("id", "tenant", "admin", "source", "created")
 KINDS = {str: "a string", bool: "a boolean", dict: "an object", list: "an array of strings"}
 
-BreakerOrder = Literal["closed", "open", "auto"]
-"""Forced closed, forced open, or left to judge for itself again."""
-
 NO_STORE: Header = (b"cache-control", b"no-store")
-
-
-class BreakerService(Protocol):
-    """What the breakers' routes need of a service. Everything may raise GatewayError."""
-
-    async def breakers(self) -> dict[str, Any]:
-        """`{source, data}`: how each deployment of each group stands; no parameters of theirs.
-
-        `source` is `owner`, or `replica` while the owner is away: then it is what was last heard.
-        """
-
-    async def set_breaker(self, deployment: str, state: BreakerOrder) -> dict[str, Any]:
-        """Have every process obey: `{deployment, state, reason, retry_after_s}`.
-
-        Raises:
-            InvalidRequest: 404 (`deployment_not_found`); 409 (`circuit_breaker_off`).
-        """
 
 
 async def create_key(exchange: Exchange) -> None:
@@ -105,7 +86,7 @@ async def write_config(exchange: Exchange) -> None:
 async def list_breakers(exchange: Exchange) -> None:
     """GET /admin/breakers."""
     _require_admin(exchange)
-    told = await _breakers_of(exchange).breakers()
+    told = await exchange.service.breakers()
     await exchange.send_json({"object": "list", **told})
 
 
@@ -114,11 +95,7 @@ async def set_breaker(exchange: Exchange) -> None:
     _require_admin(exchange)
     deployment: str = exchange.scope["path_params"]["id"]
     state = _breaker_order(await exchange.json_body())
-    await exchange.send_json(await _breakers_of(exchange).set_breaker(deployment, state))
-
-
-def _breakers_of(exchange: Exchange) -> BreakerService:
-    return cast("BreakerService", exchange.service)
+    await exchange.send_json(await exchange.service.set_breaker(deployment, state))
 
 
 def _require_admin(exchange: Exchange) -> None:

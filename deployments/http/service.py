@@ -19,6 +19,8 @@ from deployments.http.auth import Keys
 Route = Literal["chat", "completion", "embedding"]
 Priority = Literal["interactive", "bulk"]
 CacheOutcome = Literal["hit", "miss", "joined", "off"]
+BreakerOrder = Literal["closed", "open", "auto"]
+"""Forced closed, forced open, or left to judge for itself again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,4 +185,17 @@ class Service(Protocol):
         Raises:
             ConfigurationError: it is wrong; the message names each field.
             InvalidRequest: 412 (`version_conflict`), the newest version is not `expected`.
+        """
+
+    async def breakers(self) -> dict[str, Any]:
+        """`{source, data}`: how each deployment of each group stands; no parameters of theirs.
+
+        `source` is `owner`, or `replica` while the owner is away: then it is what was last heard.
+        """
+
+    async def set_breaker(self, deployment: str, state: BreakerOrder) -> dict[str, Any]:
+        """Have every process obey: `{deployment, state, reason, retry_after_s}`.
+
+        Raises:
+            InvalidRequest: 404 (`deployment_not_found`); 409 (`circuit_breaker_off`).
         """

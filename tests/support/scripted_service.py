@@ -134,6 +134,7 @@ class ScriptedService:
     tells: dict[str, Any] = field(default_factory=lambda: dict(TELLS))
     calls: list[HttpCall] = field(default_factory=list)
     queries: list[dict[str, Any]] = field(default_factory=list)
+    orders: list[tuple[str, str]] = field(default_factory=list)
     refusal: GatewayError | None = None
 
     async def chat(self, call: HttpCall) -> Reply | StreamReply:
@@ -215,6 +216,14 @@ class ScriptedService:
         self._refuse()
         self.queries.append({"key_id": key_id, "tenant": tenant})
         return {"id": key_id, "tenant": tenant or "acme", "revoked": True}
+
+    async def breakers(self) -> dict[str, Any]:
+        return {"source": "owner", "data": [{"deployment": "d-1", "state": "closed"}]}
+
+    async def set_breaker(self, deployment: str, state: str) -> dict[str, Any]:
+        self._refuse()
+        self.orders.append((deployment, state))
+        return {"deployment": deployment, "state": f"forced_{state}"}
 
     async def read_config(self) -> dict[str, Any]:
         return {"version": self.config_version, "config": {"gateway": {"timeout": 60}}}

@@ -12,7 +12,7 @@ from actors.ledger.policy import TENANTS_PER_READ_MAX
 from actors.rate_limiter.terms import Seed
 from actors.ref import InlineRef, OwnerUnavailable
 from forebay.books import HEDGING, Books
-from forebay.pipeline import Call, Facts
+from forebay.call import Call, Facts
 from forebay.routing import Deployment
 
 NOW_S = 1_700_000_000.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -269,25 +268,10 @@ async def test_a_body_that_is_no_json_object_is_400(body: bytes) -> None:
 # --- breakers ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Breakers(ScriptedService):
-    """Two deployments, and what was ordered of them."""
-
-    orders: list[tuple[str, str]] = field(default_factory=list)
-
-    async def breakers(self) -> dict[str, Any]:
-        return {"source": "owner", "data": [{"deployment": "d-1", "state": "closed"}]}
-
-    async def set_breaker(self, deployment: str, state: str) -> dict[str, Any]:
-        self._refuse()
-        self.orders.append((deployment, state))
-        return {"deployment": deployment, "state": f"forced_{state}"}
-
-
 async def ordered(
     path: str, body: Any = None, key: str | None = "fb-ops", refusal: Any = None
-) -> tuple[Answered, Breakers]:
-    service = Breakers(keys=KEYS, refusal=refusal)
+) -> tuple[Answered, ScriptedService]:
+    service = ScriptedService(keys=KEYS, refusal=refusal)
     client = Client(build_asgi(service), key)
     return await (client.get(path) if body is None else client.post(path, body)), service
 

@@ -14,6 +14,7 @@ import pytest
 from actors.batcher.policy import Lane, Vectors
 from actors.circuit_breaker.policy import State
 from actors.ledger.policy import Entry
+from forebay.call import Call
 from forebay.codec import Answer
 from forebay.config import SystemConfig
 from forebay.errors import (
@@ -32,7 +33,7 @@ from forebay.errors import (
     RequestTooLarge,
     ResponseValidationError,
 )
-from forebay.pipeline import Call, Pipeline
+from forebay.pipeline import Pipeline
 from forebay.providers.base import STALLED, Chunks, Resolve
 from forebay.providers.prices import PriceBound, Rate
 from forebay.reckoning import Reckoner

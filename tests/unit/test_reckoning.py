@@ -11,8 +11,8 @@ import pytest
 from actors.rate_limiter.desk import RateLimiterDesk
 from actors.rate_limiter.terms import Amount, Hold, Limits
 from forebay import bounds
+from forebay.call import Call
 from forebay.errors import BudgetExceeded, PermissionDenied, RequestTooLarge
-from forebay.pipeline import Call
 from forebay.providers.base import Provider
 from forebay.providers.prices import PriceBound, Rate
 from forebay.reckoning import Quotas, Reckoner
