@@ -149,11 +149,12 @@ class Nodes:
                 os.killpg(process.pid, 9)
                 process.wait(10)
         # `ray stop` would have done it: a pointer to a dead head makes the next driver wait for it.
-        from ray._common.utils import reset_ray_address
-        from ray._private.utils import read_ray_address
-
-        if str(read_ray_address()).endswith(f":{self.port}"):
-            reset_ray_address()
+        # In a process of its own: Ray remembers how to prove who it is from when it is first used.
+        self.run(
+            "from ray._common.utils import reset_ray_address\n"
+            "from ray._private.utils import read_ray_address\n"
+            f"if str(read_ray_address()).endswith(':{self.port}'): reset_ray_address()\n"
+        )
 
 
 @pytest.fixture(scope="module")
