@@ -24,6 +24,8 @@ OWNER = "circuit-breaker"
 CURSED = "sim-reset=before+latency=0.1"  # as its model is called at the simulator
 CALLERS = 8
 OPEN_S = 1.0
+OPEN_S_MOST = 8.0  # after the few probes of this test
+LEASE_S = 5.0
 PROBES_AT_FIRST = 4  # until opening again has doubled the time twice
 
 
@@ -60,10 +62,17 @@ async def test_an_open_circuit_outlives_its_owner(
             load.pause(2.0)
 
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        await _release(client)
         asking = [asyncio.create_task(caller(client, number)) for number in range(CALLERS)]
         try:
             await asyncio.sleep(1.0)  # it opens
             await load.run(kill)
+            seen = sum(r.model == CURSED for r in upstream.log())
+            await asyncio.to_thread(  # nor is it forgotten that it may be well again
+                upstream.wait_log,
+                lambda log: sum(r.model == CURSED for r in log) > seen,
+                LEASE_S + OPEN_S_MOST,
+            )
         finally:
             stopped.set()
             await asyncio.gather(*asking)
@@ -82,6 +91,15 @@ async def test_an_open_circuit_outlives_its_owner(
     assert most <= 1
     assert len(probes) <= PROBES_AT_FIRST + took_s / (4 * OPEN_S)
     assert set(load.statuses) == {200}, load.details[:3]
+
+
+async def _release(client: httpx.AsyncClient) -> None:
+    """Have the circuit closed, whatever it went through before."""
+    board = (await client.get("/admin/breakers")).json()["data"]
+    (name,) = [one["deployment"] for one in board if one["group"] == "cursed"]
+    for state in ("closed", "auto"):
+        told = await client.post(f"/admin/breakers/{name}", json={"state": state})
+        assert told.status_code == 200, told.text
 
 
 def _after_opening(calls: list[Record]) -> tuple[list[Record], float]:

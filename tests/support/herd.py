@@ -1,6 +1,5 @@
 """Processes that attach to a system and keep asking, forked in a second from one that imported all.
 
-
     with Herd(up.env) as herd:          # imports in the background while the system starts
         herd.attach(up.ray_address)
         pids = herd.start(3, model="sim-heal", tenant="free")

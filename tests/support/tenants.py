@@ -72,8 +72,12 @@ class Tenants:
     def replicas(self) -> list[psutil.Process]:
         """The processes that answer HTTP."""
         assert self.up.process is not None
-        family = psutil.Process(self.up.process.pid).children(recursive=True)
-        return [p for p in family if any("ServeReplica" in part for part in p.cmdline())]
+        found_replicas = []
+        for process in psutil.Process(self.up.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # some live for a moment only
+                if any("ServeReplica" in part for part in process.cmdline()):
+                    found_replicas.append(process)
+        return found_replicas
 
     def forebay(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         """The command, as the operator runs it: with the admin's key in its environment."""

