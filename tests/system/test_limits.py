@@ -30,7 +30,6 @@ from tests.support import oracle
 from tests.support.driver import Driver
 from tests.support.tenants import (
     ADMIN,
-    NUMBER,
     Tenants,
     chat,
     deployment,
