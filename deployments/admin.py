@@ -181,16 +181,36 @@ class Admin:
         if expected is not None and expected != now:
             raise _conflict(expected, now)
         before, after = system.config.server.limiter_shards, config.server.limiter_shards
+        written = False
         try:
             if after != before:
-                await system.spread(after)
-            return await system.registry.put(told, "written over HTTP", now)
+                await system.spread(before, after, now + 1)
+            version = await system.registry.put(told, "written over HTTP", now)
+            written = True
         except VersionConflict as conflict:
-            if after != before:
-                await system.spread(before)
             raise _conflict(now, conflict.current) from None
         except UNWRITTEN as error:
             raise Overloaded(f"nothing was changed: {error}", retry_after_s=1.0) from None
+        finally:
+            if after != before and not written:
+                await self._take_back(before, after, now + 1)
+        return version
+
+    async def _take_back(self, before: int, after: int, version: int) -> None:
+        """Leave the limiter's owners as many as they were, as far as they can be told.
+
+        Where the configuration was stored after all, or is another one's, the owners learn it from
+        whoever obeys it.
+        """
+        try:
+            await self._system.spread(after, before, version)
+        except OwnerUnavailable as error:
+            log.warning(
+                "limiter: %d owners were announced and %d hold; not all know it: %s",
+                after,
+                before,
+                error,
+            )
 
     # ------------------------------------------------------------------------------- breakers
 

@@ -119,7 +119,7 @@ class Gateway:
 
     async def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """One chat answer as OpenAI chunks. Call with `handle.options(stream=True)`."""
-        request = {name: value for name, value in request.items() if name != "stream"}
+        request = {**request, "stream": True}
         stream = await self._system.pipeline.stream(Call.of("chat", request))
         counted = bool((request.get("stream_options") or {}).get("include_usage"))
         async with aclosing(stream.chunks) as chunks:

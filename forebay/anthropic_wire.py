@@ -4,8 +4,8 @@ Rule 1: pure translation. It asks no table and waits for nothing; any upstream c
 Rule 2: what has no counterpart is refused with the path of the field as the caller wrote it, never
         dropped and never repeated. Hints that change no answer (`cache_control` where OpenAI's
         shape has no place for it, citations of earlier turns) are the exception.
-Rule 3: a parameter that neither API knows travels on, so that a deployment's `allowed_params`
-        decides about it: `top_k` and `thinking` are such names.
+Rule 3: a parameter that OpenAI's API does not know travels on, and the group's `allowed_params`
+        decide about it: `top_k` and `thinking` pass where every deployment is a Claude.
 Rule 4: one content block is open at a time. Pieces that cannot be told apart are an error.
 
 Source: Anthropic's API reference, version 2023-06-01, and what its official client parses.

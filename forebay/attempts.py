@@ -4,7 +4,8 @@ Rule 1: only decisions live here; the pipeline makes the calls and reports what 
 Rule 2: a retry goes to another deployment at once; back to the same one only after a pause with
         full jitter (Brooker, "Exponential Backoff And Jitter", AWS 2015), never sooner than the
         provider's Retry-After.
-Rule 3: each group on the way (the one asked for, then its fallbacks) has its own `max_retries`.
+Rule 3: `max_retries` counts for the request, over all groups on its way (the one asked for, then
+        its fallbacks). The first attempt in a group is no retry.
 Rule 4: what the caller did wrong is final, except where groups are configured for just that:
         longer contexts, other content policies. Those are then the only ones left to try.
 """
@@ -158,16 +159,15 @@ class Plan:
         if left_s <= 0 and self._last is not None:
             raise self._last
         while True:
-            candidates = [d for d in self._deployments if d.id not in self._refused]
-            if candidates and self._made <= self._max_retries:
-                deployment = min(candidates, key=lambda d: self._tries[d.id])
-                pause_s = self._pause_s(deployment)
-                if pause_s == 0 or pause_s < left_s:
-                    is_retry = self._made > 0
-                    self._made += 1
-                    self._tries[deployment.id] += 1
-                    self.retries += is_retry
-                    return Try(deployment, pause_s, is_retry, self._group_index > 0)
+            is_retry = self._made > 0
+            if not is_retry or self.retries < self._max_retries:
+                for deployment in self._candidates():
+                    pause_s = self._pause_s(deployment)
+                    if pause_s == 0 or pause_s < left_s:
+                        self._made += 1
+                        self._tries[deployment.id] += 1
+                        self.retries += is_retry
+                        return Try(deployment, pause_s, is_retry, self._group_index > 0)
             if not self._next_group():
                 raise self._failure()
 
@@ -222,6 +222,12 @@ class Plan:
         self._waits_s.clear()
         self.fallbacks = 0
 
+    def _candidates(self) -> list[Deployment]:
+        """Those of the group that may be tried: the least tried first, then the soonest."""
+        there = [d for d in self._deployments if d.id not in self._refused]
+        there.sort(key=lambda d: (self._tries[d.id], self._earliest_s.get(d.id, 0.0)))
+        return there
+
     def _take_back(self) -> None:
         self._made -= 1
         self.retries -= self._made > 0
@@ -253,22 +259,23 @@ class Plan:
         if self._last is not None:
             return self._last
         asked = self._usual[0]
-        busy, throttled = self._waits_s.get("busy"), self._waits_s.get("throttled", [])
-        if busy:
+        waits_s = self._waits_s
+        soonest_s = min((wait_s for all_s in waits_s.values() for wait_s in all_s), default=1.0)
+        if "busy" in waits_s:
             return DeploymentsBusy(
                 f"every deployment of {asked!r} has used up its own rpm or tpm",
                 model=asked,
-                retry_after_s=min(busy + throttled),
+                retry_after_s=soonest_s,
             )
-        if throttled:
+        if "throttled" in waits_s:
             return RateLimitError(
                 f"every provider of {asked!r} that could answer has asked for a pause",
                 code=THROTTLED_CODE,
                 model=asked,
-                retry_after_s=min(throttled),
+                retry_after_s=soonest_s,
             )
         return CircuitBreakerOpenError(
             f"circuit breaker is OPEN for every deployment of {asked!r}",
             model=asked,
-            retry_after_s=min(self._waits_s.get("open", ()), default=1.0),
+            retry_after_s=soonest_s,
         )

@@ -97,12 +97,19 @@ class Books:
         else:
             self._desk.void(entry, _line(error), error.status)
 
-    def fail_call(self, entry: OpenEntry | None, error: GatewayError) -> Amount:
+    def fail_call(
+        self, entry: OpenEntry | None, error: GatewayError, *, asked: bool = True
+    ) -> Amount:
         """The attempt failed. What was paid all the same, for a part of a split list, is posted.
 
+        Where no provider was `asked` and nothing paid, there was no attempt: no row tells of it.
         Returns what was used.
         """
         paid: Paid | None = getattr(error, "paid", None)
+        if paid is None and not asked:
+            if entry is not None:
+                self._desk.drop(entry)
+            return Amount()
         if paid is None:
             self.void_call(entry, error)
             return Amount()

@@ -65,8 +65,11 @@ def unpack(data: bytes) -> Answer:
 
 
 def pack_error(error: GatewayError) -> bytes:
-    """The error as JSON: its class's name and its fields, but for the figures of a moment."""
-    return orjson.dumps({"class": type(error).__name__, **error.__dict__, "figures": None})
+    """The error as JSON: its class's name and its fields, but for the figures of a moment and the
+    facts of a request."""
+    fields = {**error.__dict__, "figures": None}
+    fields.pop("facts", None)
+    return orjson.dumps({"class": type(error).__name__, **fields})
 
 
 def unpack_error(data: bytes) -> GatewayError:

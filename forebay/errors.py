@@ -19,9 +19,12 @@ Rule 3: no error holds a key; text from a provider is redacted where it enters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from forebay.providers.redaction import redact
+
+if TYPE_CHECKING:
+    from forebay.call import Facts
 
 CAUSE_CHARS_MAX = 500
 
@@ -35,13 +38,15 @@ class GatewayError(Exception):
 
     `upstream_status` is the status a provider answered with, where one did; it is what callers
     need to tell a provider's 400 from ours. `figures` are the limits, "requests" and "tokens", as
-    they stood at a refusal: each has `limit`, `remaining` and `reset_s`.
+    they stood at a refusal: each has `limit`, `remaining` and `reset_s`. `facts` are those of the
+    request that it ended, where one had begun.
     """
 
     status: int = 500
     type: str = "internal_server_error"
     code: str | None = None
     retryable: ClassVar[bool] = False
+    facts: Facts | None = None
 
     def __init__(
         self,

@@ -92,7 +92,7 @@ class LiteLLMGateway:
             GatewayError: every failure; see `forebay.errors`.
         """
         call = self._chat_call(prompt, model, keywords)
-        if call.body.pop("stream", False):
+        if call.body.get("stream"):
             return self._stream_sync(call)
         return _generated(self._loop.run(self._system.pipeline.answer(call)))
 
@@ -101,7 +101,7 @@ class LiteLLMGateway:
     ) -> Any:
         """As `generate`; with `stream=True` an async iterator of str."""
         call = self._chat_call(prompt, model, keywords)
-        if call.body.pop("stream", False):
+        if call.body.get("stream"):
             return self._stream(call)
         return _generated(await self._loop.hand_over(self._system.pipeline.answer(call)))
 
@@ -113,8 +113,7 @@ class LiteLLMGateway:
         Raises:
             GatewayError: before the first piece, or after a later one if the provider fails then.
         """
-        call = self._chat_call(prompt, model, keywords)
-        call.body.pop("stream", None)
+        call = self._chat_call(prompt, model, keywords | {"stream": True})
         return self._stream(call)
 
     stream_async = generate_stream
@@ -199,14 +198,14 @@ class LiteLLMGateway:
         self, tenant_id: str | None = None, time_range_hours: float = 24
     ) -> dict[str, Any]:
         """`get_usage_stats` over the last `time_range_hours`."""
-        since = time.time() - time_range_hours * 3600
+        since = _hours_ago(time_range_hours)
         return self._loop.run(self._system.books.usage(tenant=tenant_id, since_s=since))
 
     def get_cost_summary(
         self, tenant_id: str | None = None, time_range_hours: float = 24
     ) -> dict[str, Any]:
         """Cost in USD over the last `time_range_hours`: the total, by model and by day."""
-        since = time.time() - time_range_hours * 3600
+        since = _hours_ago(time_range_hours)
         return self._loop.run(self._system.books.cost(tenant=tenant_id, since_s=since))
 
     # --------------------------------------------------------------------------- the desks
@@ -353,6 +352,13 @@ class LiteLLMGateway:
 
 def _attach(runtime: Runtime, namespace: str) -> LiteLLMGateway:
     return LiteLLMGateway(runtime=runtime, namespace=namespace)
+
+
+def _hours_ago(hours: float) -> float:
+    """UTC epoch seconds of then, 1970 at the earliest."""
+    if not hours >= 0:
+        raise InvalidRequest.about("time_range_hours", "time_range_hours must not be negative")
+    return max(0.0, time.time() - hours * 3600)
 
 
 def _generated(result: Result) -> GenerateResponse:

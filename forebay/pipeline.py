@@ -23,7 +23,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from actors.batcher.policy import BadVectors, BatcherFull, Lane
+from actors.batcher.policy import BadVectors, BatcherFull, Lane, Text
 from actors.cache.desk import FlightFailed, Hit, Lead
 from actors.cache.policy import Scope, key
 from actors.circuit_breaker.policy import LETS_THROUGH, Pass, Verdict
@@ -51,6 +51,7 @@ from forebay.errors import (
     RequestTooLarge,
 )
 from forebay.providers.base import Chunks
+from forebay.providers.embedded import LOCAL
 from forebay.routing import Deployment, Group
 
 if TYPE_CHECKING:
@@ -97,6 +98,18 @@ class _Attempt:
     slow: bool = False
 
 
+@dataclass(slots=True)
+class _Relayed:
+    """A stream that is handed on. `awaited`: somebody waits for its next chunk, or its end. `late`:
+    its deadline passed while nobody did, and it is settled."""
+
+    entry: OpenEntry | None
+    tally: schemas.StreamTally
+    begun_s: float
+    awaited: bool = False
+    late: GatewayTimeout | None = None
+
+
 class Pipeline:
     """Runs requests, wherever the caller is, over the desks of this process.
 
@@ -125,6 +138,7 @@ class Pipeline:
             return Result(answer, request.facts)
         except GatewayError as error:
             status = str(error.status)
+            error.facts = None if request is None else request.facts
             raise
         except asyncio.CancelledError:
             status = "cancelled"
@@ -151,6 +165,7 @@ class Pipeline:
             status = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
             if isinstance(error, GatewayError):
                 status = str(error.status)
+                error.facts = None if request is None else request.facts
             self._settle(request)
             self._finish(call, request, status)
             raise
@@ -320,8 +335,27 @@ class Pipeline:
     # 5 -------------------------------------------------------------------------------- call
 
     async def _attempt(self, request: _Request) -> Answer:
-        """Attempts as planned, until one answers."""
+        """Attempts as planned, until one answers.
+
+        An answer that a filter kept back is better than none: it is paid for.
+        """
         plan = self._plan(request)
+        filtered: list[tuple[Deployment, Answer]] = []
+        try:
+            return await self._attempts(request, plan, filtered)
+        except GatewayError:
+            if not filtered:
+                raise
+        deployment, answer = filtered[-1]
+        request.facts.deployment = deployment.id
+        request.facts.warnings += self._validate(request, answer)
+        request.doubted = True  # nobody else is to have it: next time another may be asked
+        return answer
+
+    async def _attempts(
+        self, request: _Request, plan: Plan, filtered: list[tuple[Deployment, Answer]]
+    ) -> Answer:
+        """The attempts themselves; what a filter kept back on the way is added to `filtered`."""
         while True:
             attempt = await self._next(request, plan)
             system, facts = self._system, request.facts
@@ -331,9 +365,9 @@ class Pipeline:
                 answer = await self._provider_call(request, attempt)
             except GatewayError as error:
                 facts.provider_s += system.clock() - attempt.begun_s
-                paid = system.books.fail_call(entry, error)
-                self._use(request, paid)
                 why = refused_by(error)
+                paid = system.books.fail_call(entry, error, asked=why is None)
+                self._use(request, paid)
                 if why is None:
                     verdict = self._judge(request, attempt, error)
                     plan.failed(attempt.deployment, error, verdict)
@@ -360,6 +394,7 @@ class Pipeline:
             broken: GatewayError | None = None
             try:
                 if _is_filtered(answer) and plan.turn_aside("content_policy"):
+                    filtered.append((attempt.deployment, answer))
                     continue
                 warnings = self._validate(request, answer)
             except GatewayError as error:
@@ -381,7 +416,8 @@ class Pipeline:
                 planned = plan.next(left_s)
             except DeploymentsBusy as busy:
                 again_s = system.clock() + (busy.retry_after_s or 0.0)
-                if again_s >= waits_until_s:
+                # Another round is for those of whom nothing was asked: what failed has its retries.
+                if facts.attempts or again_s >= waits_until_s:
                     raise
                 await asyncio.sleep(again_s - system.clock())
                 plan.again()
@@ -544,21 +580,27 @@ class Pipeline:
     async def _embed(self, request: _Request, attempt: _Attempt, timeout_s: float) -> Answer:
         """Texts go through the Batcher, which may send them together with other callers'."""
         system, body, deployment = self._system, request.call.body, attempt.deployment
-        texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
+        texts = _inputs(body["input"])
         params = tuple(
             sorted(
                 (name, value)
                 for name, value in body.items()
                 if name == "dimensions" or name in request.group.allowed_params
+                if value is not None
             )
         )
         for name, value in params:
             if not isinstance(value, str | int | float):
                 raise InvalidRequest.about(name, f"{name} must be a plain value for embeddings")
+        tokens = not isinstance(texts[0], str)
+        if tokens and deployment.provider == LOCAL:
+            raise InvalidRequest.about(
+                "input", "embedded models take texts, no token ids", model=deployment.group
+            )
         coalesce = system.config.gateway.enable_request_batching
         try:
             share = await system.batcher_for(deployment, coalesce).embed(
-                Lane(deployment.id, params, retry=attempt.is_retry),
+                Lane(deployment.id, params, retry=attempt.is_retry, tokens=tokens),
                 texts,
                 timeout_s=timeout_s,
                 coalesce=coalesce,
@@ -628,6 +670,9 @@ class Pipeline:
             facts.provider_s += attempt.took_s
             if attempt.took_s > self._slow_s():
                 self._notice_slow(attempt)
+            if attempt.admitted is not None:
+                begun = Verdict.SLOW if attempt.slow else Verdict.SUCCESS
+                attempt.admitted = system.breaker.begun(attempt.admitted, begun)
             system.meter.first_token(call.route, system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
             relay = self._relay(request, attempt, entry, first, chunks)
@@ -645,14 +690,18 @@ class Pipeline:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Hand the chunks on, and settle when they end, fail, or nobody wants them any more.
 
+        At the deadline nobody may be there who could be told that time is up: then a timer settles.
         The first item is no chunk: it says that the generator has started.
         """
-        system, facts = self._system, request.facts
-        begun_s = system.clock()
+        system = self._system
         slow_s = self._slow_s()
         tally = schemas.StreamTally(request.call.route)
+        relayed = _Relayed(entry, tally, system.clock())
         error: GatewayError | None = None
         status = "cancelled"
+        timer = asyncio.get_running_loop().call_later(
+            self._left(request), self._expire, request, attempt, relayed
+        )
         try:
             async with aclosing(chunks):
                 yield {}
@@ -660,13 +709,17 @@ class Pipeline:
                 yield first
                 while True:
                     # Only while we wait: a client that is slow to take a chunk slows nobody down.
+                    if relayed.late is not None:
+                        raise relayed.late
                     attempt.asked_s = system.clock()
+                    relayed.awaited = True
                     chunk = await anext(chunks, None)
                     if chunk is None:
                         break
                     if system.clock() - attempt.asked_s > slow_s:
                         self._notice_slow(attempt)
                     tally.add(chunk)
+                    relayed.awaited = False
                     yield chunk
             status = "ok"
         except GatewayError as failure:
@@ -674,20 +727,49 @@ class Pipeline:
             status = str(error.status)
             raise
         finally:
-            facts.provider_s += system.clock() - begun_s
-            ignored = status == "cancelled"
-            answer = tally.answer(request.call.body, status == "ok")
-            if answer.cost_nano is None:
-                answer.cost_nano = system.provider.price(
-                    attempt.deployment, answer.usage, model=answer.model
-                )
-            facts.cost_nano = answer.cost_nano
-            self._judge(request, attempt, error, ignored=ignored, usage=answer.usage)
-            system.books.post_call(entry, answer, error)
-            self._learn(request, answer)
-            system.meter.usage(*_tokens(answer.usage), answer.cost_nano)
-            self._settle(request)
-            self._finish(request.call, request, status)
+            timer.cancel()
+            if relayed.late is None:
+                self._relayed(request, attempt, relayed, error, status)
+
+    def _expire(self, request: _Request, attempt: _Attempt, relayed: _Relayed) -> None:
+        """The stream's deadline. Who waits for a chunk hears of it from the provider's lane."""
+        if relayed.awaited:
+            return
+        timeout_s = request.deadline_s - request.started_s
+        relayed.late = GatewayTimeout(
+            f"the answer was not taken to its end within {timeout_s:g} s",
+            model=attempt.deployment.group,
+            provider=attempt.deployment.provider,
+        )
+        status = str(relayed.late.status)
+        self._relayed(request, attempt, relayed, relayed.late, status, ignored=True)
+
+    def _relayed(
+        self,
+        request: _Request,
+        attempt: _Attempt,
+        relayed: _Relayed,
+        error: GatewayError | None,
+        status: str,
+        *,
+        ignored: bool = False,
+    ) -> None:
+        """A stream is over: its one settlement."""
+        system, facts = self._system, request.facts
+        facts.provider_s += system.clock() - relayed.begun_s
+        ignored |= status == "cancelled"
+        answer = relayed.tally.answer(request.call.body, status == "ok")
+        if answer.cost_nano is None:
+            answer.cost_nano = system.provider.price(
+                attempt.deployment, answer.usage, model=answer.model
+            )
+        facts.cost_nano = answer.cost_nano
+        self._judge(request, attempt, error, ignored=ignored, usage=answer.usage)
+        system.books.post_call(relayed.entry, answer, error)
+        self._learn(request, answer)
+        system.meter.usage(*_tokens(answer.usage), answer.cost_nano)
+        self._settle(request)
+        self._finish(request.call, request, status)
 
     # 6 ------------------------------------------------------------------------------- judge
 
@@ -833,6 +915,15 @@ def _asks_for_variety(body: dict[str, Any]) -> bool:
     """Whether two equal requests are meant to get two different answers."""
     temperature, n = body.get("temperature"), body.get("n")
     return (temperature is not None and temperature > 0) or (n is not None and n > 1)
+
+
+def _inputs(given: Any) -> list[Text]:
+    """What is to be embedded, one by one; token ids as tuples."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [tuple(given)]
+    return [one if isinstance(one, str) else tuple(one) for one in given]
 
 
 def _is_cut(answer: Answer) -> bool:

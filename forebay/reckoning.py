@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from actors.batcher.policy import Text
 from actors.rate_limiter.desk import RateLimiterDesk
 from actors.rate_limiter.terms import Amount, Hold, Limits, Refusal
 from forebay import bounds
@@ -57,7 +58,7 @@ class Reckoner:
         """What to expect of a request, where no limit of its tenant demands a bound."""
         return self._bound(call, group, NOT_LIMITED, None)
 
-    def of_texts(self, deployment: Deployment, texts: Sequence[str]) -> int:
+    def of_texts(self, deployment: Deployment, texts: Sequence[Text]) -> int:
         """The most tokens of some texts to embed."""
         tighter = self._tighter((deployment,))
         body = {"input": texts}
@@ -145,7 +146,7 @@ class Quotas:
         return await self._limiter.admit(deployment.limited_as, limits, amount)
 
     async def take_texts(
-        self, deployment: Deployment, texts: Sequence[str]
+        self, deployment: Deployment, texts: Sequence[Text]
     ) -> Hold | Refusal | None:
         """The same for one call with texts to embed."""
         limits = self._of(deployment)

@@ -33,6 +33,10 @@ NAME_COMPARED_MAX = 64
 CHAT_MODES = frozenset({"chat", "completion", "responses"})
 OURS = frozenset({"model", "weight", "order", "rpm", "tpm", "allowed_params"})
 
+CLAUDES_PARAMS = frozenset({"top_k", "thinking"})
+"""Parameters of Anthropic's API that OpenAI's has not, and that LiteLLM hands on to any Claude."""
+CLAUDES_HOSTS = frozenset({"bedrock", "bedrock_converse", "vertex_ai", "azure_ai"})
+
 SpecialKind = Literal["context_window", "content_policy"]
 SPECIAL_KINDS: tuple[SpecialKind, ...] = ("context_window", "content_policy")
 
@@ -82,6 +86,18 @@ class Deployment:
     filled_from: str | None = None
 
     @property
+    def taken_params(self) -> frozenset[str]:
+        """Parameters it takes beside OpenAI's: those it is said to, and Claude's own if it is one.
+
+        At a cloud a Claude is known by its name; where that tells nothing (an ARN),
+        `allowed_params` has to.
+        """
+        at_home = self.provider == "anthropic"
+        if at_home or (self.provider in CLAUDES_HOSTS and "claude" in self.model.casefold()):
+            return self.allowed_params | CLAUDES_PARAMS
+        return self.allowed_params
+
+    @property
     def limited_as(self) -> str:
         """The name that its own limits are held under: no tenant can have it."""
         return f"deployment/{self.circuit}"
@@ -109,7 +125,7 @@ class Group:
 
     @property
     def allowed_params(self) -> frozenset[str]:
-        return frozenset.intersection(*(d.allowed_params for d in self.deployments))
+        return frozenset.intersection(*(d.taken_params for d in self.deployments))
 
 
 class ModelTable:

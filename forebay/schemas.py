@@ -526,6 +526,20 @@ class WebSearchOptions(TypedDict, total=False):
     user_location: UserLocation | None
 
 
+@with_config(ConfigDict(extra="allow", strict=True))
+class Thinking(TypedDict, total=False):
+    type: Required[Label]
+    budget_tokens: Tokens | None
+
+
+@with_config(ConfigDict(extra="allow", strict=True))
+class Extras(TypedDict, total=False):
+    """Parameters beside OpenAI's, for the deployments that take them: these two are known here."""
+
+    thinking: Annotated[Thinking, AfterValidator(_opaque)] | None
+    top_k: int | None
+
+
 # --- requests ---------------------------------------------------------------------------------
 
 
@@ -616,6 +630,7 @@ ROUTES: Mapping[str, Any] = {
     "completion": CompletionRequest,
     "embedding": EmbeddingRequest,
 }
+_EXTRAS = TypeAdapter(Extras)
 _ADAPTERS = {route: TypeAdapter(shape) for route, shape in ROUTES.items()}
 _PARAMETERS = {route: frozenset(shape.__annotations__) for route, shape in ROUTES.items()}
 
@@ -631,18 +646,17 @@ def parameters(route: str) -> frozenset[str]:
 def check(route: str, body: dict[str, Any], allowed: Collection[str] = ()) -> None:
     """Raise InvalidRequest unless `body` is a request of `route`.
 
-    `allowed` are further parameters that the deployment takes (its `allowed_params`); they are not
-    checked. A missing `model` is no error here, since there may be a default one. `body` is only
-    read. The error's `param` is the field's path, such as `messages[0].content`; its `code` is
-    `unknown_parameter`, `missing_required_parameter`, `invalid_type` or `invalid_value`.
+    `allowed` are further parameters that the deployments take (`Group.allowed_params`); of these
+    only `thinking` and `top_k` are checked. A missing `model` is no error here, since there may be
+    a default one. `body` is only read. The error's `param` is the field's path, such as
+    `messages[0].content`; its `code` is `unknown_parameter`, `missing_required_parameter`,
+    `invalid_type` or `invalid_value`.
     """
     known = parameters(route)
     if not body.keys() <= known:
-        body = _without_extras(body, known, allowed)
-    try:
-        _ADAPTERS[route].validate_python(body)
-    except ValidationError as error:
-        _refuse(body, error)
+        body, extras = _parted(body, known, allowed)
+        _checked(_EXTRAS, extras)
+    _checked(_ADAPTERS[route], body)
     if body.get("stream_options") is not None and body.get("stream") is not True:
         raise InvalidRequest.about(
             "stream_options",
@@ -664,17 +678,28 @@ def openapi_schemas() -> dict[str, Any]:
     return schemas
 
 
-def _without_extras(
+def _parted(
     body: dict[str, Any], known: frozenset[str], allowed: Collection[str]
-) -> dict[str, Any]:
-    """`body` without the deployment's own parameters; raises for the first unknown one."""
-    for name in body:
-        if name not in known and (name not in allowed or connects(str(name))):
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`body` and the deployments' own parameters; raises for the first unknown one."""
+    extras: dict[str, Any] = {}
+    for name, value in body.items():
+        if name in known:
+            continue
+        if name not in allowed or connects(str(name)):
             shown = str(name)[:64]
             raise InvalidRequest.about(
                 shown, f"Unknown parameter: {shown!r}.", code="unknown_parameter"
             )
-    return {name: value for name, value in body.items() if name in known}
+        extras[name] = value
+    return {name: value for name, value in body.items() if name in known}, extras
+
+
+def _checked(adapter: TypeAdapter[Any], body: dict[str, Any]) -> None:
+    try:
+        adapter.validate_python(body)
+    except ValidationError as error:
+        _refuse(body, error)
 
 
 # --- errors -----------------------------------------------------------------------------------

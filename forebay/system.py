@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from actors.batcher.desk import BatcherDesk
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import Caps, Lane, Vectors
+from actors.batcher.policy import Caps, Lane, Text, Vectors
 from actors.cache.desk import CacheDesk
 from actors.cache.owner import Cache
 from actors.circuit_breaker.desk import CircuitBreakerDesk
@@ -53,6 +53,7 @@ from forebay.errors import (
     DeploymentsBusy,
     GatewayError,
     GatewayTimeout,
+    ModelNotFound,
     Overloaded,
 )
 from forebay.metrics import Meter
@@ -129,7 +130,7 @@ class EmbedCalls:
         self._boot = boot
         self._opening: asyncio.Task[System] | None = None
 
-    async def __call__(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+    async def __call__(self, lane: Lane, texts: list[Text], timeout_s: float) -> Vectors:
         if self._opening is None:
             self._opening = asyncio.create_task(attach(self._boot))
         opening = self._opening
@@ -302,17 +303,19 @@ class System:
                 self._refs[name] = self._more(name, *limiter(shard, layout))
         return [self._refs[name] for name in names]
 
-    async def spread(self, shards: int) -> None:
+    async def spread(self, before: int, shards: int, version: int) -> None:
         """Make all owners of the limiter obey a new number of them, before anybody else does.
 
         The old owners let go of what moves first; the new ones lend nothing until every lease of
-        the old is over. Call it just before the configuration that says so is put.
+        the old is over. Call it just before the configuration that says so is put as `version`;
+        with the numbers exchanged it is taken back. Owners that were told wrong obey the first
+        desk that knows the configuration of that version.
 
         Raises:
-            OwnerUnavailable: one of them does not answer; nothing was changed for good.
+            OwnerUnavailable: one of them does not answer; take it back.
         """
-        layout = Layout(self.version + 1, shards)
-        old = self._limiters(Layout(shards=self._layout.shards))
+        layout = Layout(version, shards)
+        old = self._limiters(Layout(shards=before))
         for ref in [*old, *self._limiters(layout)[len(old) :]]:
             await ref.ask("adopt", layout, timeout_s=ATTACH_TIMEOUT_S)
         if self.boot is not None:
@@ -368,9 +371,15 @@ class System:
         config = self.config.gateway
         return Caps(items_max=config.batch_size or Caps().items_max, hedge=config.hedge_embeddings)
 
-    async def embed_call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+    async def embed_call(self, lane: Lane, texts: list[Text], timeout_s: float) -> Vectors:
         """One provider call for a lane, judged once however many callers share it."""
-        deployment = self.table.deployment(lane.deployment)
+        try:
+            deployment = self.table.deployment(lane.deployment)
+        except ModelNotFound:
+            # Who asks has a newer configuration than we have: ours comes any moment.
+            raise Overloaded(
+                "this deployment's configuration has not come everywhere yet", retry_after_s=1.0
+            ) from None
         if lane.retry and self.breaker.standing(deployment.circuit).callable:
             granted = await self.breaker.may_retry(deployment.circuit)
             if not granted:
@@ -611,7 +620,7 @@ async def open_inline(config: SystemConfig) -> System:
     # The Batcher calls providers through the very system that it is a part of.
     calls: list[System] = []
 
-    async def call(lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+    async def call(lane: Lane, texts: list[Text], timeout_s: float) -> Vectors:
         return await calls[0].embed_call(lane, texts, timeout_s)
 
     refs["batcher"] = InlineRef("batcher", Batcher(factory=lambda: call))

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from actors.batcher.policy import Caps, Lane, Share
+from actors.batcher.policy import Caps, Lane, Share, Text
 from actors.ref import Clock, OwnerRef, OwnerUnavailable
 
 GRACE_S = 0.5
@@ -57,7 +57,7 @@ class BatcherDesk:
     async def embed(
         self,
         lane: Lane,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         *,
         timeout_s: float,
         coalesce: bool,
@@ -93,7 +93,7 @@ class BatcherDesk:
         self,
         call_id: str,
         lane: Lane,
-        texts: list[str],
+        texts: list[Text],
         timeout_s: float,
         coalesce: bool,
         caps: Caps,

@@ -27,6 +27,7 @@ from actors.batcher.policy import (
     Share,
     Spare,
     Take,
+    Text,
     Vectors,
     plan,
     regroup,
@@ -51,7 +52,7 @@ BAD_INPUT = (400, 413, 422)
 """What a provider says to a list that one text spoils."""
 
 T = TypeVar("T")
-EmbedCall = Callable[[Lane, list[str], float], Awaitable[Vectors]]
+EmbedCall = Callable[[Lane, list[Text], float], Awaitable[Vectors]]
 """One provider call: the lane, distinct texts, and the seconds it may take."""
 
 
@@ -60,7 +61,7 @@ class _Call:
     """One caller's list, until all the batches that carry parts of it are back."""
 
     id: str
-    texts: list[str]
+    texts: list[Text]
     deadline_s: float
     done: asyncio.Future[Share]
     waiters: int = 0
@@ -105,7 +106,7 @@ class Batcher:
     counted as unclaimed, its spare only where that is no estimate.
     """
 
-    PROTOCOL = 2
+    PROTOCOL = 3
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class Batcher:
         self,
         call_id: str,
         lane: Lane,
-        texts: list[str],
+        texts: list[Text],
         caller: str,
         timeout_s: float,
         coalesce: bool,
@@ -204,7 +205,7 @@ class Batcher:
 
     # --------------------------------------------------------------------------------- callers
 
-    def _accept(self, call_id: str, texts: list[str], timeout_s: float) -> _Call:
+    def _accept(self, call_id: str, texts: list[Text], timeout_s: float) -> _Call:
         if not texts:
             raise ValueError("there are no texts to embed")
         chars = sum(map(len, texts))

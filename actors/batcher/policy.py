@@ -23,17 +23,22 @@ BYTES_PER_TOKEN = 3
 WEIGHT_UNIT = 1 << 16
 """What one byte weighs, so that a text shared by several callers still splits finely."""
 
+Text = str | tuple[int, ...]
+"""A text, or one that its sender has made token ids of."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lane:
     """What texts must have in common to share a call: deployment, parameters, and the owner of the
     credential where that is a tenant's own. Texts that are sent again travel by themselves, so that
-    the provider call that carries them is a retry or is none."""
+    the provider call that carries them is a retry or is none; and so do token ids (`tokens`), which
+    no call may hold beside words."""
 
     deployment: str
     params: tuple[tuple[str, Any], ...] = ()
     owner: str = ""
     retry: bool = False
+    tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ class Take:
 class Batch:
     """One provider call to make: distinct texts, and who takes which of the vectors."""
 
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     takes: tuple[Take, ...]
 
 
@@ -173,9 +178,9 @@ def split_spare(spare: Spare | None, weights: Sequence[int]) -> list[Spare] | li
     ]
 
 
-def plan(pending: Sequence[Sequence[str]], caps: Caps) -> list[Batch]:
+def plan(pending: Sequence[Sequence[Text]], caps: Caps) -> list[Batch]:
     """The calls that carry these callers' lists, first come first packed."""
-    place: dict[str, int] = {}  # text → its batch
+    place: dict[Text, int] = {}  # text → its batch
     wants: list[dict[int, list[int]]] = []  # batch → caller → positions
     items = tokens = size = 0
     for caller, texts in enumerate(pending):
@@ -198,7 +203,7 @@ def plan(pending: Sequence[Sequence[str]], caps: Caps) -> list[Batch]:
     return [_batch(pending, want) for want in wants]
 
 
-def regroup(pending: Sequence[Sequence[str]], takes: Sequence[Take]) -> Batch:
+def regroup(pending: Sequence[Sequence[Text]], takes: Sequence[Take]) -> Batch:
     """The call that carries what these takes of a larger one carried."""
     return _batch(pending, {take.caller: list(take.positions) for take in takes})
 
@@ -208,15 +213,18 @@ def tokens_of(size: int) -> int:
     return max(1, -(-size // BYTES_PER_TOKEN))
 
 
-def _size(text: str) -> int:
+def _size(text: Text) -> int:
+    """UTF-8 bytes; of token ids what estimates as many tokens."""
+    if isinstance(text, tuple):
+        return BYTES_PER_TOKEN * len(text)
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-def _batch(pending: Sequence[Sequence[str]], want: dict[int, list[int]]) -> Batch:
+def _batch(pending: Sequence[Sequence[Text]], want: dict[int, list[int]]) -> Batch:
     """A text's weight is its bytes, split evenly among the callers in the batch who want it."""
-    rows: dict[str, int] = {}
-    wanted_by: Counter[str] = Counter()
-    distinct: list[tuple[int, list[int], set[str]]] = []
+    rows: dict[Text, int] = {}
+    wanted_by: Counter[Text] = Counter()
+    distinct: list[tuple[int, list[int], set[Text]]] = []
     for caller, positions in want.items():
         texts = {pending[caller][position] for position in positions}
         wanted_by.update(texts)

@@ -21,6 +21,7 @@ from actors.circuit_breaker.policy import (
     ANSWERED,
     CLEAN,
     LETS_THROUGH,
+    PROVEN,
     RULES_KEY,
     Claim,
     Outcome,
@@ -158,19 +159,37 @@ class CircuitBreakerDesk:
         self._hold_off(deployment, answer.retry_after_s)
         return self._refuse(deployment, answer, answer.retry_after_s)
 
+    def begun(self, given: Pass, verdict: Verdict) -> Pass:
+        """A call has begun to answer and goes on: a probe is judged now, since others wait for it.
+
+        The pass returned is for the end of the call. Of a probe it then counts only what went
+        wrong, as any other call's, by how its deployment stands by then.
+        """
+        if given.probe is None:
+            self._probes.end(given)  # one of our own, made without the owner
+            return given
+        self.judge(given, verdict)
+        return Pass(given.deployment, PROVEN)
+
     def judge(self, given: Pass, verdict: Verdict, retry_after_s: float | None = None) -> None:
         """Say how the call ended. `retry_after_s`: with THROTTLED, what the provider asked for."""
         now = self._clock()
-        self._probes.end(given)
+        proven = given.generation == PROVEN
+        if not proven:
+            self._probes.end(given)
         if verdict is Verdict.THROTTLED and retry_after_s is not None:
             self._block(given.deployment, now + retry_after_s)
         if verdict is Verdict.IGNORED and given.probe is None:
             return
+        if proven and verdict in ANSWERED:
+            return
         alone = self._retries.alone
-        if alone and verdict is not Verdict.IGNORED:
+        if alone and not proven and verdict is not Verdict.IGNORED:
             self._retries.earn(given.deployment)
+        generation = self.standing(given.deployment).generation if proven else given.generation
+        earns = not (alone or proven)
         outcome = Outcome(
-            given.deployment, given.generation, verdict, 1, retry_after_s, given.probe, not alone
+            given.deployment, generation, verdict, 1, retry_after_s, given.probe, earns
         )
         self._outbox.add(outcome, now)
         if verdict not in ANSWERED or given.probe is not None:

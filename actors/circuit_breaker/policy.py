@@ -168,6 +168,10 @@ CLEAN = Standing()
 """How a deployment stands of which nobody has said anything."""
 
 
+PROVEN = -2
+"""In place of a generation: the call was its circuit's probe, and has been judged as that."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """Leave to make one call; in HALF_OPEN it is the probe, leased as `probe` for `lease_s`."""

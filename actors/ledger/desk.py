@@ -36,7 +36,8 @@ CLOSE_WAIT_S = 5.0
 
 @dataclass(slots=True)
 class OpenEntry:
-    """An attempt whose outcome is not known yet. It becomes one entry, by `post` or by `void`."""
+    """An attempt whose outcome is not known yet. It becomes one entry, by `post` or by `void`, or
+    none, by `drop`."""
 
     id: str
     request_id: str
@@ -199,6 +200,12 @@ class LedgerDesk:
             return None
         return self._settle(entry, "voided", 0, 0, 0, False, False, error, http_status)
 
+    def drop(self, entry: OpenEntry) -> None:
+        """The attempt was not made after all: nothing is recorded of it."""
+        if not entry.settled:
+            entry.settled = True
+            self._opened -= 1
+
     def note(
         self,
         status: Status,
@@ -300,11 +307,17 @@ class LedgerDesk:
         until_ms: int | None = None,
         group_by: GroupBy | None = None,
     ) -> dict[str, Any]:
-        """The owner's totals, this process's own entries included. Raises OwnerUnavailable."""
+        """The owner's totals, this process's own entries included.
+
+        Raises OwnerUnavailable, also for a store that fails.
+        """
         await self.flush()
-        answer: dict[str, Any] = await self._ref.ask(
-            "usage", tenant, since_ms, until_ms, group_by, timeout_s=30.0
-        )
+        try:
+            answer: dict[str, Any] = await self._ref.ask(
+                "usage", tenant, since_ms, until_ms, group_by, timeout_s=30.0
+            )
+        except StoreFailed as error:
+            raise OwnerUnavailable(self._ref.name, error.reason) from None
         return answer
 
     def stats(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class _Tenant:
     def __init__(self, limits: Limits, ready_s: float, layout: int) -> None:
         self.limits = limits
         self.ready_s = ready_s  # nothing is lent before
-        self.layout = layout  # the version under which this is known to be its home
+        self.layout = layout  # the number of the layout under which this is known to be its home
         self.requests: Pool | None = None
         self.tokens: Pool | None = None
         self.hour = RollingHour()
@@ -177,7 +177,8 @@ class RateLimiter:
         self._shard = shard
         self._born_s = clock()
         self._fresh = fresh
-        self._layouts: list[tuple[Layout, float]] = [(layout, self._born_s)]
+        # (how many were adopted before it, the layout, since when), the one in force last
+        self._layouts: list[tuple[int, Layout, float]] = [(0, layout, self._born_s)]
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._holders: OrderedDict[str, _Holder] = OrderedDict()  # the one heard of last is last
         self._dead: OrderedDict[str, None] = OrderedDict()
@@ -198,13 +199,16 @@ class RateLimiter:
         self._fresh = True
 
     def adopt(self, layout: Layout) -> bool:
-        """From now on tenants are at home by this layout, if it is newer than the one in force.
+        """From now on tenants are at home by this layout, unless it is older than the one in force.
 
-        Those that come here by it start empty after RELAYOUT_LEARN_S.
+        Those that come here by it start empty after RELAYOUT_LEARN_S. Another one of the same
+        version takes its place: what was announced may be taken back, or turn out otherwise.
+        Version 0 is that of whoever knows no configuration, and changes nothing.
         """
-        if layout.version <= self._layout.version:
+        now = self._layout
+        if layout == now or layout.version == 0 or layout.version < now.version:
             return False
-        self._layouts.append((layout, self._clock()))
+        self._layouts.append((self._number + 1, layout, self._clock()))
         del self._layouts[:-LAYOUTS_MAX]
         return True
 
@@ -341,9 +345,9 @@ class RateLimiter:
 
     def _tenant(self, ask: Ask, now: float) -> _Tenant | Grant:
         tenant = self._tenants.get(ask.tenant)
-        if tenant is not None and tenant.layout != self._layout.version:
+        if tenant is not None and tenant.layout != self._number:
             if self._stays(ask.tenant, tenant):
-                tenant.layout = self._layout.version
+                tenant.layout = self._number
             else:
                 del self._tenants[ask.tenant]
                 tenant = None
@@ -365,7 +369,7 @@ class RateLimiter:
     def _meet(self, name: str, limits: Limits, now: float) -> _Tenant:
         """A tenant of whom nothing is known, or who is full and lent to nobody."""
         since_s = self._since_s(name)
-        tenant = _Tenant(limits, since_s or 0.0, self._layout.version)
+        tenant = _Tenant(limits, since_s or 0.0, self._number)
         full, at_s = (True, now) if since_s is None else (False, since_s)
         self._equip(tenant, full, at_s)
         self._tenants[name] = tenant
@@ -687,23 +691,27 @@ class RateLimiter:
 
     @property
     def _layout(self) -> Layout:
+        return self._layouts[-1][1]
+
+    @property
+    def _number(self) -> int:
         return self._layouts[-1][0]
 
     def _stays(self, name: str, tenant: _Tenant) -> bool:
         """Whether this was its home under every layout since it was last looked at."""
-        if tenant.layout < self._layouts[0][0].version:
+        if tenant.layout < self._layouts[0][0]:
             return False
         return all(
             layout.home(name) == self._shard
-            for layout, _ in self._layouts
-            if layout.version > tenant.layout
+            for number, layout, _ in self._layouts
+            if number > tenant.layout
         )
 
     def _since_s(self, name: str) -> float | None:
         """Since when a tenant that is not known has been filling up here; None: always."""
         since_s = None if self._fresh else self._born_s + self._lease_s + MARGIN_S
         before: bool | None = None
-        for layout, at_s in self._layouts:
+        for _, layout, at_s in self._layouts:
             here = layout.home(name) == self._shard
             if here and (before is False or (before is None and at_s > self._born_s)):
                 since_s = at_s + RELAYOUT_LEARN_S
@@ -731,7 +739,7 @@ class RateLimiter:
             name, tenant = next(iter(self._tenants.items()))
             if tenant.leases:
                 self._reclaim(tenant, now)
-            moved = tenant.layout != self._layout.version and not self._stays(name, tenant)
+            moved = tenant.layout != self._number and not self._stays(name, tenant)
             keep = tenant.limits.remembers and len(self._tenants) < TENANTS_MAX // 2
             if moved or (not keep and now >= tenant.ready_s and tenant.blank(now)):
                 del self._tenants[name]

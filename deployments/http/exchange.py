@@ -13,7 +13,7 @@ import os
 import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 from urllib.parse import parse_qsl
 
 import orjson
@@ -300,7 +300,7 @@ def log_failure(exchange: Exchange, error: Exception) -> None:
 
 
 def refusal_headers(exchange: Exchange, error: GatewayError) -> list[Header]:
-    """When to come back, and what is left of the limits."""
+    """When to come back, what was tried, and what is left of the limits."""
     headers: list[Header] = [
         (b"x-litellm-call-id", exchange.request_id.encode()),
         (b"x-forebay-config-version", b"%d" % exchange.service.config_version),
@@ -313,11 +313,44 @@ def refusal_headers(exchange: Exchange, error: GatewayError) -> list[Header]:
         headers.append((b"x-should-retry", b"false"))
     if isinstance(error, AuthenticationError):
         headers.append((b"www-authenticate", b"Bearer"))
+    if error.facts is not None:
+        headers += attempt_headers(error.facts)
     if error.figures is not None:
         headers += limit_headers(error.figures)
     elif isinstance(error, RateLimitError) and exchange.tenant is not None:
         headers += limit_headers(exchange.service.figures(exchange.tenant))
     return headers
+
+
+class Attempted(Protocol):
+    """What was tried for a request: the last deployment, "" for none, and how often."""
+
+    @property
+    def deployment(self) -> str: ...
+    @property
+    def attempts(self) -> int: ...
+    @property
+    def retries(self) -> int: ...
+    @property
+    def fallbacks(self) -> int: ...
+
+
+def attempt_headers(facts: Attempted) -> list[Header]:
+    """What was tried, LiteLLM's names beside our own. Where nothing was, no deployment is named."""
+    headers: list[Header] = [
+        (b"x-forebay-attempts", b"%d" % facts.attempts),
+        (b"x-litellm-attempted-retries", b"%d" % facts.retries),
+        (b"x-litellm-attempted-fallbacks", b"%d" % facts.fallbacks),
+    ]
+    if facts.deployment:
+        deployment = ascii_value(facts.deployment)
+        headers += (b"x-forebay-deployment", deployment), (b"x-litellm-model-id", deployment)
+    return headers
+
+
+def ascii_value(name: str) -> bytes:
+    """A name as a header value; whatever does not belong in one is escaped."""
+    return name.encode("ascii", "backslashreplace") if name.isprintable() else repr(name).encode()
 
 
 def _worth_a_retry(error: GatewayError) -> bool:

@@ -15,7 +15,15 @@ import numpy as np
 import orjson
 import pybase64
 
-from deployments.http.exchange import JSON, ClientGone, Exchange, Header, limit_headers
+from deployments.http.exchange import (
+    JSON,
+    ClientGone,
+    Exchange,
+    Header,
+    ascii_value,
+    attempt_headers,
+    limit_headers,
+)
 from deployments.http.service import HttpCall, Reply, Route, StreamReply, Told
 from deployments.http.sse import Encode, close, frame, send_stream
 from forebay.errors import InvalidRequest
@@ -158,17 +166,12 @@ def _numbers(row: np.ndarray[Any, Any]) -> bytes:
 
 def told(exchange: Exchange, reply: Told) -> list[Header]:
     """The response headers of an answer, LiteLLM's names beside our own."""
-    deployment, attempts = _ascii(reply.deployment), b"%d" % reply.attempts
     headers: list[Header] = [
         (b"x-forebay-cache", reply.cache.encode()),
-        (b"x-forebay-deployment", deployment),
-        (b"x-forebay-attempts", attempts),
         (b"x-forebay-config-version", b"%d" % reply.config_version),
         (b"x-litellm-call-id", exchange.request_id.encode()),
-        (b"x-litellm-model-id", deployment),
-        (b"x-litellm-model-group", _ascii(reply.model_group)),
-        (b"x-litellm-attempted-retries", b"%d" % reply.retries),
-        (b"x-litellm-attempted-fallbacks", b"%d" % reply.fallbacks),
+        (b"x-litellm-model-group", ascii_value(reply.model_group)),
+        *attempt_headers(reply),
     ]
     if reply.overhead_ms is not None:
         headers.append((b"x-forebay-overhead-ms", b"%.3f" % reply.overhead_ms))
@@ -191,11 +194,6 @@ def usd(nano: int) -> bytes:
     """
     whole, rest = divmod(nano, 10**9)
     return f"{whole}.{rest:09d}".rstrip("0").rstrip(".").encode()
-
-
-def _ascii(name: str) -> bytes:
-    """A name as a header value; whatever does not belong in one is escaped."""
-    return name.encode("ascii", "backslashreplace") if name.isprintable() else repr(name).encode()
 
 
 def _listed(warnings: Sequence[str]) -> bytes:

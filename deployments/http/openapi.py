@@ -351,7 +351,8 @@ def _anthropic_schemas() -> dict[str, Schema]:
                 service_tier={"enum": ["auto", "standard_only"]},
                 thinking=free,
             ),
-            "description": "`thinking`, other than disabled, and `top_k` only where allowed.",
+            "description": "`thinking`, other than disabled, and `top_k` only where every "
+            "deployment of the model is a Claude or allows them.",
         },
         "Message": _object(
             ("id", "type", "role", "content", "model", "usage"),

@@ -12,6 +12,8 @@ from forebay.errors import InvalidRequest
 
 GROUPS = ("model", "day", "tenant")
 GroupBy = Literal["model", "day", "tenant"]
+FIRST_S, LAST_S = -62_135_596_800, 253_402_300_799
+"""Epoch seconds where the year 1 begins and the year 9999 ends; a date is between them, too."""
 
 
 async def health(exchange: Exchange) -> None:
@@ -72,6 +74,8 @@ def _moment(name: str, given: str | None) -> float | None:
             seconds = math.nan
         else:
             seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-    if not math.isfinite(seconds):
-        raise InvalidRequest.about(name, f"{name} must be an ISO 8601 date or epoch seconds.")
+    if not FIRST_S <= seconds <= LAST_S:  # which nan is not, either
+        raise InvalidRequest.about(
+            name, f"{name} must be an ISO 8601 date or epoch seconds, before the year 10000."
+        )
     return seconds

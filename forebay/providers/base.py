@@ -22,11 +22,21 @@ from forebay.errors import (
 )
 
 if TYPE_CHECKING:
-    from actors.batcher.policy import Vectors
+    from actors.batcher.policy import Text, Vectors
     from forebay.providers.prices import PriceBound
     from forebay.routing import Deployment
 
-__all__ = ["STALLED", "STALL_S", "Answer", "Chunks", "Provider", "Resolve", "verdict_of"]
+__all__ = [
+    "MODEL_REFUSED",
+    "NO_BASE64",
+    "STALLED",
+    "STALL_S",
+    "Answer",
+    "Chunks",
+    "Provider",
+    "Resolve",
+    "verdict_of",
+]
 
 Resolve = Callable[[Mapping[str, Any]], dict[str, Any]]
 """A deployment's `params` with references and hidden secrets replaced by the secrets.
@@ -37,6 +47,8 @@ Raises ConfigurationError when one is missing, in words that hold no secret.
 CREDENTIAL_STATUSES = frozenset({401, 402, 403})
 STALL_S = 30.0
 STALLED = "stream_stalled"
+MODEL_REFUSED = "provider_refused_model"
+NO_BASE64 = "encoding_not_supported"
 
 
 class Chunks(Protocol):
@@ -55,8 +67,9 @@ class Chunks(Protocol):
 
 class Provider(Protocol):
     """A lane to providers. `timeout_s` is the total time a call may take, streams included;
-    `stall_s` is how long a stream may keep who waits for its next chunk, the first one included.
-    A stream that does not is over with a GatewayTimeout whose code is STALLED.
+    `stall_s` is how long a stream may keep who waits for its next chunk, once the first one has
+    come: a model may think before that. A stream that keeps silent longer is over with a
+    GatewayTimeout whose code is STALLED.
 
     `body` holds OpenAI's parameters of the route, checked; it is only read. Its `model` is the
     name the caller used and is not looked at: the deployment says which model is asked.
@@ -104,7 +117,7 @@ class Provider(Protocol):
     async def embed(
         self,
         deployment: Deployment,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         params: Mapping[str, Any],
         *,
         timeout_s: float,
@@ -150,7 +163,11 @@ def verdict_of(error: BaseException | None) -> Verdict:
         # A limit of ours says nothing about the provider.
         return Verdict.IGNORED if error.upstream_status is None else Verdict.THROTTLED
     if isinstance(error, ProviderError):
-        credential = error.upstream_status in CREDENTIAL_STATUSES
+        if error.code == NO_BASE64:
+            return Verdict.SUCCESS  # it has answered; the next attempt asks it in other words
+        # All names that a pattern takes share one circuit: one that is forbidden does not take
+        # the others out.
+        credential = error.upstream_status in CREDENTIAL_STATUSES and error.code != MODEL_REFUSED
         return Verdict.CREDENTIAL if credential else Verdict.FAILURE
     if isinstance(error, GatewayError | asyncio.CancelledError):
         return Verdict.IGNORED

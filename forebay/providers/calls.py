@@ -132,6 +132,7 @@ class Call:
             model=self._deployment.group,
             secrets=secrets_in(self._params),
             outer=outer,
+            filled=self._deployment.filled_from is not None,
         )
 
     @property

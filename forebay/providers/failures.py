@@ -10,6 +10,9 @@ Rule 3: all text from a provider passes `redaction.spoken`.
     404                                 ModelNotFound                ignored
     413                                 RequestTooLarge              ignored
     401, 402, 403                       ProviderError (502)          credential
+    403, of a model it does not give    ModelNotFound                ignored
+    403, of what was asked              InvalidRequest               ignored
+    403, of a name filled in            ProviderError (502)          failure
     429                                 RateLimitError (429)         throttled
     408, or nothing in time             GatewayTimeout (504)         unreachable
     5xx, or what makes no sense         ProviderError (502)          failure
@@ -36,6 +39,7 @@ from forebay.errors import (
     RateLimitError,
     RequestTooLarge,
 )
+from forebay.providers.base import MODEL_REFUSED
 from forebay.providers.redaction import error_object, spoken
 
 CHAIN_MAX = 32
@@ -128,6 +132,14 @@ UNKNOWN, UNREADABLE = 500, 422
 """What LiteLLM's handlers say of all that they do not understand, and of an answer that they cannot
 read. Where a provider really said one of these, its client's exception is behind it and tells."""
 
+NOT_FOUND, FILTERED = "model_not_found", "content_filter"
+_FILTERS = frozenset({FILTERED, "content_policy_violation", "moderation", "moderation_blocked"})
+_NO_SUCH_MODEL = re.compile(r"not have access to (the )?model\b", re.IGNORECASE)
+_FLAGGED = re.compile(
+    r"\b(input|prompt|content|text|image|message|request)s? (\w+ ){1,3}flagged\b", re.IGNORECASE
+)
+"""What providers say with a 403 that is not about our key. (A flagged *account* is.)"""
+
 _BEFORE_SENDING = frozenset({"UnsupportedParamsError", "LiteLLMUnknownProvider", "ImageFetchError"})
 _TIMEOUTS = frozenset({"APITimeoutError", "TimeoutException", "ServerTimeoutError"})
 _NETWORK = frozenset(
@@ -185,9 +197,11 @@ def error_of(
     model: str,
     secrets: Iterable[str] = (),
     outer: BaseException | None = None,
+    filled: bool = False,
 ) -> GatewayError:
     """The error of ours that a failed provider call is.
 
+    `filled`: a caller chose the model's name, and the configuration has only a pattern for it.
     `outer` is the exception that was being handled when the call began; what lies behind it is
     another story. An error of ours comes out from under LiteLLM's wrapping as it was.
     """
@@ -212,7 +226,26 @@ def error_of(
         return ProviderConnectionError(
             f"no connection to {provider}, or it broke off: {said}", **details
         )
+    if status == 403:
+        about = _forbidden(found)
+        if about is not None:
+            details["code"] = about
+            return (ModelNotFound if about == NOT_FOUND else InvalidRequest)(said, **details)
+        if filled:
+            details["code"] = MODEL_REFUSED
+            return ProviderError(f"{provider} refused {model} (403): {said}", **details)
     return _by_status(status, said, details)
+
+
+def _forbidden(found: _Found) -> str | None:
+    """The code of a 403 that is about the model or the prompt; None: it is about our key."""
+    kinds = {*found.kinds, (found.code or "").lower()}
+    words = found.said or found.wrapped
+    if NOT_FOUND in kinds or _NO_SUCH_MODEL.search(words):
+        return NOT_FOUND
+    if not _FILTERS.isdisjoint(kinds) or _FLAGGED.search(words):
+        return FILTERED
+    return None
 
 
 def _by_status(status: int | None, said: str, details: dict[str, Any]) -> GatewayError:

@@ -22,10 +22,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMappi
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from actors.batcher.policy import Vectors
-from forebay.errors import InvalidRequest, ResponseValidationError
+from actors.batcher.policy import Paid, Text, Vectors
+from forebay.errors import GatewayError, InvalidRequest, ProviderError, ResponseValidationError
 from forebay.providers import shapes
-from forebay.providers.base import STALL_S, Answer, Resolve
+from forebay.providers.base import NO_BASE64, STALL_S, Answer, Resolve
 from forebay.providers.calls import Call
 from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
 from forebay.providers.prices import PriceBound, Prices
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Route = Literal["chat", "completion"]
 
-FLOATS_ONLY_MAX = 1_000  # deployments known to spoil base64; above it all are asked again
+FLOATS_ONLY_MAX = 1_000  # deployments known to spoil base64; above it all are forgotten
 BYTES_PER_TOKEN = 4  # an estimate, for providers that do not say how many tokens there were
 
 BASE64_PROVIDERS = frozenset(
@@ -168,7 +168,7 @@ class LiteLLMProvider:
     async def embed(
         self,
         deployment: Deployment,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         params: Mapping[str, Any],
         *,
         timeout_s: float,
@@ -177,6 +177,8 @@ class LiteLLMProvider:
         """One embedding call. `params` are OpenAI's without `input` and `encoding_format`.
 
         Raises:
+            ProviderError: with the code NO_BASE64 when base64 was asked for and not given; the
+                next call of the deployment asks for floats. `paid` says what this one has cost.
             ResponseValidationError: vectors are missing, doubled, of the wrong length or not
                 finite.
             GatewayError: see `failures`.
@@ -189,12 +191,7 @@ class LiteLLMProvider:
             spoilt = isinstance(error, ResponseValidationError) or named
             if encoding != "base64" or not spoilt:
                 raise
-        # It does not mean float32 by base64, or does not know the word: floats, from now on.
-        vectors = await self._embed(deployment, texts, params, timeout_s, resolve, "float")
-        if len(self._floats_only) >= FLOATS_ONLY_MAX:
-            self._floats_only.clear()
-        self._floats_only.add(deployment.id)
-        return vectors
+            raise self._no_base64(deployment, error) from None
 
     def price(
         self,
@@ -295,7 +292,7 @@ class LiteLLMProvider:
     async def _embed(
         self,
         deployment: Deployment,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         params: Mapping[str, Any],
         timeout_s: float,
         resolve: Resolve,
@@ -303,7 +300,8 @@ class LiteLLMProvider:
     ) -> Vectors:
         await self.warm()
         call = Call(self._litellm, deployment, resolve(deployment.params), timeout_s)
-        asked = call.asked({**params, "input": list(texts)})
+        given = [text if isinstance(text, str) else list(text) for text in texts]
+        asked = call.asked({**params, "input": given})
         asked.pop("encoding_format", None)
         dimensions = asked.get("dimensions")
         beside = self._beside(deployment, dict(asked))
@@ -320,16 +318,50 @@ class LiteLLMProvider:
             if beside is not None and beside.vectors is not None:
                 array, tokens = beside.vectors
             else:
-                array = decoded(response.data, len(texts), dimensions)
                 tokens = int(getattr(response.usage, "prompt_tokens", 0) or 0)
+                try:
+                    array = decoded(response.data, len(texts), dimensions)
+                except ResponseValidationError as error:
+                    if encoding == "base64":
+                        paid, _ = self._paid(deployment, response, texts, tokens)
+                        error.paid = paid  # type: ignore[attr-defined]
+                    raise
+        paid, estimated = self._paid(deployment, response, texts, tokens)
+        return Vectors(array, paid.prompt_tokens, paid.cost_nano, paid.model, estimated)
+
+    def _paid(
+        self, deployment: Deployment, response: Any, texts: Sequence[Text], tokens: int
+    ) -> tuple[Paid, bool]:
+        """What an embedding call has cost, and whether its tokens are estimated."""
         estimated = tokens == 0 and any(texts)
         if estimated:
-            tokens = -(-sum(len(text.encode()) for text in texts) // BYTES_PER_TOKEN)
+            tokens = -(-sum(map(_bytes, texts)) // BYTES_PER_TOKEN)
         model = response.model or deployment.model
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         usd = None if estimated else _usd(response)
-        cost_nano = self._prices.of_answer(deployment, usage, model, usd)
-        return Vectors(array, tokens, cost_nano, model, estimated)
+        return Paid(tokens, self._prices.of_answer(deployment, usage, model, usd), model), estimated
+
+    def _no_base64(self, deployment: Deployment, error: GatewayError) -> ProviderError:
+        """The failure of a call in base64; from now on the deployment is asked for floats.
+
+        It means something else than float32 by base64, or does not know the word. Another call
+        is another attempt, to be counted and paid for as such: it is not made here. No upstream
+        status is told, for the texts are good.
+        """
+        if len(self._floats_only) >= FLOATS_ONLY_MAX:
+            self._floats_only.clear()
+        self._floats_only.add(deployment.id)
+        failure = ProviderError(
+            f"{deployment.provider} gave no vectors in base64 and is asked for floats from now on:"
+            f" {error}",
+            code=NO_BASE64,
+            provider=deployment.provider,
+            model=deployment.group,
+        )
+        paid: Paid | None = getattr(error, "paid", None)
+        if paid is not None:
+            failure.paid = paid  # type: ignore[attr-defined]
+        return failure
 
     def _encoding(self, deployment: Deployment) -> str | None:
         """The `encoding_format` to ask a deployment for; None to ask for nothing."""
@@ -380,6 +412,11 @@ class LiteLLMProvider:
             BESIDE.reset(placed)
             if internal is not None:
                 internal.reset(marked)
+
+
+def _bytes(text: Text) -> int:
+    """How long a text is; one of token ids is as long as that many tokens."""
+    return len(text.encode()) if isinstance(text, str) else BYTES_PER_TOKEN * len(text)
 
 
 def _imported(environ: MutableMapping[str, str]) -> Any:

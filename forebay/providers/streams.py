@@ -49,6 +49,7 @@ class LiteLLMChunks:
     end, and by `stall_s` for whoever waits for another chunk; a model may think before its first.
 
     Failure behaviour: what goes wrong is raised once, as a GatewayError, and the stream is over. A
+    deadline that passes while nobody waits closes the upstream connection, by a task. A
     provider that is known to give a finish reason, and does not, has broken off; LiteLLM makes up
     a "stop". Usage that LiteLLM made up is marked `"estimated": true`. `aclose` ends the upstream
     connection at once, whoever is waiting.
@@ -71,6 +72,7 @@ class LiteLLMChunks:
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Task[Any] | None = None
         self._late: GatewayTimeout | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._provider = provider
         self._model = model
         self._opened: Opened | None = None
@@ -107,6 +109,11 @@ class LiteLLMChunks:
         self._over = True
         if self._timer is not None:
             self._timer.cancel()
+        if self._closing is not None:
+            await asyncio.shield(self._closing)
+        await self._close_upstream()
+
+    async def _close_upstream(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None:
             await _close(stream)
@@ -116,8 +123,8 @@ class LiteLLMChunks:
 
         One timer for the stream, and a time noted per chunk: a timer per chunk would cost as much
         as the chunk's own JSON. Only time that somebody waits counts as a stall: a client that is
-        slow to take its chunks is not the provider's fault. Without one who waits, the next who
-        comes learns of the deadline.
+        slow to take its chunks is not the provider's fault. Without one who waits, the upstream
+        connection is closed here, and the next who comes learns of the deadline.
         """
         now_s = loop.time()
         since_s = now_s if self._waiting is None else self._waiting_since_s
@@ -131,6 +138,8 @@ class LiteLLMChunks:
             self._late = self._timeout(f"sent nothing for {self._patience_s:g} s", STALLED)
         if self._waiting is not None:
             self._waiting.cancel()
+        else:
+            self._closing = loop.create_task(self._close_upstream())
 
     def _hurry(self, patience_s: float) -> None:
         """Wait for a chunk no longer than so, from now on."""

@@ -90,7 +90,54 @@ def test_retries_are_bounded_and_the_last_error_is_what_callers_get() -> None:
     assert attempts.retries == 2
 
 
-def test_a_fallback_group_has_retries_of_its_own() -> None:
+def test_of_two_that_failed_the_one_that_may_be_called_sooner_is_next() -> None:
+    attempts = plan({"g": ["a", "b"]}, max_retries=2)
+    throttled = RateLimitError("slow", retry_after_s=30.0, upstream_status=429)
+    attempts.failed(attempts.next().deployment, throttled, Verdict.THROTTLED)
+    attempts.failed(attempts.next().deployment, ProviderError("503"), Verdict.FAILURE)
+    third = attempts.next(60.0)
+
+    assert third.deployment.id == "b"
+    assert third.pause_s <= 1.0
+
+
+def test_a_group_is_not_left_while_one_of_it_can_be_called_in_time() -> None:
+    attempts = plan({"g": ["a", "b"], "h": ["c"]}, max_retries=3)
+    for error in (
+        ProviderError("503"),
+        RateLimitError("slow", retry_after_s=9.0, upstream_status=429),
+        ProviderError("503", retry_after_s=90.0),
+    ):
+        tried = attempts.next(60.0)
+        attempts.failed(tried.deployment, error, Verdict.FAILURE)
+
+    assert tried.deployment.id == "a", "and now it has been tried more often, and waits longer"
+    assert attempts.next(60.0).deployment.id == "b"
+
+    attempts = plan({"g": ["a", "b"], "h": ["c"]}, max_retries=3)
+    for asked_s in (0.0, 90.0, 0.0):
+        error = ProviderError("503", retry_after_s=asked_s)
+        attempts.failed(attempts.next(60.0).deployment, error, Verdict.FAILURE)
+    assert attempts.next(60.0).deployment.id == "a", "though b was tried less"
+
+
+def test_max_retries_counts_over_all_groups() -> None:
+    attempts = plan({"g": ["a", "b"], "h": ["c", "d"]}, max_retries=2)
+    made = []
+    with pytest.raises(ProviderError):
+        while True:
+            made.append(attempts.next())
+            attempts.failed(made[-1].deployment, ProviderError("down"), Verdict.FAILURE)
+
+    assert [(t.deployment.id, t.is_retry) for t in made] == [
+        ("a", False),
+        ("b", True),
+        ("a", True),
+        ("c", False),
+    ]
+
+
+def test_the_first_attempt_of_a_fallback_group_is_no_retry() -> None:
     attempts = plan({"g": ["a"], "h": ["b"]}, max_retries=0)
     attempts.failed(attempts.next().deployment, ProviderError("down"), Verdict.FAILURE)
     fallback = attempts.next()
@@ -152,7 +199,7 @@ def test_a_busy_deployment_goes_before_an_open_breaker() -> None:
 
     with pytest.raises(DeploymentsBusy) as caught:
         attempts.next()
-    assert caught.value.retry_after_s == 7.0
+    assert caught.value.retry_after_s == 1.0, "when the first of all may be tried"
 
 
 def test_what_failed_is_what_callers_get_even_if_the_rest_was_busy() -> None:
@@ -200,6 +247,16 @@ def test_throttled_deployments_make_a_429_and_not_an_open_breaker() -> None:
     with pytest.raises(RateLimitError, match="asked for a pause") as caught:
         attempts.next()
     assert (caught.value.retry_after_s, caught.value.code) == (4.0, THROTTLED_CODE)
+
+
+def test_of_an_open_and_a_throttled_deployment_the_sooner_one_counts() -> None:
+    attempts = plan({"g": ["a", "b"]})
+    attempts.refused(attempts.next().deployment, 2.0, "open")
+    attempts.refused(attempts.next().deployment, 40.0, "throttled")
+
+    with pytest.raises(RateLimitError) as caught:
+        attempts.next()
+    assert caught.value.retry_after_s == 2.0
 
 
 def test_of_a_busy_and_a_throttled_deployment_the_sooner_one_counts() -> None:

@@ -407,7 +407,7 @@ async def test_a_callers_vectors_do_not_keep_the_whole_calls_alive() -> None:
 
 
 def test_a_batcher_is_made_without_an_event_loop() -> None:
-    assert Batcher(lambda: None).protocol() == 2  # type: ignore[arg-type, return-value]
+    assert Batcher(lambda: None).protocol() == 3  # type: ignore[arg-type, return-value]
 
 
 @given(

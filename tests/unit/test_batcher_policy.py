@@ -122,6 +122,12 @@ def test_a_long_list_fills_each_call_but_the_last() -> None:
     assert [len(batch.texts) for batch in batches] == [30, 30, 30, 10]
 
 
+def test_token_ids_count_as_the_tokens_they_are() -> None:
+    batches = plan([[(1,) * 6, (2,) * 4, (2,) * 4, (3,) * 7]], Caps(tokens_max=10))
+    assert [batch.texts for batch in batches] == [((1,) * 6, (2,) * 4), ((3,) * 7,)]
+    assert batches[0].takes[0].rows == (0, 1, 1)
+
+
 def test_an_oversized_text_goes_alone() -> None:
     batches = plan([["a", "x" * 100, "b", "c"]], Caps(bytes_max=10))
     assert [batch.texts for batch in batches] == [("a",), ("x" * 100,), ("b", "c")]

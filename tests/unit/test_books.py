@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 
-from actors.batcher.policy import Spare
+from actors.batcher.policy import Paid, Spare
 from actors.ledger.desk import LedgerDesk
 from actors.ledger.owner import Ledger
 from actors.ledger.policy import TENANTS_PER_READ_MAX
-from actors.rate_limiter.terms import Seed
+from actors.rate_limiter.terms import Amount, Seed
 from actors.ref import InlineRef, OwnerUnavailable
 from forebay.books import HEDGING, Books
 from forebay.call import Call, Facts
+from forebay.errors import DeploymentsBusy
 from forebay.routing import Deployment
 
 NOW_S = 1_700_000_000.0
@@ -113,3 +114,28 @@ async def test_what_a_second_copy_has_cost_is_in_the_totals_and_on_no_tenants_bi
     assert totals["total_cost_nano"] == 91
     assert totals["total_requests"] == totals["successful_requests"] == 1
     assert totals["estimated_entries"] == 1
+
+
+@pytest.mark.parametrize(("asked", "rows"), [(True, 1), (False, 0)])
+async def test_an_attempt_that_asked_nobody_is_in_no_book(
+    world: World, asked: bool, rows: int
+) -> None:
+    books = world.books()
+    call = Call("embedding", {"input": "a"}, "acme", "r1")
+    deployment = Deployment("d", "m", "openai/m", "openai", {})
+    entry = books.open_call(call, Facts("m", attempts=1), deployment)
+    error = DeploymentsBusy("busy")
+    assert books.fail_call(entry, error, asked=asked) == Amount()
+    assert (await books.usage())["total_requests"] == rows
+    assert world.desk.stats()["open"] == 0
+
+
+async def test_what_was_paid_is_booked_though_the_last_part_asked_nobody(world: World) -> None:
+    books = world.books()
+    call = Call("embedding", {"input": "a"}, "acme", "r1")
+    deployment = Deployment("d", "m", "openai/m", "openai", {})
+    entry = books.open_call(call, Facts("m", attempts=1), deployment)
+    error = DeploymentsBusy("busy")
+    error.paid = Paid(3, 21, "m")  # type: ignore[attr-defined]
+    assert books.fail_call(entry, error, asked=False) == Amount(3, 21)
+    assert (await books.usage())["total_cost_nano"] == 21

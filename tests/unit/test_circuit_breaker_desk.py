@@ -166,6 +166,39 @@ async def test_only_one_desk_gets_the_probe_and_its_success_counts(world: World)
     assert one.standing("d").state is State.CLOSED
 
 
+async def test_a_probe_that_has_begun_to_answer_is_judged_and_keeps_nobody_waiting(
+    world: World,
+) -> None:
+    one, _ = await world.desk()
+    two, _ = await world.desk()
+    await fail(one)
+    await world.time.advance(60.0)
+    first = one.begun(await passed(one), Verdict.SUCCESS)
+    await settle()
+    second = two.begun(await passed(two), Verdict.SUCCESS)
+    await settle()
+
+    assert one.standing("d").state is two.standing("d").state is State.CLOSED
+    one.judge(first, Verdict.SUCCESS)
+    await one.flush()
+    board = (await one.board())["d"]
+    assert board["calls"] == 0, "the end of a good probe is no second success"
+
+    two.judge(second, Verdict.UNREACHABLE)
+    await two.flush()
+    board = (await one.board())["d"]
+    assert (board["calls"], board["failures"]) == (1, 1), "what fails later counts as any call's"
+
+
+async def test_a_call_that_is_no_probe_is_judged_at_its_end_only(world: World) -> None:
+    desk, wire = await world.desk()
+    given = await passed(desk)
+
+    assert desk.begun(given, Verdict.SUCCESS) == given
+    await settle()
+    assert wire.sent["report"] == 0
+
+
 async def test_of_many_callers_at_once_one_asks_and_one_probes(world: World) -> None:
     desk, wire = await world.desk()
     await fail(desk)

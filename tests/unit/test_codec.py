@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from forebay import codec, errors
+from forebay.call import Facts
 from forebay.codec import Answer
 
 
@@ -42,3 +43,10 @@ def test_every_error_survives_pickling_and_packing(cls: type[errors.GatewayError
         assert error.__dict__ == back.__dict__
         assert str(error) == str(back)
         assert error.body() == back.body()
+
+
+def test_a_packed_error_leaves_the_facts_of_its_request_behind() -> None:
+    error = errors.ProviderError("down")
+    error.facts = Facts("m", attempts=2)
+
+    assert codec.unpack_error(codec.pack_error(error)).facts is None

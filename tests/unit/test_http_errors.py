@@ -11,7 +11,8 @@ import pytest
 from deployments.http import build_asgi
 from deployments.http.exchange import duration
 from forebay.body import BODY_BYTES_MAX
-from forebay.errors import BudgetExceeded, GatewayError, Overloaded, RateLimitError
+from forebay.call import Facts
+from forebay.errors import BudgetExceeded, GatewayError, Overloaded, ProviderError, RateLimitError
 from tests.support.scripted_service import Answered, Client, Figure, ScriptedService, raises
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "hi"}]}
@@ -211,6 +212,22 @@ async def test_an_overload_says_when_to_come_back() -> None:
 
     assert answered.status == 503
     assert (answered.headers["retry-after"], answered.headers["retry-after-ms"]) == ("2", "2000")
+
+
+async def test_a_refusal_says_what_was_tried() -> None:
+    error = ProviderError("down")
+    error.facts = Facts("m", "d-2", attempts=3, retries=1, fallbacks=1)
+    tried = (await post(raises(error), CHAT)).headers
+    error.facts = Facts("m")
+    untried = (await post(raises(error), CHAT)).headers
+    other = (await post(raises(ProviderError("down")), CHAT)).headers
+
+    assert tried["x-forebay-deployment"] == tried["x-litellm-model-id"] == "d-2"
+    assert tried["x-forebay-attempts"] == "3"
+    assert tried["x-litellm-attempted-retries"] == tried["x-litellm-attempted-fallbacks"] == "1"
+    assert "x-forebay-deployment" not in untried
+    assert untried["x-forebay-attempts"] == "0"
+    assert "x-forebay-attempts" not in other
 
 
 async def test_a_hard_budget_asks_not_to_retry() -> None:

@@ -72,7 +72,12 @@ async def test_an_admin_sees_all_or_any(query: str, tenant: str | None) -> None:
     assert queries[0]["tenant"] == tenant
 
 
-@pytest.mark.parametrize("query", ["?group_by=key", "?start=yesterday", "?end=nan", "?start=inf"])
+FAR = ("?start=1e18", "?end=-1e18", "?end=253402300800")
+
+
+@pytest.mark.parametrize(
+    "query", ["?group_by=key", "?start=yesterday", "?end=nan", "?start=inf", *FAR]
+)
 async def test_a_wrong_query_is_named(query: str) -> None:
     answered, _ = await usage(query)
 

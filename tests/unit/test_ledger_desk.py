@@ -313,6 +313,8 @@ async def test_a_store_that_cannot_be_read_is_an_owner_that_is_away() -> None:
     await owner.close()
     with pytest.raises(OwnerUnavailable, match="the ledger is closed"):
         await make(InlineRef("ledger", owner)).spent(["acme"], AT_MS)
+    with pytest.raises(OwnerUnavailable, match="the ledger is closed"):
+        await make(InlineRef("ledger", owner)).usage("acme")
 
 
 @given(

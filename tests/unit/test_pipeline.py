@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.batcher.policy import Lane, Vectors
+from actors.batcher.policy import Lane, Text, Vectors
 from actors.circuit_breaker.policy import State
 from actors.ledger.policy import Entry
 from forebay.call import Call
@@ -25,6 +26,7 @@ from forebay.errors import (
     GatewayTimeout,
     InvalidRequest,
     ModelNotFound,
+    Overloaded,
     PermissionDenied,
     ProviderConnectionError,
     ProviderError,
@@ -62,6 +64,7 @@ class Scripted:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.bodies: list[Mapping[str, Any]] = []
+        self.texts: list[Sequence[Text]] = []
         self.cost_nano: int | None = 7
         self.token_nano: int | None = 1000
         self.usage: dict[str, int] | None = USAGE
@@ -119,12 +122,13 @@ class Scripted:
     async def embed(
         self,
         deployment: Deployment,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         params: Mapping[str, Any],
         *,
         timeout_s: float,
         resolve: Resolve,
     ) -> Vectors:
+        self.texts.append(texts)
         await self._step(deployment)
         return Vectors(np.ones((len(texts), 4), np.float32), len(texts), 9, deployment.model)
 
@@ -237,8 +241,13 @@ Open = Callable[..., Awaitable[House]]
 async def house(tmp_path: Path) -> AsyncIterator[Open]:
     systems: list[System] = []
 
-    async def build(*, own: Mapping[str, int] | None = None, **gateway: Any) -> House:
-        """`own` are the limits of every deployment but those of `spare`."""
+    async def build(
+        *,
+        own: Mapping[str, int] | None = None,
+        own_spare: Mapping[str, int] | None = None,
+        **gateway: Any,
+    ) -> House:
+        """`own` are the limits of every deployment but those of `spare`, which has `own_spare`."""
         groups = {"m": ["a"], "two": ["a", "b"], "spare": ["c"], "e": ["text-embedding-x"]}
         groups |= {"ee": ["text-embedding-x", "text-embedding-y"], "any/*": ["*"]}
         entries = [
@@ -247,7 +256,7 @@ async def house(tmp_path: Path) -> AsyncIterator[Open]:
                 "litellm_params": {
                     "model": f"openai/{model}",
                     "api_key": "k",
-                    **((own or {}) if name != "spare" else {}),
+                    **((own if name != "spare" else own_spare) or {}),
                 },
             }
             for name, models in groups.items()
@@ -472,6 +481,47 @@ async def test_a_stream_that_nobody_ever_takes_settles_when_it_is_dropped(house:
     assert here.at_rest
 
 
+async def test_a_stream_that_nobody_takes_settles_at_its_deadline(house: Open) -> None:
+    here = await house(rate_limit_config=LIMITS)
+    call = here.call(timeout_s=0.02)
+    stream = await here.pipeline.stream(call)
+    await anext(stream.chunks)
+    async with asyncio.timeout(5.0):
+        while here.system.limiter.stats()["slots_used"]:
+            await asyncio.sleep(0)
+
+    (entry,) = await here.entries(call)
+    assert (entry.status, entry.http_status) == ("posted", 504)
+    with pytest.raises(GatewayTimeout, match="not taken"):
+        await anext(stream.chunks)
+    assert len(await here.entries(call)) == 1
+    assert here.outcomes() == {"ignored": 1}
+    assert here.at_rest
+
+
+async def test_a_streams_probe_is_judged_at_its_first_chunk(house: Open) -> None:
+    here = await house(
+        circuit_breaker_config={"failure_threshold": 1, "success_threshold": 2, "timeout": 0.01},
+        max_retries=0,
+    )
+    here.provider.steps["openai/a"] = [ProviderConnectionError("refused")]
+    with pytest.raises(ProviderConnectionError):
+        await here.pipeline.answer(here.call())
+    await here.state("openai/a")
+    streams = []
+    async with asyncio.timeout(5.0):
+        while len(streams) < 2:  # until it has cooled
+            try:
+                streams.append(await here.pipeline.stream(here.call()))
+            except CircuitBreakerOpenError:
+                await asyncio.sleep(0)
+            await here.state("openai/a")
+
+    assert await here.state("openai/a") is State.CLOSED, "with both streams under way"
+    for stream in streams:
+        await stream.chunks.aclose()
+
+
 async def test_embeddings_come_in_order_and_are_booked(house: Open) -> None:
     here = await house()
     call = Call("embedding", {"model": "e", "input": ["x", "y"]}, "acme", "req_e")
@@ -481,6 +531,58 @@ async def test_embeddings_come_in_order_and_are_booked(house: Open) -> None:
     assert result.answer.array is not None
     assert result.answer.array.shape == (2, 4)
     assert (entry.status, entry.prompt_tokens, entry.cost_nano) == ("posted", 2, 9)
+
+
+@pytest.mark.parametrize("given", [[5, 6, 7], [[5, 6, 7]], [[5], [6, 7], [5]]])
+async def test_token_ids_are_embedded_as_texts_are(house: Open, given: list[Any]) -> None:
+    here = await house(own={"tpm": 1000})
+    call = Call("embedding", {"model": "e", "input": given}, "acme", "req_e")
+    result = await here.pipeline.answer(call)
+
+    rows = len(given) if isinstance(given[0], list) else 1
+    assert result.answer.array is not None
+    assert result.answer.array.shape == (rows, 4)
+    sent = [text for texts in here.provider.texts for text in texts]
+    assert sorted(sent) == sorted(
+        {tuple(one) for one in given} if rows == len(given) else [(5, 6, 7)]
+    )
+
+
+async def test_token_ids_and_words_never_share_a_call(house: Open) -> None:
+    here = await house(enable_request_batching=True)
+    bodies = [{"model": "e", "input": given} for given in (["a"], [[1, 2]], ["b"], [3, 4])]
+    calls = [Call("embedding", body, "acme", f"req_{n}") for n, body in enumerate(bodies)]
+    await asyncio.gather(*map(here.pipeline.answer, calls))
+
+    assert sorted(map(set, here.provider.texts), key=len) == [{"a", "b"}, {(1, 2), (3, 4)}]
+
+
+async def test_embedded_models_take_no_token_ids(house: Open) -> None:
+    here = await house(
+        model_list=[{"model_name": "e", "litellm_params": {"model": "local/wordllama-256"}}]
+    )
+    call = Call("embedding", {"model": "e", "input": [1, 2]}, "acme", "req_e")
+    with pytest.raises(InvalidRequest, match="no token ids") as caught:
+        await here.pipeline.answer(call)
+
+    assert caught.value.param == "input"
+
+
+async def test_dimensions_of_null_are_as_if_absent(house: Open) -> None:
+    here = await house()
+    body = {"model": "e", "input": "x", "dimensions": None}
+
+    assert (await here.pipeline.answer(Call("embedding", body, "acme", "req_e"))).answer
+
+
+async def test_texts_for_a_deployment_of_a_newer_configuration_are_to_come_back(
+    house: Open,
+) -> None:
+    here = await house()
+    with pytest.raises(Overloaded) as caught:
+        await here.system.embed_call(Lane("e-of-tomorrow"), ["x"], 5.0)
+
+    assert caught.value.retry_after_s == 1.0
 
 
 # ------------------------------------------------------------------------------------- limits
@@ -727,6 +829,18 @@ async def test_a_deployments_own_limits_hold_for_embeddings(house: Open) -> None
     assert len(here.provider.asked) == 1
 
 
+async def test_texts_that_nobody_was_asked_for_are_in_no_book(house: Open) -> None:
+    here = await house(own={"rpm": 1})
+    calls = [here.texts(str(number), "ee") for number in range(6)]
+    told = await asyncio.gather(*map(here.pipeline.answer, calls), return_exceptions=True)
+
+    assert sum(isinstance(one, DeploymentsBusy) for one in told) == 4
+    entries = [entry for call in calls for entry in await here.entries(call)]
+    assert [(entry.status, entry.attempt) for entry in entries] == [("posted", 1)] * 2
+    assert (await here.system.books.usage())["total_requests"] == 2
+    assert here.at_rest
+
+
 # ------------------------------------------------------------------------- breaker and throttles
 
 OPENS_AT_ONCE = {"failure_threshold": 1}
@@ -826,6 +940,47 @@ async def test_texts_that_a_deployment_refuses_leave_the_facts_as_they_are(house
 
 
 # ------------------------------------------------------------------------------------- retries
+
+
+@pytest.mark.parametrize("kind", ["whole", "stream", "refused"])
+async def test_an_error_carries_the_facts_of_its_request(house: Open, kind: str) -> None:
+    here = await house(max_retries=1)
+    for model in ("openai/a", "openai/b"):
+        here.provider.steps[model] = [ProviderError("down", upstream_status=500)]
+    if kind == "refused":
+        for model in ("openai/a", "openai/b"):
+            circuit = here.deployment(model, "two").circuit
+            await here.system.breaker.force(circuit, State.FORCED_OPEN)
+        await settle()
+    ask = here.pipeline.stream if kind == "stream" else here.pipeline.answer
+    with pytest.raises(GatewayError) as caught:
+        await ask(here.call(model="two"))
+
+    facts = pickle.loads(pickle.dumps(caught.value)).facts
+    attempts, retries = (0, 0) if kind == "refused" else (2, 1)
+    assert (facts.group, facts.attempts, facts.retries) == ("two", attempts, retries)
+    assert bool(facts.deployment) == bool(attempts)
+
+
+async def test_an_error_of_no_request_has_no_facts(house: Open) -> None:
+    here = await house()
+    with pytest.raises(ModelNotFound) as caught:
+        await here.pipeline.answer(here.call(model="nobody's"))
+
+    assert caught.value.facts is None
+
+
+async def test_those_who_share_a_failure_have_facts_of_their_own(house: Open) -> None:
+    here = await house(max_retries=0)
+    here.provider.steps["openai/a"] = [ProviderError("down", upstream_status=500)]
+    told = await asyncio.gather(
+        *(here.pipeline.answer(here.call()) for _ in range(2)), return_exceptions=True
+    )
+
+    assert sorted(one.facts.cache for one in told if isinstance(one, ProviderError)) == [  # type: ignore[union-attr]
+        "joined",
+        "miss",
+    ]
 
 
 async def test_the_facts_tell_of_every_attempt(house: Open) -> None:
@@ -930,6 +1085,48 @@ async def test_an_answer_that_a_filter_kept_back_is_asked_for_elsewhere_and_paid
     assert [entry.status for entry in await here.entries(call)] == ["posted", "posted"]
     assert (result.facts.cost_nano, result.facts.fallbacks) == (14, 1)
     assert result.answer.body["choices"][0]["finish_reason"] == "content_filter"
+
+
+@pytest.mark.parametrize("why", ["open", "down", "refused"])
+async def test_a_filtered_answer_is_better_than_none(house: Open, why: str) -> None:
+    here = await house(content_policy_fallbacks=[{"m": ["spare"]}], max_retries=0)
+    here.provider.finish_reason = "content_filter"
+    if why == "open":
+        circuit = here.deployment("openai/c", "spare").circuit
+        await here.system.breaker.force(circuit, State.FORCED_OPEN)
+        await settle()
+    else:
+        down = ProviderError("down", upstream_status=500)
+        here.provider.steps["openai/c"] = [InvalidRequest("no") if why == "refused" else down]
+    call = here.call()
+    result = await here.pipeline.answer(call)
+
+    assert result.answer.body["choices"][0]["finish_reason"] == "content_filter"
+    assert result.facts.deployment == here.deployment("openai/a").id
+    assert result.facts.cost_nano == 7
+    assert (await here.entries(call))[0].status == "posted"
+    assert here.at_rest
+
+
+async def test_a_filtered_answer_does_not_wait_for_a_busy_group_and_is_not_asked_for_again(
+    house: Open,
+) -> None:
+    here = await house(
+        own_spare={"rpm": 2},
+        content_policy_fallbacks=[{"m": ["spare"]}],
+        enable_caching=True,
+        rate_limit_config={**LIMITS, "enable_queuing": True, "queue_timeout": 50},
+    )
+    await here.pipeline.answer(here.call(model="spare"))
+    here.provider.finish_reason = "content_filter"
+    here.provider.asked.clear()
+    async with asyncio.timeout(5.0):
+        result = await here.pipeline.answer(here.call("x", may_wait=True))
+
+    assert here.provider.asked == ["openai/a"]
+    assert result.answer.body["choices"][0]["finish_reason"] == "content_filter"
+    await here.pipeline.answer(here.call("x"))
+    assert here.provider.asked == ["openai/a", "openai/a"], "it was kept for nobody"
 
 
 async def test_an_invalid_answer_is_paid_and_neither_retried_nor_blamed(house: Open) -> None:

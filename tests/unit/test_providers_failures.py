@@ -31,7 +31,7 @@ from forebay.errors import (
     RateLimitError,
     ResponseValidationError,
 )
-from forebay.providers.base import verdict_of
+from forebay.providers.base import MODEL_REFUSED, NO_BASE64, verdict_of
 from forebay.providers.failures import (
     RETRY_AFTER_S_MAX,
     STATUS_OF_CLASS,
@@ -241,6 +241,51 @@ def test_a_real_connection_failure_is_told_from_litellms_word_for_everything() -
     assert type(gone) is ProviderConnectionError
 
 
+def answered(status: int, **said: Any) -> BaseException:
+    """What LiteLLM raises when OpenAI's client was answered so."""
+    openai, litellm = importlib.import_module("openai"), importlib.import_module("litellm")
+    response = httpx.Response(status, request=REQUEST, json={"error": said})
+    client = openai.APIStatusError(said["message"], response=response, body=said)
+    return raised(litellm.APIError(status, f"wrapped: {said['message']}", "acme", "m"), client)
+
+
+NO_ACCESS = "Project `proj_1` does not have access to model `gpt-5`"
+NO_KEY = "You are not allowed to sample from this engine"
+FLAGGED = 'acme/m requires moderation. Your input was flagged for "sexual".'
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "code"),
+    [
+        ({"message": "no", "code": "model_not_found"}, ModelNotFound, "model_not_found"),
+        ({"message": NO_ACCESS, "code": None}, ModelNotFound, "model_not_found"),
+        ({"message": FLAGGED, "code": 403}, InvalidRequest, "content_filter"),
+        ({"message": "no", "code": "content_policy_violation"}, InvalidRequest, "content_filter"),
+        ({"message": "no", "type": "moderation"}, InvalidRequest, "content_filter"),
+        ({"message": "Your account was flagged"}, ProviderError, "provider_credentials"),
+        ({"message": NO_KEY, "code": "forbidden"}, ProviderError, "provider_credentials"),
+    ],
+)
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_403_about_the_model_or_the_prompt_does_not_blame_our_key(
+    said: dict[str, Any], expected: type[GatewayError], code: str, filled: bool
+) -> None:
+    error = error_of(answered(403, **said), provider="acme", model="m", filled=filled)
+    ours = expected is ProviderError
+    assert type(error) is expected
+    assert error.code == (MODEL_REFUSED if ours and filled else code)
+    assert error.upstream_status == 403
+    blame = Verdict.FAILURE if filled else Verdict.CREDENTIAL
+    assert verdict_of(error) is (blame if ours else Verdict.IGNORED)
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_a_bad_key_is_a_bad_key_whatever_the_words_and_whoever_chose_the_name(status: int) -> None:
+    for message in (NO_ACCESS, FLAGGED, NO_KEY):
+        error = error_of(answered(status, message=message), provider="a", model="m", filled=True)
+        assert verdict_of(error) is Verdict.CREDENTIAL
+
+
 def test_what_was_being_handled_before_the_call_is_another_story() -> None:
     before = TimeoutError("somebody else's")
     error = raised(KeyError("x"), before)
@@ -262,6 +307,8 @@ def test_a_chain_that_bites_its_own_tail_ends() -> None:
         (ProviderError("x"), Verdict.FAILURE),
         (ProviderError("x", upstream_status=401), Verdict.CREDENTIAL),
         (ProviderError("x", upstream_status=403), Verdict.CREDENTIAL),
+        (ProviderError("x", upstream_status=403, code=MODEL_REFUSED), Verdict.FAILURE),
+        (ProviderError("x", code=NO_BASE64), Verdict.SUCCESS),
         (ProviderConnectionError("x"), Verdict.UNREACHABLE),
         (ResponseValidationError("x"), Verdict.FAILURE),
         (GatewayTimeout("x"), Verdict.UNREACHABLE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
+from actors.batcher.policy import Paid
 from actors.circuit_breaker.policy import Verdict
 from forebay.errors import (
     ConfigurationError,
@@ -30,7 +32,7 @@ from forebay.errors import (
     RequestTooLarge,
     ResponseValidationError,
 )
-from forebay.providers.base import verdict_of
+from forebay.providers.base import MODEL_REFUSED, NO_BASE64, verdict_of
 from forebay.providers.embedded import register
 from forebay.providers.litellm import LiteLLMProvider, prepare_environment
 from forebay.providers.local import InProcessModels
@@ -651,6 +653,17 @@ async def test_a_status_becomes_an_error_of_ours(
         assert len(remote.bodies) == 1, "one attempt, no retries"
 
 
+async def test_a_name_filled_into_a_pattern_that_is_forbidden_is_not_a_bad_key(
+    remote: Remote, lane: LiteLLMProvider
+) -> None:
+    remote.reply = error_reply(403, "not for you")
+    filled = dataclasses.replace(deployment(remote), filled_from="any/*")
+    with pytest.raises(ProviderError) as caught:
+        await lane.chat(filled, body(), **call())
+    assert (caught.value.code, caught.value.upstream_status) == (MODEL_REFUSED, 403)
+    assert verdict_of(caught.value) is Verdict.FAILURE
+
+
 @pytest.mark.parametrize("status", [400, 401, 429, 500])
 async def test_embeddings_are_tried_once(
     remote: Remote, lane: LiteLLMProvider, status: int
@@ -817,6 +830,13 @@ async def test_a_server_that_ignores_base64_is_understood(
     np.testing.assert_allclose(vectors.array, VECTORS, rtol=1e-6)
 
 
+async def test_token_ids_go_out_as_they_are(remote: Remote, lane: LiteLLMProvider) -> None:
+    remote.reply = embedding_reply()
+    vectors = await lane.embed(embedder(remote), [(1, 2), (3,), (4, 5, 6)], {}, **call())
+    assert remote.bodies[0]["input"] == [[1, 2], [3], [4, 5, 6]]
+    np.testing.assert_array_equal(vectors.array, VECTORS)
+
+
 async def test_a_deployment_may_want_floats(remote: Remote, lane: LiteLLMProvider) -> None:
     remote.reply = embedding_reply()
     floats = embedder(remote, encoding_format="float")
@@ -833,15 +853,37 @@ async def test_a_server_that_means_something_else_by_base64_is_asked_for_floats_
     async def reply(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
         if asked["encoding_format"] == "base64":
             data = [{"object": "embedding", "index": n, "embedding": "AAE="} for n in range(3)]
-            told = {"object": "list", "data": data, "model": "m", "usage": {"prompt_tokens": 1}}
-            return web.json_response(told)
+            used = {"prompt_tokens": 6, "total_tokens": 6}
+            named = {"object": "list", "model": "text-embedding-3-small"}
+            return web.json_response({**named, "data": data, "usage": used})
         return await good(request, asked)
 
     remote.reply = reply
+    with pytest.raises(ProviderError) as caught:
+        await lane.embed(embedder(remote), ["a", "b", "c"], {}, **call())
+    assert len(remote.bodies) == 1, "one attempt is one call"
+    error: Any = caught.value
+    assert (error.code, error.provider, error.model) == (NO_BASE64, "openai", "the-group")
+    assert error.retryable
+    assert error.paid == Paid(6, 6 * 20, "text-embedding-3-small"), "it was answered, and so paid"
     for _ in range(2):
         vectors = await lane.embed(embedder(remote), ["a", "b", "c"], {}, **call())
         np.testing.assert_allclose(vectors.array, VECTORS, rtol=1e-6)
     assert [b["encoding_format"] for b in remote.bodies] == ["base64", "float", "float"]
+
+
+async def test_a_server_that_refuses_base64_is_asked_once_and_for_floats_from_then_on(
+    remote: Remote, lane: LiteLLMProvider
+) -> None:
+    remote.reply = error_reply(400, "encoding_format: must be float")
+    with pytest.raises(ProviderError) as caught:
+        await lane.embed(embedder(remote), ["a"], {}, **call())
+    assert caught.value.code == NO_BASE64
+    assert caught.value.upstream_status is None, "the texts are not to blame"
+    assert not hasattr(caught.value, "paid"), "what is refused costs nothing"
+    with pytest.raises(InvalidRequest):
+        await lane.embed(embedder(remote), ["a"], {}, **call())
+    assert [b["encoding_format"] for b in remote.bodies] == ["base64", "float"]
 
 
 @pytest.mark.parametrize(
@@ -862,8 +904,9 @@ async def test_wrong_vectors_are_not_passed_on(
         return await good(request, {**asked, "encoding_format": "base64"})
 
     remote.reply = reply
+    floats = embedder(remote, encoding_format="float")
     with pytest.raises(ResponseValidationError) as caught:
-        await lane.embed(embedder(remote), ["a", "b", "c"], params, **call())
+        await lane.embed(floats, ["a", "b", "c"], params, **call())
     assert caught.value.status == 502
     assert caught.value.model == "the-group"
 

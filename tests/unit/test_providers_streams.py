@@ -64,11 +64,18 @@ def run(play: Callable[[VirtualLoop], Coroutine[Any, Any, None]]) -> None:
 class Upstream:
     """Gives a chunk after each of `gaps_s`, then ends; after an infinite gap, never."""
 
-    def __init__(self, *gaps_s: float, opening_s: float = 0.0, patience_s: float = 1e9) -> None:
+    def __init__(
+        self,
+        *gaps_s: float,
+        opening_s: float = 0.0,
+        patience_s: float = 1e9,
+        closing_s: float = 0.0,
+    ) -> None:
         self.closed = 0
         self._gaps_s = gaps_s
         self._opening_s = opening_s
         self._patience_s = patience_s
+        self._closing_s = closing_s
 
     async def begin(self) -> Opened:
         await asyncio.sleep(self._opening_s)
@@ -80,6 +87,8 @@ class Upstream:
                 await asyncio.sleep(gap_s)
                 yield CHUNK
         finally:
+            if self._closing_s:
+                await asyncio.sleep(self._closing_s)
             self.closed += 1
 
     def _error(self, error: BaseException) -> GatewayError:
@@ -169,6 +178,36 @@ def test_a_deadline_that_passes_between_chunks_is_told_to_the_next_who_comes() -
         await anext(chunks)
         await asyncio.sleep(100.0)
         assert await silence(loop, chunks) == ("timeout", 0.0)
+
+    run(play)
+
+
+def test_a_deadline_closes_the_upstream_though_nobody_waits() -> None:
+    async def play(loop: VirtualLoop) -> None:
+        upstream = Upstream(1.0, 1.0)
+        chunks = upstream.chunks(timeout_s=60.0)
+        await anext(chunks)
+        await asyncio.sleep(58.0)
+        assert upstream.closed == 0
+        await asyncio.sleep(2.0)
+        assert upstream.closed == 1
+        await chunks.aclose()
+        assert upstream.closed == 1
+        with pytest.raises(StopAsyncIteration):
+            await anext(chunks)
+
+    run(play)
+
+
+def test_who_closes_a_stream_that_is_being_closed_waits_for_that() -> None:
+    async def play(loop: VirtualLoop) -> None:
+        upstream = Upstream(1.0, 1.0, closing_s=0.3)
+        chunks = upstream.chunks(timeout_s=60.0)
+        await anext(chunks)
+        await asyncio.sleep(59.1)
+        assert upstream.closed == 0
+        await chunks.aclose()
+        assert upstream.closed == 1
 
     run(play)
 

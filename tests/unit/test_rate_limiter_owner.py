@@ -491,6 +491,39 @@ def test_full_tenants_that_nobody_holds_are_forgotten_a_few_with_each_message() 
     assert world.owner.stats()["leases"] == 0
 
 
+def test_a_layout_that_was_announced_can_be_taken_back() -> None:
+    names = [f"tenant-{n}" for n in range(40)]
+    one, two, back = Layout(1, 1), Layout(2, 2), Layout(2, 1)
+    goes = next(name for name in names if two.home(name) == 1)
+    ask = cold(LIMITS)._replace(tenant=goes)
+    first = World(shard=0, layout=one)
+    second = World(shard=1, layout=one)
+    for owner in (first.owner, second.owner):
+        assert owner.adopt(two)
+        assert not owner.adopt(one), "it is older"
+        assert owner.adopt(back)
+        assert not owner.adopt(back)
+        assert not owner.adopt(Layout(0, 2)), "no configuration says so"
+    assert not first.ask("desk", ask, one).moved
+    first.time.now += RELAYOUT_LEARN_S + 1.0
+    assert first.ask("desk", ask, one).requests.level == 1.0
+    assert second.ask("desk", ask, one).moved
+
+
+def test_who_left_by_a_layout_that_was_taken_back_is_not_remembered_there() -> None:
+    names = [f"tenant-{n}" for n in range(40)]
+    two = Layout(2, 2)
+    goes = next(name for name in names if two.home(name) == 1)
+    ask = cold(LIMITS)._replace(tenant=goes)
+    second = World(shard=1, layout=Layout(1, 1))
+    second.ask("desk", ask, two)
+    second.time.now += RELAYOUT_LEARN_S + 1.0
+    assert second.ask("desk", ask, two).refusal is None
+    second.owner.adopt(Layout(2, 1))
+    second.owner.adopt(two)
+    assert second.ask("desk", ask, two).refusal is not None, "it may be lent elsewhere by now"
+
+
 def test_tenants_that_come_by_a_new_layout_start_empty_and_those_that_go_are_told() -> None:
     names = [f"tenant-{n}" for n in range(40)]
     one, two = Layout(1, 1), Layout(2, 2)

@@ -11,7 +11,14 @@ import pytest
 
 from actors.circuit_breaker.policy import State
 from actors.ledger.desk import ENTRIES_BUFFERED_MAX
+from actors.rate_limiter.terms import Layout
 from actors.ref import OwnerUnavailable
+from actors.registry.policy import (
+    InvalidDocument,
+    RegistryFull,
+    RegistryUnavailable,
+    VersionConflict,
+)
 from deployments.gateway import PipelineService
 from forebay.config import SystemConfig
 from forebay.errors import InvalidRequest, Overloaded
@@ -150,6 +157,59 @@ async def test_without_the_owner_the_board_tells_what_was_heard_last(house: Open
 
     assert told["source"] == "replica"
     assert [row["state"] for row in told["data"] if row["deployment"] == name] == ["forced_open"]
+
+
+# --- the configuration ------------------------------------------------------------------------
+
+
+def three_owners(home: House) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(json.dumps(home.system.registry.document))
+    return {**document, "server": {**document.get("server", {}), "limiter_shards": 3}}
+
+
+def layouts(home: House) -> list[Any]:
+    """The layout in force at each of the limiter's owners."""
+    refs = [ref for name, ref in home.system._refs.items() if name.startswith("rate-limiter")]
+    return [ref.owner._layout for ref in refs]  # type: ignore[attr-defined]
+
+
+async def test_a_configuration_spreads_the_limiter_before_it_holds(house: Open) -> None:
+    home = await house()
+    version = await home.service.write_config(three_owners(home), None)
+
+    assert layouts(home) == [Layout(version, 3)] * 3
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (RegistryUnavailable("registry.db", "disk full"), Overloaded),
+        (RegistryFull("versions", 1), Overloaded),
+        (OwnerUnavailable("registry", "it died"), Overloaded),
+        (VersionConflict(0, 1), InvalidRequest),
+        (InvalidDocument("too large"), InvalidDocument),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+async def test_where_it_is_not_stored_the_limiters_owners_are_as_before(
+    house: Open, failure: Exception, told: type[Exception]
+) -> None:
+    home = await house()
+    before = home.system.config.server.limiter_shards
+    document = three_owners(home)
+
+    async def put(*_: Any) -> int:
+        raise failure
+
+    stored, home.system.registry.put = home.system.registry.put, put  # type: ignore[method-assign, assignment]
+    with pytest.raises(told):
+        await home.service.write_config(document, None)
+    after = {layout.shards for layout in layouts(home)}
+    home.system.registry.put = stored  # type: ignore[method-assign]
+    version = await home.service.write_config(document, None)
+
+    assert after == {before}
+    assert layouts(home) == [Layout(version, 3)] * 3
 
 
 # --- health -----------------------------------------------------------------------------------

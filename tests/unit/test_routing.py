@@ -56,6 +56,33 @@ class TestGroups:
         )
         assert models.group("a").allowed_params == {"top_k"}
 
+    @pytest.mark.parametrize(
+        "model",
+        [
+            "anthropic/claude-sonnet-4-5",
+            "claude-sonnet-4-5",
+            "bedrock/us.anthropic.claude-sonnet-4-5-20250929-v1:0",
+            "vertex_ai/claude-sonnet-4-5",
+            "azure_ai/Claude-Sonnet-4-5",
+        ],
+    )
+    def test_a_claude_takes_its_own_parameters(self, model: str) -> None:
+        models = table(entry("a", model))
+        assert models.group("a").allowed_params == {"top_k", "thinking"}
+
+    @pytest.mark.parametrize("model", ["openai/claude-x", "bedrock/amazon.nova-lite-v1:0"])
+    def test_a_group_with_another_model_takes_only_what_is_listed(self, model: str) -> None:
+        listed = {**entry("a", model), "allowed_params": ["top_k"]}
+        models = table(entry("a", "anthropic/claude-x"), listed, entry("b", model))
+        assert models.group("a").allowed_params == {"top_k"}
+        assert not models.group("b").allowed_params
+
+    def test_a_claude_by_a_pattern_is_one_too(self) -> None:
+        models = table(entry("anthropic/*", "anthropic/*"), entry("*", "*"))
+        for name in ("anthropic/claude-x", "bedrock/claude-x"):
+            assert models.group(name).allowed_params == {"top_k", "thinking"}
+        assert not models.group("gpt-4o").allowed_params
+
     def test_a_table_without_models_says_so(self) -> None:
         models = ModelTable.build(GatewayConfig())
         with pytest.raises(ModelNotFound, match="model_list is empty"):

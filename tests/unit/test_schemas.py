@@ -223,7 +223,23 @@ def test_no_parameter_of_litellms_own_passes(route: str) -> None:
 
 
 def test_a_deployments_own_parameters_pass() -> None:
-    check("chat", {**CHAT, "top_k": object()}, ("top_k",))
+    check("chat", {**CHAT, "min_p": object()}, ("min_p",))
+
+
+def test_claudes_own_parameters_are_checked_where_they_are_allowed() -> None:
+    names = ("top_k", "thinking")
+    for thinking in ({"type": "adaptive", "display": "omitted"}, None, {"type": "enabled"}):
+        check("chat", {**CHAT, "top_k": 5, "thinking": thinking}, names)
+    for wrong, param in (
+        ({"top_k": "5"}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"thinking": 5}, "thinking"),
+        ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens"),
+        ({"thinking": {"budget_tokens": 9}}, "thinking.type"),
+        ({"thinking": {"type": "enabled", "api_base": "http://x"}}, "thinking"),
+    ):
+        assert refusal("chat", {**CHAT, **wrong}, names).param == param
+    assert chat_refusal(top_k=5).code == "unknown_parameter"
 
 
 @pytest.mark.parametrize(
