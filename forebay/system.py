@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from actors.batcher.desk import BatcherDesk
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import Caps, Lane, Text, Vectors
+from actors.batcher.policy import Caps, Lane, Paid, Text, Vectors
 from actors.cache.desk import CacheDesk
 from actors.cache.owner import Cache
 from actors.circuit_breaker.desk import CircuitBreakerDesk
@@ -55,11 +55,12 @@ from forebay.errors import (
     GatewayTimeout,
     ModelNotFound,
     Overloaded,
+    ProviderError,
 )
 from forebay.metrics import Meter
 from forebay.pipeline import Pipeline
 from forebay.probing import Prober
-from forebay.providers.base import STALLED, Provider, verdict_of
+from forebay.providers.base import NO_BASE64, STALLED, Provider, verdict_of
 from forebay.providers.litellm import LiteLLMProvider
 from forebay.providers.local import InProcessModels, LocalModels
 from forebay.reckoning import Quotas, Reckoner
@@ -372,6 +373,34 @@ class System:
         return Caps(items_max=config.batch_size or Caps().items_max, hedge=config.hedge_embeddings)
 
     async def embed_call(self, lane: Lane, texts: list[Text], timeout_s: float) -> Vectors:
+        """A batch's vectors, by one provider call; by two where base64 was asked for in vain.
+
+        The second counts as any retry does, and both are paid by those who share the batch.
+        """
+        until_s = self.clock() + timeout_s
+        try:
+            return await self._embed_once(lane, texts, timeout_s, is_retry=lane.retry)
+        except ProviderError as error:
+            if error.code != NO_BASE64:
+                raise
+            paid: Paid | None = getattr(error, "paid", None)
+        try:
+            vectors = await self._embed_once(lane, texts, until_s - self.clock(), is_retry=True)
+        except GatewayError as error:
+            error.paid = paid  # type: ignore[attr-defined]
+            raise
+        if paid is None:
+            return vectors
+        costs = (vectors.cost_nano, paid.cost_nano)
+        return replace(
+            vectors,
+            prompt_tokens=vectors.prompt_tokens + paid.prompt_tokens,
+            cost_nano=None if None in costs else sum(cost or 0 for cost in costs),
+        )
+
+    async def _embed_once(
+        self, lane: Lane, texts: list[Text], timeout_s: float, *, is_retry: bool
+    ) -> Vectors:
         """One provider call for a lane, judged once however many callers share it."""
         try:
             deployment = self.table.deployment(lane.deployment)
@@ -380,7 +409,7 @@ class System:
             raise Overloaded(
                 "this deployment's configuration has not come everywhere yet", retry_after_s=1.0
             ) from None
-        if lane.retry and self.breaker.standing(deployment.circuit).callable:
+        if is_retry and self.breaker.standing(deployment.circuit).callable:
             granted = await self.breaker.may_retry(deployment.circuit)
             if not granted:
                 raise spent_error(deployment)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.batcher.policy import Lane, Text, Vectors
+from actors.batcher.policy import Lane, Paid, Text, Vectors
 from actors.circuit_breaker.policy import State
 from actors.ledger.policy import Entry
 from forebay.call import Call
@@ -36,7 +36,7 @@ from forebay.errors import (
     ResponseValidationError,
 )
 from forebay.pipeline import Pipeline
-from forebay.providers.base import STALLED, Chunks, Resolve
+from forebay.providers.base import NO_BASE64, STALLED, Chunks, Resolve
 from forebay.providers.prices import PriceBound, Rate
 from forebay.reckoning import Reckoner
 from forebay.routing import Deployment
@@ -893,6 +893,22 @@ async def test_a_throttled_provider_is_left_alone_and_callers_hear_for_how_long(
     assert caught.value.retry_after_s is not None
     assert 6 < caught.value.retry_after_s <= 7
     assert here.provider.asked == ["openai/a"]
+
+
+async def test_base64_that_was_asked_for_in_vain_is_asked_for_as_floats_and_paid(
+    house: Open,
+) -> None:
+    here = await house(max_retries=0)
+    in_vain = ProviderError("no base64 here", code=NO_BASE64)
+    in_vain.paid = Paid(2, 5, "x")  # type: ignore[attr-defined]
+    here.provider.steps["openai/text-embedding-x"] = [in_vain]
+    call = here.texts("x")
+    result = await here.pipeline.answer(call)
+
+    (entry,) = await here.entries(call)
+    assert len(here.provider.asked) == 2
+    assert (entry.prompt_tokens, entry.cost_nano) == (3, 14)
+    assert result.facts.attempts == 1
 
 
 async def test_a_throttle_is_the_same_for_texts(house: Open) -> None:
