@@ -28,8 +28,8 @@ ENTRIES_BUFFERED_MAX = 50_000
 """Most calls under way plus entries not acknowledged; some 25 MB."""
 ENTRIES_PER_MESSAGE_MAX = 500
 COMMITS_KEPT = 10_000
-"""Most acknowledgements whose commit is remembered; over eight minutes at SEND_AFTER_S."""
-SEND_AFTER_S = 0.05
+"""Most acknowledgements whose commit is remembered; over sixteen minutes at SEND_AFTER_S."""
+SEND_AFTER_S = 0.1
 BACK_OFF_S = (0.05, 1.0)
 CLOSE_WAIT_S = 5.0
 
