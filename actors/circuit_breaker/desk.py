@@ -229,7 +229,10 @@ class CircuitBreakerDesk:
         return board
 
     async def flush(self) -> None:
-        """Send all there is to say. Raises OwnerUnavailable, and then keeps it."""
+        """Send what there is to say, but for successes that have just come and can wait.
+
+        Raises OwnerUnavailable, and then keeps it.
+        """
         async with self._line:
             if self._rules is not None and not self._rules_told:
                 self._rules_told = True
@@ -243,6 +246,8 @@ class CircuitBreakerDesk:
             while (message := self._outbox.message(self._clock())) is not None:
                 await self._ref.ask("report", self.holder, *message)
                 self._outbox.acknowledge()
+                if self._timer is not None and not self._due.is_set():
+                    break  # what came meanwhile waits for company
 
     def stats(self) -> dict[str, Any]:
         return {

@@ -399,7 +399,7 @@ class LedgerDesk:
             back_off_s = min(2 * back_off_s, BACK_OFF_S[1])
 
     async def _send_all(self) -> bool:
-        """Empties the buffer. False, and the rest is kept, when a message is not acknowledged."""
+        """Sends what is due. False, and the rest is kept, when a message is not acknowledged."""
         self._due.clear()
         while self._buffer:
             if self._sending == 0:
@@ -420,6 +420,19 @@ class LedgerDesk:
             self._acknowledged += len(batch)
             self._commits.append((self._acknowledged, commit))
             self._wake_flushers()
+            if self._can_wait():
+                break
+        return True
+
+    def _can_wait(self) -> bool:
+        """Whether what came meanwhile may wait for company: a timer then sees to it."""
+        if len(self._buffer) >= ENTRIES_PER_MESSAGE_MAX:
+            return False
+        if any(not done.done() for _, done in self._flushers):
+            return False
+        if self._buffer and self._timer is None:
+            assert self._loop is not None, "entries are sent by a task"
+            self._timer = self._loop.call_later(SEND_AFTER_S, self._on_timer)
         return True
 
     def _wake_flushers(self) -> None:

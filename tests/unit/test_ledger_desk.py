@@ -215,6 +215,42 @@ async def test_entries_leave_in_messages_of_five_hundred() -> None:
     await owner.close()
 
 
+async def test_what_comes_while_a_message_is_on_its_way_waits_for_company(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A busy owner's slow answers must not turn each of them into the next message."""
+    monkeypatch.setattr(desk_module, "SEND_AFTER_S", 0.0)
+    owner = Ledger()
+    gates = [asyncio.Event(), asyncio.Event()]
+
+    class SlowLine(BadLine):
+        async def ask(self, method: str, /, *args: Any, timeout_s: float = 5.0) -> Any:
+            answer = await super().ask(method, *args, timeout_s=timeout_s)
+            if method == "append" and self.sent["append"] <= len(gates):
+                await gates[self.sent["append"] - 1].wait()
+            return answer
+
+    line = SlowLine(owner)
+    desk = make(line)
+    await desk.start()
+    desk.note("hit", **CALL)
+    while line.sent["append"] < 1:
+        await asyncio.sleep(0)
+    monkeypatch.setattr(desk_module, "SEND_AFTER_S", 60.0)
+    for _ in range(3):
+        desk.note("hit", **CALL)
+    gates[0].set()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert line.sent["append"] == 1
+    gates[1].set()
+    assert await desk.flush() == 0
+    assert line.sent["append"] == 2
+    assert await owner.count() == 4
+    await desk.close()
+    await owner.close()
+
+
 async def test_closing_hands_in_the_rest() -> None:
     owner = Ledger()
     desk = make(InlineRef("ledger", owner))
