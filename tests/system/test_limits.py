@@ -343,7 +343,7 @@ def test_nothing_is_over_while_the_owner_is_killed_and_frozen(
         f"slowest recovery {storm.recovery_s(slowest):.2f} s after it was {slowest.kind}"
     )
     assert over <= 0
-    assert used >= (0.95 if FULL else 0.75)  # some 40 requests
+    assert used >= (0.95 if FULL else 0.6)  # some 30 requests, a tenth of them is noise
     assert storm.recovery_s(slowest) <= 2.0
     assert len(times) >= (200 if FULL else 150)
     assert set(storm.http) <= {200, 429, 503}
