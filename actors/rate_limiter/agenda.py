@@ -10,7 +10,7 @@ from actors.rate_limiter.held import NEVER_S, Held
 
 RENEW_S = 0.2
 SOON_S = 0.05  # what has to be told and is not urgent
-LATELY_S = 2.0  # so long after it held anything the desk lets itself be heard
+LATELY_S = 15.0  # so long after it held anything a desk is heard, and hears who has fallen silent
 ASKS_MAX = 1_000  # in one message; the rest travels in the next
 
 

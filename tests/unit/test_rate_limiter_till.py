@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from actors.rate_limiter.agenda import ASKS_MAX, RENEW_S, SOON_S
+from actors.rate_limiter.agenda import ASKS_MAX, LATELY_S, RENEW_S, SOON_S
 from actors.rate_limiter.held import Held, Places, Reservation
 from actors.rate_limiter.purse import SETTLED_MAX, Purse
 from actors.rate_limiter.terms import (
@@ -244,13 +244,13 @@ def test_a_till_that_held_something_lets_itself_be_heard_for_a_while_and_then_no
     world = World(REQUESTS)
     world.need(world.arrive())
     heard = 0
-    for _ in range(30):
+    for _ in range(int(LATELY_S / RENEW_S) + 20):
         world.now += RENEW_S
         message = world.till.message(world.now)
         if message is not None:
             heard += 1
             world.answer(message)
-    assert 5 <= heard <= 20
+    assert 5 <= heard <= LATELY_S / RENEW_S + 5
     assert world.till.next_due_s() is None
 
 
