@@ -14,7 +14,7 @@ from actors.ledger.policy import TENANTS_PER_READ_MAX, GroupBy, LedgerFull, Spen
 from actors.rate_limiter.terms import Amount, Seed
 from actors.ref import OwnerUnavailable
 from forebay.call import Call, Facts
-from forebay.codec import Answer
+from forebay.codec import Answer, tokens_in
 from forebay.errors import GatewayError, Overloaded
 from forebay.routing import Deployment
 
@@ -77,11 +77,11 @@ class Books:
         """The attempt was answered, at least in part."""
         if entry is None:
             return
-        usage = answer.usage or {}
+        prompt_tokens, completion_tokens = tokens_in(answer.usage)
         self._desk.post(
             entry,
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
             cost_nano=answer.cost_nano,
             estimated=answer.estimated or answer.usage is None,
             error=None if error is None else _line(error),

@@ -7,6 +7,7 @@ An answer is a JSON header, and behind it the vectors as raw little-endian float
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,17 @@ class Answer:
     array: np.ndarray | None = None
     estimated: bool = False
     clamped: int | None = None
+
+
+def tokens_in(usage: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Prompt and completion tokens of a usage object; what it does not say is 0."""
+    usage = usage or {}
+    return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+
+
+def costs_of(one_nano: int | None, other_nano: int | None) -> int | None:
+    """What two calls cost together, in nano-USD; None where the price of one is not known."""
+    return None if one_nano is None or other_nano is None else one_nano + other_nano
 
 
 def pack(answer: Answer) -> bytes:

@@ -387,10 +387,10 @@ class Pipeline:
                 raise
             attempt.took_s = system.clock() - attempt.begun_s
             facts.provider_s += attempt.took_s
-            facts.cost_nano = _sum(facts.cost_nano, answer.cost_nano)
+            facts.cost_nano = codec.costs_of(facts.cost_nano, answer.cost_nano)
             self._judge(request, attempt, None, usage=answer.usage)
             self._learn(request, answer)
-            system.meter.usage(*_tokens(answer.usage), answer.cost_nano)
+            system.meter.usage(*codec.tokens_in(answer.usage), answer.cost_nano)
             broken: GatewayError | None = None
             try:
                 if _is_filtered(answer) and plan.turn_aside("content_policy"):
@@ -409,7 +409,7 @@ class Pipeline:
     async def _next(self, request: _Request, plan: Plan) -> _Attempt:
         """The next attempt that breaker and quota let through, after the pause it needs."""
         system, facts = self._system, request.facts
-        waits_until_s = system.clock() + self._patience(request)
+        begun_s = system.clock()
         while True:
             left_s = self._left(request)
             try:
@@ -417,7 +417,7 @@ class Pipeline:
             except DeploymentsBusy as busy:
                 again_s = system.clock() + (busy.retry_after_s or 0.0)
                 # Another round is for those of whom nothing was asked: what failed has its retries.
-                if facts.attempts or again_s >= waits_until_s:
+                if facts.attempts or again_s >= self._waits_until_s(request, begun_s):
                     raise
                 await asyncio.sleep(again_s - system.clock())
                 plan.again()
@@ -496,13 +496,12 @@ class Pipeline:
         if attempt.admitted is not None:
             self._system.breaker.judge(attempt.admitted, Verdict.IGNORED)
 
-    def _patience(self, request: _Request) -> float:
-        """How long the request may wait for a deployment's own limits, in seconds."""
-        if not request.call.may_wait:
-            return 0.0
-        config = self._system.config.gateway
-        told = config.rate_limit_config or RateLimitConfig()
-        return min(self._left(request), told.queue_timeout if told.enable_queuing else 0.0)
+    def _waits_until_s(self, request: _Request, begun_s: float) -> float:
+        """Until when the request may wait for a deployment's own limits."""
+        told = self._system.config.gateway.rate_limit_config or RateLimitConfig()
+        if not (request.call.may_wait and told.enable_queuing):
+            return begun_s
+        return min(request.deadline_s, begun_s + told.queue_timeout)
 
     def _open_entry(
         self, request: _Request, attempt: _Attempt, *, stream: bool = False
@@ -729,7 +728,7 @@ class Pipeline:
         finally:
             timer.cancel()
             if relayed.late is None:
-                self._relayed(request, attempt, relayed, error, status)
+                self._settle_stream(request, attempt, relayed, error, status)
 
     def _expire(self, request: _Request, attempt: _Attempt, relayed: _Relayed) -> None:
         """The stream's deadline. Who waits for a chunk hears of it from the provider's lane."""
@@ -742,9 +741,9 @@ class Pipeline:
             provider=attempt.deployment.provider,
         )
         status = str(relayed.late.status)
-        self._relayed(request, attempt, relayed, relayed.late, status, ignored=True)
+        self._settle_stream(request, attempt, relayed, relayed.late, status, ignored=True)
 
-    def _relayed(
+    def _settle_stream(
         self,
         request: _Request,
         attempt: _Attempt,
@@ -767,7 +766,7 @@ class Pipeline:
         self._judge(request, attempt, error, ignored=ignored, usage=answer.usage)
         system.books.post_call(relayed.entry, answer, error)
         self._learn(request, answer)
-        system.meter.usage(*_tokens(answer.usage), answer.cost_nano)
+        system.meter.usage(*codec.tokens_in(answer.usage), answer.cost_nano)
         self._settle(request)
         self._finish(request.call, request, status)
 
@@ -790,7 +789,7 @@ class Pipeline:
         self._end(attempt, verdict)
         self._system.meter.provider_call(attempt.deployment.circuit, verdict.value)
         if attempt.quota is not None:
-            prompt, completion = _tokens(usage)
+            prompt, completion = codec.tokens_in(usage)
             self._system.limiter.settle(attempt.quota, Amount(prompt + completion))
         if attempt.admitted is not None:
             retry_after_s = None if error is None else error.retry_after_s
@@ -934,15 +933,6 @@ def _is_cut(answer: Answer) -> bool:
 def _with_usage(body: dict[str, Any]) -> dict[str, Any]:
     """The body, asking for usage in the stream: the ledger wants to count, not to estimate."""
     return {**body, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
-
-
-def _tokens(usage: Mapping[str, Any] | None) -> tuple[int, int]:
-    usage = usage or {}
-    return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-
-
-def _sum(one_nano: int | None, other_nano: int | None) -> int | None:
-    return None if one_nano is None or other_nano is None else one_nano + other_nano
 
 
 def _is_filtered(answer: Answer) -> bool:

@@ -21,7 +21,7 @@ from actors.rate_limiter.terms import Amount, Hold, Refusal
 from actors.ref import OwnerUnavailable
 from actors.watch import Sleep
 from forebay.call import Call, Facts, Route
-from forebay.codec import Answer
+from forebay.codec import Answer, tokens_in
 from forebay.config import GatewayConfig
 from forebay.errors import GatewayError, Overloaded
 from forebay.routing import Deployment
@@ -154,7 +154,7 @@ class Prober:
                 verdict = system.verdict(came, begun_s, begun_s + timeout_s, fair=True)
                 retry_after_s = came.retry_after_s
             else:
-                verdict, used = Verdict.SUCCESS, Amount(_tokens(came))
+                verdict, used = Verdict.SUCCESS, Amount(sum(tokens_in(came.usage)))
             self._counts[verdict.value] += 1
             system.meter.provider_call(deployment.circuit, verdict.value)
         except (Overloaded, OwnerUnavailable) as failure:
@@ -186,9 +186,7 @@ class Prober:
             books.void_call(entry, None)
             raise
         books.post_call(entry, answer)
-        usage = answer.usage or {}
-        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        meter.usage(int(prompt or 0), int(completion or 0), answer.cost_nano)
+        meter.usage(*tokens_in(answer.usage), answer.cost_nano)
         return answer
 
     async def _answer(self, deployment: Deployment, call: Call, timeout_s: float) -> Answer:
@@ -213,8 +211,3 @@ class Prober:
 def _period_s(gateway: GatewayConfig) -> float | None:
     told = gateway.circuit_breaker_config
     return told.active_probe_s if told is not None and gateway.enable_circuit_breaker else None
-
-
-def _tokens(answer: Answer) -> int:
-    usage = answer.usage or {}
-    return int(usage.get("prompt_tokens") or 0) + int(usage.get("completion_tokens") or 0)

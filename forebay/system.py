@@ -42,6 +42,7 @@ from forebay import config as configuration
 from forebay import health, running, secrets
 from forebay.attempts import pass_unasked, refusal_error, spent_error
 from forebay.books import Books
+from forebay.codec import costs_of
 from forebay.config import (
     CacheConfig,
     CircuitBreakerConfig,
@@ -391,11 +392,10 @@ class System:
             raise
         if paid is None:
             return vectors
-        costs = (vectors.cost_nano, paid.cost_nano)
         return replace(
             vectors,
             prompt_tokens=vectors.prompt_tokens + paid.prompt_tokens,
-            cost_nano=None if None in costs else sum(cost or 0 for cost in costs),
+            cost_nano=costs_of(vectors.cost_nano, paid.cost_nano),
         )
 
     async def _embed_once(

@@ -13,7 +13,6 @@ all processes of a machine: they compare with those in the simulator's log.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -23,12 +22,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from tests.support.stdin_child import StdinChild
 
 NAMESPACE = "forebay"
 ANSWER_S = 120.0
-STOP_S = 20.0
 PROBE_S = 0.05
 PROBE_TIMEOUT_S = 1.0
 READY_S = 90.0
@@ -36,7 +35,7 @@ GONE_S = 10.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Driver:
+class Driver(StdinChild):
     """Owns one driver process. Every call waits for its answer, ANSWER_S at most.
 
     Failure behaviour: what fails in the child is raised here as AssertionError with its words.
@@ -116,27 +115,6 @@ class Driver:
     def asked(self, owner: str, method: str, *arguments: Any) -> Any:
         """An owner's answer, JSON-able."""
         return self._call("ask", owner=owner, method=method, arguments=arguments)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 # ------------------------------------------------------------------------------------ the child

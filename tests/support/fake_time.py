@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections.abc import Awaitable, Callable
 from itertools import count
 
 
@@ -16,11 +17,15 @@ async def settle(rounds: int = 25) -> None:
 class FakeTime:
     """A clock (call it) and a `sleep` that ends when `advance` has come by.
 
-    `advance` stops at each moment somebody sleeps until, so that what happens then happens then.
+    `advance` stops at each moment somebody sleeps until, so that what happens then happens then,
+    and lets all tasks go on by `settled`.
     """
 
-    def __init__(self, now: float = 1_000.0) -> None:
+    def __init__(
+        self, now: float = 1_000.0, settled: Callable[[], Awaitable[None]] = settle
+    ) -> None:
         self.now = now
+        self._settled = settled
         self._order = count()
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
 
@@ -34,11 +39,11 @@ class FakeTime:
 
     async def advance(self, by_s: float) -> None:
         end = self.now + by_s
-        await settle()
+        await self._settled()
         while self._sleepers and self._sleepers[0][0] <= end:
             self.now, _, woken = heapq.heappop(self._sleepers)
             if not woken.done():
                 woken.set_result(None)
-                await settle()
+                await self._settled()
         self.now = end
-        await settle()
+        await self._settled()

@@ -20,22 +20,24 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from tests.support.stdin_child import StdinChild
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 60.0
-STOP_S = 10.0
 PAUSE_S = 0.02
 CALL_S = 20.0
 
 
-class Herd:
+class Herd(StdinChild):
     """Owns one forking process and its children, which end with it or with this process.
 
     Failure behaviour: a child that does not get ready within READY_S fails `start`; one that is
     killed is gone, and nobody takes its place.
     """
+
+    stop_s = 10.0
 
     def __init__(self, env: dict[str, str]) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="herd-")
@@ -68,26 +70,8 @@ class Herd:
         return [int(path.read_text()) for path in ready]
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        super().close()
         self._scratch.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _tell(self, **words: Any) -> None:
         assert self._process.stdin is not None

@@ -12,7 +12,6 @@ could tell it of a probe lends no second one.
 from __future__ import annotations
 
 import asyncio
-import heapq
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
@@ -96,21 +95,6 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-class Hours(FakeTime):
-    """Time of which much passes in one example."""
-
-    async def advance(self, by_s: float) -> None:
-        end = self.now + by_s
-        await settle()
-        while self._sleepers and self._sleepers[0][0] <= end:
-            self.now, _, woken = heapq.heappop(self._sleepers)
-            if not woken.done():
-                woken.set_result(None)
-                await settle()
-        self.now = end
-        await settle()
-
-
 @dataclass
 class Process:
     """A desk, its line, and the calls that are under way in it."""
@@ -128,7 +112,7 @@ class Breaker(RuleBasedStateMachine):
         starts = count(1_000_000, 1_000_000)
         self.names = count(1)
         self.loop = asyncio.new_event_loop()
-        self.time = Hours()
+        self.time = FakeTime(settled=settle)
         self.wrong: list[str] = []
         self.house = House(
             lambda: CircuitBreaker(
@@ -420,7 +404,7 @@ def test_thousands_of_walks_of_an_owner_whose_answers_are_lost_and_messages_come
     paths |= {(state, state) for state in State} | {(State.OPEN, State.HALF_OPEN)}
     deepest: Counter[State] = Counter()
     for seed in range(2_000):
-        chance, time = Random(seed), Hours()
+        chance, time = Random(seed), FakeTime(settled=settle)
         owner = CircuitBreaker(rules, time, chance.random, lambda _: 100)
         leases: dict[str, tuple[str, float]] = {}  # holder to probe id, and until when
         sent: list[tuple[str, tuple[Any, ...]]] = []
