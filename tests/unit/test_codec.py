@@ -42,3 +42,13 @@ def test_every_error_survives_pickling_and_packing(cls: type[errors.GatewayError
         assert error.__dict__ == back.__dict__
         assert str(error) == str(back)
         assert error.body() == back.body()
+
+
+def test_a_vector_comes_back_whole_at_four_bytes_a_number() -> None:
+    vector = codec.Vector(np.arange(1536, dtype=np.float32), 17, "modèle", estimated=True)
+    data = codec.pack_vector(vector)
+    back = codec.unpack_vector(data)
+
+    assert len(data) < 4 * 1536 + 32
+    assert (back.tokens, back.model, back.estimated) == (17, "modèle", True)
+    np.testing.assert_array_equal(vector.array, back.array)
