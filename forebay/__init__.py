@@ -16,6 +16,7 @@ _HOMES = {
     "RateLimitConfig": "config",
     "CircuitBreakerConfig": "config",
     "CacheConfig": "config",
+    "KVCacheManager": "kv_cache",
     "GenerateResponse": "schemas",
     "EmbedResponse": "schemas",
     "HealthCheckResult": "schemas",
@@ -38,6 +39,7 @@ __all__ = [
     "GatewayConfig",
     "GenerateResponse",
     "HealthCheckResult",
+    "KVCacheManager",
     "LiteLLMGateway",
     "RateLimitConfig",
     "ValidationLevel",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
         stream_text,
     )
     from forebay.gateway import LiteLLMGateway
+    from forebay.kv_cache import KVCacheManager
     from forebay.schemas import EmbedResponse, GenerateResponse, HealthCheckResult
     from forebay.validation import ValidationLevel
 

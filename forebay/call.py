@@ -72,6 +72,7 @@ class Facts:
     retries: int = 0
     fallbacks: int = 0
     cache: Literal["hit", "miss", "joined", "off"] = "off"
+    cached: int = 0  # vectors that came from the cache
     cost_nano: int | None = 0
     provider_s: float = 0.0
     total_s: float = 0.0

@@ -18,6 +18,7 @@ from forebay import errors
 from forebay.errors import GatewayError
 
 _LENGTH = struct.Struct("<I")
+_VECTOR = struct.Struct("<IH?")
 
 
 @dataclass(slots=True)
@@ -74,6 +75,31 @@ def unpack(data: bytes) -> Answer:
     shape = header.pop("shape")
     array = None if shape is None else np.frombuffer(data, "<f4", offset=end).reshape(shape)
     return Answer(**header, array=array)
+
+
+@dataclass(slots=True)
+class Vector:
+    """One text's vector, float32 of shape (d,), and the tokens that the text is."""
+
+    array: np.ndarray
+    tokens: int
+    model: str
+    estimated: bool = False
+
+
+def pack_vector(vector: Vector) -> bytes:
+    """The vector as one byte string: four bytes a number, and a few for the rest."""
+    model = vector.model.encode()
+    head = _VECTOR.pack(vector.tokens, len(model), vector.estimated)
+    return head + model + np.ascontiguousarray(vector.array, dtype="<f4").tobytes()
+
+
+def unpack_vector(data: bytes) -> Vector:
+    """The inverse of `pack_vector`. The array is a read-only view into `data`."""
+    tokens, length, estimated = _VECTOR.unpack_from(data)
+    end = _VECTOR.size + length
+    array = np.frombuffer(data, "<f4", offset=end)
+    return Vector(array, tokens, data[_VECTOR.size : end].decode(), estimated)
 
 
 def pack_error(error: GatewayError) -> bytes:

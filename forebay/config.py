@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import (
@@ -24,10 +25,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -74,6 +77,7 @@ __all__ = [
     "nearest",
     "new_key",
     "parse",
+    "revealed",
     "show",
     "shown",
     "sqlite_path",
@@ -87,6 +91,10 @@ TENANTS_MAX = 100_000
 MODELS_MAX = 10_000
 BATCH_TEXTS_MAX = 100_000
 SLOW_CALL_RATE = 0.5
+REDIS_SCHEMES = frozenset({"redis", "rediss", "dragonfly", "unix"})
+REDIS_TLS_OPTIONS = frozenset(
+    {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
+)
 
 
 # ------------------------------------------------------------------------------------ vocabulary
@@ -100,6 +108,35 @@ def _sqlite_url(url: str) -> str:
     return url
 
 
+def _is_text(url: Any) -> Any:
+    if not is_text(url):
+        raise ValueError("must be text")
+    return url
+
+
+def _redis_url(url: str | SecretStr) -> str | SecretStr:
+    """A reference, or a URL: hidden as a whole when there is a user or a password in it."""
+    text = url.get_secret_value() if isinstance(url, SecretStr) else url
+    if secrets.is_reference(text):
+        return text
+    try:
+        parts = urlsplit(text)
+        there = parts.path if parts.scheme == "unix" else parts.hostname and parts.port != 0
+        options = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
+    except ValueError:
+        there, options = None, set()
+    if is_malformed_reference(text) or not there or parts.scheme not in REDIS_SCHEMES:
+        raise ValueError(
+            "must be redis://HOST:PORT, rediss://…, dragonfly://…, unix:///PATH, or os.environ/NAME"
+        )
+    if parts.fragment or "@" in parts.path:
+        raise ValueError("has a password with signs that must be written as %XX, such as %23 for #")
+    if not all(name == "db" or name in REDIS_TLS_OPTIONS for name in options):
+        known = ", ".join(sorted(REDIS_TLS_OPTIONS))
+        raise ValueError(f"takes db and {known} after '?'; a password goes before '@'")
+    return SecretStr(text) if "@" in parts.netloc else text
+
+
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
@@ -109,6 +146,12 @@ Usd = Annotated[float, Field(ge=1e-6, le=1e9)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:@-]+$")]
 LedgerUrl = Annotated[str, AfterValidator(_sqlite_url)]
+RedisUrl = Annotated[
+    str | SecretStr,
+    BeforeValidator(_is_text),
+    AfterValidator(_redis_url),
+    WithJsonSchema({"type": "string"}),
+]
 
 _BASE = ConfigDict(
     extra="forbid",
@@ -279,19 +322,55 @@ class CircuitBreakerConfig(Settings):
 
 
 class CacheConfig(Settings):
-    """Where answers are kept."""
+    """Where answers are kept: in memory, and behind that in Redis or Dragonfly where one is named.
+
+    A URL without a `backend` says which backend it is for.
+    """
 
     backend: Literal["memory", "redis", "dragonfly"] = "memory"
-    redis_url: str | None = Field(default=None, repr=False)
-    dragonfly_url: str | None = Field(default=None, repr=False)
+    redis_url: RedisUrl | None = Field(
+        default=None,
+        repr=False,
+        description="redis://, rediss:// (TLS), unix:// or dragonfly://; or os.environ/NAME.",
+    )
+    dragonfly_url: RedisUrl | None = Field(
+        default=None, repr=False, description="The same for the backend 'dragonfly'."
+    )
     default_ttl: Count = Field(
         default=300, description="Seconds; cache_ttl goes first when it is set."
     )
     max_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
-    namespace: Name = "forebay"
+    namespace: Name = Field(
+        default="forebay",
+        description="First part of every key's name in Redis. Systems that share it share answers.",
+    )
     scope: Literal["tenant", "shared"] = Field(
         default="tenant", description="Whether tenants see each other's cached answers."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _backend_of_the_url(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "backend" in data:
+            return data
+        named = [name for name in ("redis", "dragonfly") if data.get(f"{name}_url") is not None]
+        return {**data, "backend": named[0]} if named else data
+
+    @model_validator(mode="after")
+    def _urls_are_used(self) -> Self:
+        used = {"memory": (), "redis": ("redis_url",), "dragonfly": ("dragonfly_url", "redis_url")}
+        given = [name for name in ("dragonfly_url", "redis_url") if getattr(self, name) is not None]
+        refuse(
+            Fault((name,), f"has no effect with backend {self.backend!r}; leave one of them out")
+            for name in given
+            if name not in used[self.backend] or name != given[0]
+        )
+        return self
+
+    @property
+    def url(self) -> str | SecretStr | None:
+        """Where the second tier is, if it is said here."""
+        return self.dragonfly_url or self.redis_url
 
 
 class KeyConfig(Settings):
@@ -395,7 +474,11 @@ class GatewayConfig(Settings):
     )
     tenants: Annotated[list[TenantConfig], Field(max_length=TENANTS_MAX)] = []
     ledger_url: LedgerUrl | None = Field(default=None, repr=False)
-    redis_url: str | None = Field(default=None, repr=False)
+    redis_url: RedisUrl | None = Field(
+        default=None,
+        repr=False,
+        description="Redis or Dragonfly behind the cache, as cache_config.redis_url.",
+    )
     retry_budget: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None,
         description="Retries of a deployment as a share of its requests, beside 3 per second; "
@@ -409,7 +492,8 @@ class GatewayConfig(Settings):
     routing: Literal["weighted", "least_busy", "latency", "cost", "prefix", "feedback"] = Field(
         default="weighted",
         description="How a group's deployments of one order are ranked: by weight; fewest calls "
-        "in flight; soonest first token or answer; cheapest. What is alike goes by weight.",
+        "in flight; soonest first token or answer; cheapest; where the prompt's beginning was "
+        "sent before. What is alike goes by weight.",
     )
 
     @classmethod
@@ -443,6 +527,41 @@ class GatewayConfig(Settings):
             return self.cache_ttl
         own_s = self.cache_config.default_ttl
         return self.cache_ttl if own_s == CacheConfig().default_ttl else own_s
+
+    @property
+    def cache_url(self) -> str | SecretStr | None:
+        """Where the cache's second tier is; None = there is no other than memory."""
+        if not self.enable_caching:
+            return None
+        own = self.cache_config
+        return self.redis_url if own is None or own.url is None else own.url
+
+    @model_validator(mode="before")
+    @classmethod
+    def _redis_behind_the_cache(cls, data: Any) -> Any:
+        """`redis_url` names the backend of a `cache_config` that says nothing of it."""
+        if not isinstance(data, Mapping) or data.get("redis_url") is None:
+            return data
+        own = data.get("cache_config")
+        if isinstance(own, CacheConfig) and "backend" not in own.model_fields_set:
+            return {**data, "cache_config": own.replace(backend="redis")}
+        if isinstance(own, Mapping) and not own.keys() & {"backend", "redis_url", "dragonfly_url"}:
+            return {**data, "cache_config": {**own, "backend": "redis"}}
+        return data
+
+    @model_validator(mode="after")
+    def _one_second_tier(self) -> Self:
+        own = self.cache_config
+        if own is None:
+            return self
+        if self.redis_url is None and own.backend != "memory" and own.url is None:
+            remedy = f"needs a URL; set redis_url, such as {own.backend}://127.0.0.1:6379"
+            refuse([Fault(("cache_config", "backend"), remedy)])
+        if self.redis_url is not None and own.backend == "memory":
+            refuse([Fault(("redis_url",), "has no effect with cache_config.backend 'memory'")])
+        if self.redis_url is not None and own.url is not None:
+            refuse([Fault(("redis_url",), "stands here and in cache_config; keep one")])
+        return self
 
     @field_validator("model_list", mode="after")
     @classmethod
@@ -777,6 +896,16 @@ def data_dir(environ: Mapping[str, str]) -> Path:
 def sqlite_path(url: str | None) -> Path | None:
     """The file of a `sqlite:///PATH` URL; `~` is the home directory, `sqlite:////` absolute."""
     return None if url is None else _absolute(Path(url.removeprefix("sqlite:///")))
+
+
+def revealed(text: str | SecretStr, vault: Vault) -> str:
+    """What a setting says, or what it refers to in this process's environment or in the vault.
+
+    Raises:
+        ConfigurationError: it refers to nothing; the message names the reference.
+    """
+    found: str = secrets.resolve(text, os.environ, vault)
+    return found
 
 
 class _Source:

@@ -246,6 +246,14 @@ class LiteLLMGateway:
         return self._system.cache if self.config.enable_caching else None
 
     @property
+    def kv_cache(self) -> Any:
+        """What is known of prompts that begin alike and what providers' caches of them saved.
+
+        None where `enable_kv_cache` is off.
+        """
+        return self._system.kv_cache if self.config.enable_kv_cache else None
+
+    @property
     def llmops(self) -> Any:
         """The ledger's desk, None where `enable_llmops` is off."""
         return self._system.books if self.config.enable_llmops else None
@@ -387,7 +395,7 @@ def _embedded(result: Result) -> EmbedResponse:
         model=answer.model,
         usage=None if answer.usage is None else Usage(answer.usage),
         cost_usd=(facts.cost_nano or 0) / 1e9,
-        cached=len(array) if facts.cache == "hit" else 0,
+        cached=facts.cached,
     )
 
 

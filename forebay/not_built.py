@@ -27,16 +27,11 @@ def _only(*values: Any) -> Callable[[Any], bool]:
 _LEAVE_OUT = "is not enforced yet; leave it out"
 
 NOT_BUILT = (
-    NotBuilt("CacheConfig", "backend", _only("memory"), "only 'memory' is built so far"),
-    NotBuilt("CacheConfig", "redis_url", _only(None), "has no effect yet; leave it out"),
-    NotBuilt("CacheConfig", "dragonfly_url", _only(None), "has no effect yet; leave it out"),
-    NotBuilt("CacheConfig", "namespace", _only("forebay"), "has no effect yet; leave it out"),
-    NotBuilt("GatewayConfig", "redis_url", _only(None), "has no effect yet; leave it out"),
     NotBuilt(
         "GatewayConfig",
         "routing",
-        _only("weighted", "least_busy", "latency", "cost"),
-        "is not built yet; there are weighted, least_busy, latency and cost",
+        _only("weighted", "least_busy", "latency", "cost", "prefix"),
+        "is not built yet; there are weighted, least_busy, latency, cost and prefix",
     ),
     NotBuilt(
         "GatewayConfig",

@@ -19,19 +19,20 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from actors.batcher.policy import BadVectors, BatcherFull, Lane, Text
-from actors.cache.desk import FlightFailed, Hit, Lead
-from actors.cache.policy import Scope, key
+from actors.cache.desk import FlightFailed, Hit, Joined, Lead, Listening
+from actors.cache.policy import Scope, key, text_keys
 from actors.circuit_breaker.policy import LETS_THROUGH, Pass, Verdict
 from actors.circuit_breaker.policy import Refusal as BreakerRefusal
 from actors.ledger.desk import OpenEntry
 from actors.rate_limiter.terms import NOTHING_USED, Amount, Hold, Limits, Refusal, Ticket
 from actors.ref import OwnerUnavailable
-from forebay import bounds, codec, schemas, validation
+from forebay import bounds, codec, replay, schemas, validation
 from forebay.attempts import Plan, Try, pass_unasked, refused_by, why_of
 from forebay.bounds import Bound
 from forebay.call import Call, Facts, Result, Stream
@@ -53,11 +54,19 @@ from forebay.errors import (
 from forebay.providers.base import Chunks
 from forebay.providers.embedded import LOCAL
 from forebay.routing import Deployment, Group
+from forebay.tally import StreamTally
+from forebay.texts import Texts
 
 if TYPE_CHECKING:
+    from forebay.prefixes import Prompt
     from forebay.system import System
 
 BATCHER_GRACE_S = 0.25
+ROUNDS_MAX = 16
+"""How often a stream's follower asks again when its leader is lost, before it asks nobody."""
+JOINED_TEXTS_MAX = 256
+"""Longer lists are jobs. Nobody asks for the same texts at the same moment, so with nothing stored
+anyway, telling the owner of each would be for nothing."""
 NANO_PER_USD = 1e9
 TEXTS_FIELD: dict[str, str] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
@@ -78,6 +87,7 @@ class _Request:
     hold: Hold | None = None
     used: Amount = NOTHING_USED
     doubted: bool = False  # the validation had something to say of the answer
+    prompt: Prompt | None = None  # what its beginnings are called
 
 
 @dataclass(slots=True)
@@ -99,13 +109,21 @@ class _Attempt:
 
 
 @dataclass(slots=True)
-class _Relayed:
-    """A stream that is handed on. `awaited`: somebody waits for its next chunk, or its end. `late`:
-    its deadline passed while nobody did, and it is settled."""
+class _Flow:
+    """A stream that is being relayed.
 
+    `reading` is a chunk on its way that outlives who waits. `awaited`: somebody waits for the next
+    chunk, or the end. `late`: its deadline passed while nobody did, and it is settled.
+    """
+
+    request: _Request
+    attempt: _Attempt
     entry: OpenEntry | None
-    tally: schemas.StreamTally
+    lead: Lead | None
+    chunks: Chunks
+    tally: StreamTally
     begun_s: float
+    reading: asyncio.Task[dict[str, Any] | None] | None = None
     awaited: bool = False
     late: GatewayTimeout | None = None
 
@@ -132,8 +150,11 @@ class Pipeline:
         try:
             request = self._check(call)
             await self._count(request)
-            found = await self._look_up(request)
-            answer = found if isinstance(found, Answer) else await self._lead(request, found)
+            if call.route == "embedding":
+                answer = await self._vectors(request)
+            else:
+                found = await self._look_up(request)
+                answer = found if isinstance(found, Answer) else await self._lead(request, found)
             status = "ok"
             return Result(answer, request.facts)
         except GatewayError as error:
@@ -159,14 +180,13 @@ class Pipeline:
         try:
             request = self._check(call)
             await self._count(request)
-            await self._reserve(request)
-            return await self._open_stream(request)
+            found = await self._look_up_stream(request)
+            return found if isinstance(found, Stream) else await self._lead_stream(request, found)
         except BaseException as error:
             status = "cancelled" if isinstance(error, asyncio.CancelledError) else "error"
             if isinstance(error, GatewayError):
                 status = str(error.status)
                 error.facts = None if request is None else request.facts
-            self._settle(request)
             self._finish(call, request, status)
             raise
 
@@ -227,14 +247,10 @@ class Pipeline:
 
     async def _look_up(self, request: _Request) -> Answer | Lead | None:
         system, call, facts = self._system, request.call, request.facts
-        config = system.config.gateway
-        read = config.enable_caching and call.cache_read
-        join = config.enable_request_deduplication and not _asks_for_variety(call.body)
+        read, join = self._may_share(call)
         if not (read or join):
             return None
-        # By deployments too: another configuration may mean something else by the same name.
-        asked = " ".join([request.group.name, *(d.id for d in request.group.deployments)])
-        address = key(Scope(call.tenant), call.route, asked, call.body)
+        address = key(Scope(call.tenant), call.route, _asked(request.group), call.body)
         try:
             found = await system.cache.lookup(
                 address, Scope(call.tenant), read=read, join=join, patience_s=self._left(request)
@@ -246,23 +262,176 @@ class Pipeline:
             facts.cache = "miss"
             system.meter.cache("miss")
             return found
-        answer = codec.unpack(found.value)
+        answer = self._shared(request, found)
+        if facts.cache == "joined":  # it may be a stream's, which nobody has judged
+            facts.warnings += self._validate(request, answer)
+        self._free(request)
+        return answer
+
+    def _shared(self, request: _Request, found: Hit | Joined) -> Answer:
+        """A stored answer, or that of somebody else's call."""
+        answer, facts = codec.unpack(found.value), request.facts
         facts.cache = "hit" if isinstance(found, Hit) else "joined"
-        facts.cost_nano = 0
-        system.meter.cache(facts.cache)
         if answer.clamped is not None:
             self._tell_clamp(request, answer.clamped)
-        if isinstance(found, Hit) and not system.tenants.counts_cache_hits(call.tenant):
+        return answer
+
+    async def _look_up_stream(self, request: _Request) -> Stream | Lead | None:
+        """As `_look_up`, for those who want the answer piece by piece."""
+        system, call, facts = self._system, request.call, request.facts
+        read, join = self._may_share(call)
+        if not (read or join):
+            return None
+        scope = Scope(call.tenant)
+        address = key(scope, call.route, _asked(request.group), call.body)
+        for _ in range(ROUNDS_MAX):
+            left_s = self._left(request)
+            (found,) = await system.cache.ask(
+                [address], scope, read=read, join=join, patience_s=left_s, stream=True
+            )
+            relay: AsyncGenerator[dict[str, Any], None]
+            if isinstance(found, Lead):
+                break
+            if isinstance(found, Hit):
+                relay = self._replay(request, self._shared(request, found))
+            else:
+                listening = system.cache.listen(found.flight)
+                try:
+                    news = await listening.more(left_s)
+                except BaseException as failure:
+                    listening.close()
+                    if not isinstance(failure, FlightFailed):
+                        raise
+                    facts.cache = "joined"
+                    raise codec.unpack_error(failure.error) from None
+                if news is None:
+                    listening.close()
+                    continue
+                if isinstance(news, Joined):
+                    listening.close()
+                    relay = self._replay(request, self._shared(request, news))
+                else:
+                    facts.cache = "joined"
+                    relay = self._follow(request, listening, news)
+            system.meter.first_token(call.route, system.clock() - request.started_s)
+            facts.total_s = system.clock() - request.started_s
+            await anext(relay)  # into its `try`, as in `_open_stream`
+            return Stream(relay, facts)
+        else:
+            found = Lead(address, scope, None)
+        facts.cache = "miss"
+        system.meter.cache("miss")
+        return found
+
+    async def _replay(
+        self, request: _Request, answer: Answer
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """A whole answer as a stream. The first item is no chunk, as in `_relay`."""
+        status = "cancelled"
+        try:
+            yield {}
+            for chunk in replay.chunks(request.call.route, answer):
+                yield chunk
+            status = "ok"
+        finally:
+            self._free(request)
+            self._finish(request.call, request, status)
+
+    async def _follow(
+        self, request: _Request, listening: Listening, pieces: list[bytes]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Somebody else's stream, as it comes. The first item is no chunk, as in `_relay`.
+
+        What its pieces have not told is in the whole answer at the end.
+        """
+        call = request.call
+        status = "cancelled"
+        news: list[bytes] | Joined | None = pieces
+        try:
+            yield {}
+            while isinstance(news, list):
+                for piece in news:
+                    yield orjson.loads(piece)
+                news = await listening.more(self._left(request))
+            if news is None:
+                raise self._lost(request)
+            told = replay.told(call.route, listening.taken, call.body)
+            for chunk in replay.chunks(call.route, codec.unpack(news.value), told):
+                yield chunk
+            status = "ok"
+        except FlightFailed as failure:
+            error = codec.unpack_error(failure.error)
+            status = str(error.status)
+            raise error from None
+        except GatewayError as error:
+            status = str(error.status)
+            raise
+        finally:
+            listening.close()
+            if status in ("ok", "cancelled"):
+                self._free(request)
+            self._finish(call, request, status)
+
+    def _lost(self, request: _Request) -> GatewayError:
+        """The stream that we followed came to no end, and what was told cannot be taken back."""
+        if self._left(request) <= 0:
+            timeout_s = request.deadline_s - request.started_s
+            return GatewayTimeout(f"no answer within {timeout_s:g} s", model=request.facts.group)
+        return ProviderError("the call that this stream shared was lost", model=request.facts.group)
+
+    def _may_share(self, call: Call) -> tuple[bool, bool]:
+        """Whether a stored answer may serve the call, and whether another's running one may."""
+        config = self._system.config.gateway
+        read = config.enable_caching and call.cache_read
+        return read, config.enable_request_deduplication and not _asks_for_variety(call.body)
+
+    def _free(self, request: _Request) -> None:
+        """An answer from the cache, or from somebody else's call: it costs nothing."""
+        system, call, facts = self._system, request.call, request.facts
+        system.meter.cache(facts.cache)
+        if facts.cache == "hit" and not system.tenants.counts_cache_hits(call.tenant):
             self._uncount(request)
         system.books.free(call, facts, system.clock() - request.started_s)
-        return answer
+
+    async def _vectors(self, request: _Request) -> Answer:
+        """Texts are looked up one by one, and only those that nobody has or is getting are sent."""
+        system, call, facts = self._system, request.call, request.facts
+        read, join = self._may_share(call)
+        given = _inputs(call.body["input"])
+        join &= read or len(given) <= JOINED_TEXTS_MAX
+        words = [text for text in given if isinstance(text, str)]
+        if not (read or join) or len(words) < len(given):
+            return await self._lead(request, None)  # tokens are nobody's but the model's
+        shared = {name: value for name, value in call.body.items() if name != "input"}
+        scope = Scope(call.tenant)
+        keys = text_keys(scope, call.route, _asked(request.group), shared, words)
+        texts = Texts(system.cache, scope, words, keys)
+        try:
+            await texts.look_up(read=read, join=join, patience_s=self._left(request))
+            while True:
+                if texts.to_send:
+                    await self._lead_texts(request, texts)
+                elif texts.awaited:
+                    await texts.wait(read=read, join=join, patience_s=self._left(request))
+                elif texts.even():
+                    break
+        except FlightFailed as failure:
+            facts.cache = "miss" if texts.sent_any else "joined"
+            raise codec.unpack_error(failure.error) from None
+        facts.cached = texts.cached
+        if texts.sent_any:
+            system.meter.cache("miss")
+        else:
+            facts.cache = "hit" if facts.cached else "joined"
+            self._free(request)
+        return texts.answer()
 
     # 4 ----------------------------------------------------------------------------- reserve
 
     async def _lead(self, request: _Request, lead: Lead | None) -> Answer:
         """Get the answer ourselves, and let those who wait for it have it or the failure."""
         landed: bytes | None = None
-        error: GatewayError | None = None
+        told: bytes | None = None
         ttl_s: float | None = None
         try:
             await self._reserve(request)
@@ -270,16 +439,44 @@ class Pipeline:
             if lead is not None:
                 landed, ttl_s = self._keep(request, answer)
             return answer
-        except GatewayError as failure:
-            # Our client's own deadline is no news for those who have more time: one of them leads.
-            if not (request.own_deadline and isinstance(failure, GatewayTimeout)):
-                error = failure
+        except GatewayError as error:
+            told = _told_to_others(request, error)
             raise
         finally:
             self._settle(request)
             if lead is not None:
-                packed = None if error is None else codec.pack_error(error)
-                self._system.cache.land(lead, landed, packed, ttl_s)
+                self._system.cache.land(lead, landed, told, ttl_s)
+
+    async def _lead_texts(self, request: _Request, texts: Texts) -> None:
+        """Get those of the texts that are ours to get, and hand them to whoever waits for them."""
+        system, limits = self._system, request.limits
+        request.facts.cache = "miss"
+        request.call = replace(request.call, body={**request.call.body, "input": texts.to_send})
+        error: GatewayError | None = None
+        try:
+            if request.bound is not None and limits is not None:
+                request.bound = await system.bounds.of(request.call, request.group, limits)
+            await self._reserve(request)
+            texts.take(await self._attempt(request), self._ttl_s(request))
+        except GatewayError as failure:
+            error = failure
+            raise
+        finally:
+            self._settle(request)
+            told = None if error is None else _told_to_others(request, error)
+            texts.give_up(told, error)
+
+    async def _lead_stream(self, request: _Request, lead: Lead | None) -> Stream:
+        """Get the stream ourselves; once it has begun, its relay settles and lands it."""
+        try:
+            await self._reserve(request)
+            return await self._open_stream(request, lead)
+        except BaseException as error:
+            self._settle(request)
+            if lead is not None:
+                told = _told_to_others(request, error) if isinstance(error, GatewayError) else None
+                self._system.cache.land(lead, None, told)
+            raise
 
     async def _reserve(self, request: _Request) -> None:
         system = self._system
@@ -533,9 +730,10 @@ class Pipeline:
         system = self._system
         config = system.config.gateway
         group = request.group.name
+        request.prompt = prompt = system.kv_cache.read(request.call)
         return Plan(
             [group, *system.table.fallbacks(group)],
-            system.order,
+            lambda name: system.order(name, prompt),
             max_retries=config.max_retries,
             retry_delay_s=config.retry_delay,
             rng=system.rng,
@@ -570,11 +768,14 @@ class Pipeline:
             ) from None
 
     def _body(self, request: _Request, deployment: Deployment) -> dict[str, Any]:
-        """What is sent: the caller's own body, clamped where a limit of tokens or money says so."""
+        """What is sent: the caller's own body, with hints for the provider's cache.
+
+        Clamped where a limit of tokens or money says so.
+        """
         body, bound = request.call.body, request.bound
-        if bound is None or bound.clamp is None:
-            return body
-        return bounds.clamped(request.call.route, body, bound, deployment)
+        if bound is not None and bound.clamp is not None:
+            body = bounds.clamped(request.call.route, body, bound, deployment)
+        return self._system.kv_cache.sent(request.prompt, body, deployment)
 
     async def _embed(self, request: _Request, attempt: _Attempt, timeout_s: float) -> Answer:
         """Texts go through the Batcher, which may send them together with other callers'."""
@@ -629,7 +830,7 @@ class Pipeline:
             estimated=share.estimated,
         )
 
-    async def _open_stream(self, request: _Request) -> Stream:
+    async def _open_stream(self, request: _Request, lead: Lead | None) -> Stream:
         """Attempts as planned, until one gives a first chunk."""
         plan = self._plan(request)
         while True:
@@ -674,100 +875,133 @@ class Pipeline:
                 attempt.admitted = system.breaker.begun(attempt.admitted, begun)
             system.meter.first_token(call.route, system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
-            relay = self._relay(request, attempt, entry, first, chunks)
+            flow = _Flow(
+                request, attempt, entry, lead, chunks, StreamTally(call.route), system.clock()
+            )
+            relay = self._relay(flow, first)
             # Into its `try`, so that closing or dropping it settles even if nobody takes a chunk.
             await anext(relay)
             return Stream(relay, facts)
 
     async def _relay(
-        self,
-        request: _Request,
-        attempt: _Attempt,
-        entry: OpenEntry | None,
-        first: dict[str, Any],
-        chunks: Chunks,
+        self, flow: _Flow, first: dict[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Hand the chunks on, and settle when they end, fail, or nobody wants them any more.
 
         At the deadline nobody may be there who could be told that time is up: then a timer settles.
         The first item is no chunk: it says that the generator has started.
         """
-        system = self._system
-        slow_s = self._slow_s()
-        tally = schemas.StreamTally(request.call.route)
-        relayed = _Relayed(entry, tally, system.clock())
-        error: GatewayError | None = None
-        status = "cancelled"
-        timer = asyncio.get_running_loop().call_later(
-            self._left(request), self._expire, request, attempt, relayed
-        )
+        status, error, carried = "cancelled", None, False
+        timer = asyncio.get_running_loop().call_later(self._left(flow.request), self._expire, flow)
         try:
-            async with aclosing(chunks):
-                yield {}
-                tally.add(first)
-                yield first
-                while True:
-                    # Only while we wait: a client that is slow to take a chunk slows nobody down.
-                    if relayed.late is not None:
-                        raise relayed.late
-                    attempt.asked_s = system.clock()
-                    relayed.awaited = True
-                    chunk = await anext(chunks, None)
-                    if chunk is None:
-                        break
-                    if system.clock() - attempt.asked_s > slow_s:
-                        self._notice_slow(attempt)
-                    tally.add(chunk)
-                    relayed.awaited = False
-                    yield chunk
+            yield {}
+            self._hear(flow, first)
+            yield first
+            while (chunk := await self._next_chunk(flow)) is not None:
+                yield chunk
             status = "ok"
         except GatewayError as failure:
-            error = failure
-            status = str(error.status)
+            status, error = str(failure.status), failure
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            carried = self._is_followed(flow) and self._system.cache.carry(self._read_on(flow))
             raise
         finally:
             timer.cancel()
-            if relayed.late is None:
-                self._settle_stream(request, attempt, relayed, error, status)
+            if not carried:
+                await self._end_stream(flow, status, error)
 
-    def _expire(self, request: _Request, attempt: _Attempt, relayed: _Relayed) -> None:
+    async def _read_on(self, flow: _Flow) -> None:
+        """Our own client has left, and others follow: the stream goes on for them."""
+        status, error = "cancelled", None
+        try:
+            while await self._next_chunk(flow) is not None:
+                pass
+            status = "ok"
+        except GatewayError as failure:
+            status, error = str(failure.status), failure
+        finally:
+            await self._end_stream(flow, status, error)
+
+    async def _next_chunk(self, flow: _Flow) -> dict[str, Any] | None:
+        """The stream's next chunk, noted; None at its end."""
+        attempt, clock = flow.attempt, self._system.clock
+        if flow.late is not None:
+            raise flow.late
+        # Only while we wait: a client that is slow to take a chunk slows nobody down.
+        attempt.asked_s = clock()
+        flow.awaited = True
+        if flow.reading is None and not self._is_followed(flow):
+            chunk = await anext(flow.chunks, None)
+        else:
+            # Cancelling who waits for a chunk would end the stream, for its followers too.
+            if flow.reading is None:
+                flow.reading = asyncio.create_task(_next_of(flow.chunks))
+            chunk = await asyncio.shield(flow.reading)
+            flow.reading = None
+        if chunk is not None:
+            if clock() - attempt.asked_s > self._slow_s():
+                self._notice_slow(attempt)
+            self._hear(flow, chunk)
+            flow.awaited = False
+        return chunk
+
+    def _hear(self, flow: _Flow, chunk: dict[str, Any]) -> None:
+        flow.tally.add(chunk)
+        if flow.lead is not None and flow.lead.flight is not None:
+            self._system.cache.say(flow.lead, orjson.dumps(chunk))
+
+    def _is_followed(self, flow: _Flow) -> bool:
+        return flow.lead is not None and self._system.cache.is_followed(flow.lead)
+
+    def _expire(self, flow: _Flow) -> None:
         """The stream's deadline. Who waits for a chunk hears of it from the provider's lane."""
-        if relayed.awaited:
+        if flow.awaited:
             return
+        request, deployment = flow.request, flow.attempt.deployment
         timeout_s = request.deadline_s - request.started_s
-        relayed.late = GatewayTimeout(
+        flow.late = GatewayTimeout(
             f"the answer was not taken to its end within {timeout_s:g} s",
-            model=attempt.deployment.group,
-            provider=attempt.deployment.provider,
+            model=deployment.group,
+            provider=deployment.provider,
         )
-        status = str(relayed.late.status)
-        self._settle_stream(request, attempt, relayed, relayed.late, status, ignored=True)
+        self._settle_stream(flow, str(flow.late.status), flow.late, ignored=True)
+
+    async def _end_stream(self, flow: _Flow, status: str, error: GatewayError | None) -> None:
+        try:
+            if flow.reading is not None:
+                flow.reading.cancel()
+                await asyncio.wait([flow.reading])
+            await flow.chunks.aclose()
+        finally:
+            if flow.late is None:
+                self._settle_stream(flow, status, error, ignored=status == "cancelled")
 
     def _settle_stream(
-        self,
-        request: _Request,
-        attempt: _Attempt,
-        relayed: _Relayed,
-        error: GatewayError | None,
-        status: str,
-        *,
-        ignored: bool = False,
+        self, flow: _Flow, status: str, error: GatewayError | None, *, ignored: bool
     ) -> None:
-        """A stream is over: its one settlement."""
-        system, facts = self._system, request.facts
-        facts.provider_s += system.clock() - relayed.begun_s
-        ignored |= status == "cancelled"
-        answer = relayed.tally.answer(request.call.body, status == "ok")
+        """A stream is over: judge, settle, and land. A whole, valid one is kept as answers are."""
+        system, request, attempt = self._system, flow.request, flow.attempt
+        facts, lead = request.facts, flow.lead
+        facts.provider_s += system.clock() - flow.begun_s
+        answer = flow.tally.answer(request.call.body, status == "ok")
         if answer.cost_nano is None:
             answer.cost_nano = system.provider.price(
                 attempt.deployment, answer.usage, model=answer.model
             )
         facts.cost_nano = answer.cost_nano
         self._judge(request, attempt, error, ignored=ignored, usage=answer.usage)
-        system.books.post_call(relayed.entry, answer, error)
+        system.books.post_call(flow.entry, answer, error)
         self._learn(request, answer)
         system.meter.usage(*codec.tokens_in(answer.usage), answer.cost_nano)
         self._settle(request)
+        if lead is not None:
+            landed, ttl_s = None, None
+            if status == "ok":
+                request.doubted = self._is_doubtful(request, answer)
+                landed, ttl_s = self._keep(request, answer)
+            told = None if error is None else _told_to_others(request, error)
+            system.cache.land(lead, landed, told, ttl_s)
         self._finish(request.call, request, status)
 
     # 6 ------------------------------------------------------------------------------- judge
@@ -788,6 +1022,7 @@ class Pipeline:
         verdict = Verdict.IGNORED if ignored else self._verdict(request, attempt, error)
         self._end(attempt, verdict)
         self._system.meter.provider_call(attempt.deployment.circuit, verdict.value)
+        self._system.kv_cache.learn(attempt.deployment, usage)
         if attempt.quota is not None:
             prompt, completion = codec.tokens_in(usage)
             self._system.limiter.settle(attempt.quota, Amount(prompt + completion))
@@ -824,18 +1059,29 @@ class Pipeline:
             return []
         return validation.validate(answer.body, request.call.body, config.validation_level)
 
+    def _is_doubtful(self, request: _Request, answer: Answer) -> bool:
+        """Whether the validation has something to say of a stream that has been handed on."""
+        try:
+            return bool(self._validate(request, answer))
+        except GatewayError:
+            return True
+
     # 8 -------------------------------------------------------------------------------- keep
 
     def _keep(self, request: _Request, answer: Answer) -> tuple[bytes, float | None]:
         """The answer as bytes for those who wait, and for how long to store it, if at all."""
-        config = self._system.config.gateway
-        ttl_s = request.call.cache_ttl_s or float(config.cache_ttl_s)
         clamped = request.facts.clamped
-        whole = clamped is None or not _is_cut(answer)
-        good = whole and not request.doubted
-        store = config.enable_caching and request.call.cache_write and good
+        whole = _is_whole(answer) and (clamped is None or not _is_cut(answer))
         answer.clamped = clamped
-        return codec.pack(answer), ttl_s if store else None
+        good = whole and not request.doubted
+        return codec.pack(answer), self._ttl_s(request) if good else None
+
+    def _ttl_s(self, request: _Request) -> float | None:
+        """For how long a good answer to this request is stored, None where it is not."""
+        config = self._system.config.gateway
+        if not (config.enable_caching and request.call.cache_write):
+            return None
+        return request.call.cache_ttl_s or float(config.cache_ttl_s)
 
     # 9 ------------------------------------------------------------------------------ settle
 
@@ -843,6 +1089,7 @@ class Pipeline:
         if request is not None and request.hold is not None:
             self._system.limiter.settle(request.hold, request.used)
             request.hold = None
+            request.used = NOTHING_USED
 
     def _learn(self, request: _Request, answer: Answer) -> None:
         """An answer was paid for: so much of the reservation is used."""
@@ -910,6 +1157,25 @@ class Pipeline:
         )
 
 
+async def _next_of(chunks: Chunks) -> dict[str, Any] | None:
+    return await anext(chunks, None)
+
+
+def _told_to_others(request: _Request, error: GatewayError) -> bytes | None:
+    """What those hear who wait for a call that failed; None: one of them tries.
+
+    Our client's own deadline is no news for those who have more time.
+    """
+    if request.own_deadline and isinstance(error, GatewayTimeout):
+        return None
+    return codec.pack_error(error)
+
+
+def _asked(group: Group) -> str:
+    """What a model's name stands for: another configuration may mean something else by it."""
+    return " ".join([group.name, *(deployment.id for deployment in group.deployments)])
+
+
 def _asks_for_variety(body: dict[str, Any]) -> bool:
     """Whether two equal requests are meant to get two different answers."""
     temperature, n = body.get("temperature"), body.get("n")
@@ -933,6 +1199,12 @@ def _is_cut(answer: Answer) -> bool:
 def _with_usage(body: dict[str, Any]) -> dict[str, Any]:
     """The body, asking for usage in the stream: the ledger wants to count, not to estimate."""
     return {**body, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
+
+
+def _is_whole(answer: Answer) -> bool:
+    """Whether every choice came to its own end, and no filter cut it short."""
+    ends = [choice.get("finish_reason") for choice in answer.body.get("choices") or ()]
+    return bool(ends) and all(end and end != "content_filter" for end in ends)
 
 
 def _is_filtered(answer: Answer) -> bool:

@@ -4,6 +4,11 @@ Rule 1: lower `order` first, whatever the strategy; what the breaker holds back 
 Rule 2: within one `order` the strategy ranks; whatever it finds alike is shuffled by weight. A
         weight of 0 means: after all others of its order.
 Rule 3: what is known of deployments is this process's own experience; nobody is asked.
+
+By prefix, prompts that begin alike go to one deployment, whose server then has the beginning in its
+cache. It is highest random weight hashing (Thaler, Ravishankar, 1998), so that all processes agree
+unasked, with bounded loads (Mirrokni, Thorup, Zadimoghaddam, 2016): who has more than a little over
+its share of the calls gets no more for now. A beginning stays where it was moved to.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
 from random import Random
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +33,10 @@ SAMPLE_SHARE_MIN = 0.1  # what the newest call counts for, however fast they com
 FORGOTTEN_OVER_S = 15.0  # after so long a pause it counts for 63 in 100
 ALIKE = 1.1  # latencies up to this multiple of the lowest are no reason to prefer any
 EXPLORED_SHARE = 0.02  # of requests go by weight, so that one that became faster is noticed
+SENT_OVER_S = 60.0  # a call so long ago counts for 37 in 100 in a deployment's share of them
+SENT_SHARE_MAX, SENT_SPARE = 1.05, 2  # times its share of the calls, and so many calls
+SENT_CALM = 10  # calls that are no load, whatever share of all they are
+BUSY_SHARE_MAX, BUSY_SPARE = 1.25, 4  # the same of calls in flight
 PRICES_MAX = 1_000  # names that are filled into patterns are callers' choice; full = begin anew
 
 USUAL_CALL: Mapping[str, Any] = MappingProxyType(
@@ -45,6 +56,16 @@ class _Seen:
     in_flight: int = 0
     took_s: float | None = None
     at_s: float | None = None  # when a call last told something, be it a failure
+    sent: float = 0.0  # calls, those before `sent_s` counting for less the older they are
+    sent_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Affinity:
+    """What a prompt's beginning is called, and the circuit that has it from before."""
+
+    key: bytes
+    home: str | None
 
 
 class Router:
@@ -68,6 +89,7 @@ class Router:
             "least_busy": self._by_calls_in_flight,
             "latency": self._by_latency,
             "cost": self._by_price,
+            "prefix": self._by_prefix,
         }
         self.strategy = "weighted"
         self._rank: Rank = self._by_weight
@@ -87,8 +109,15 @@ class Router:
         }
         self._prices.clear()
 
-    def order(self, group: Group, standing: Callable[[str], Standing]) -> list[Deployment]:
+    def order(
+        self,
+        group: Group,
+        standing: Callable[[str], Standing],
+        affinity: Affinity | None = None,
+    ) -> list[Deployment]:
         """A group's deployments in the order to try them now, each once.
+
+        `affinity` is the prompt's; only the prefix strategy heeds it.
 
         `standing` is asked by `circuit`. What the breaker holds back comes at the very end,
         soonest first: asked for a pass, it says when to come back. One that may be probed keeps
@@ -104,7 +133,10 @@ class Router:
                 free.append(deployment)
             else:
                 held.append((stands.retry_after_s or math.inf, deployment))
-        ranked = [deployment for tier in _tiers(free) for deployment in self._rank(tier)]
+        rank = self._rank
+        if affinity is not None and self.strategy == "prefix":
+            rank = partial(self._by_prefix, affinity=affinity)
+        ranked = [deployment for tier in _tiers(free) for deployment in rank(tier)]
         if held:
             ranked += [deployment for _, deployment in sorted(held, key=lambda pair: pair[0])]
         return list({deployment.id: deployment for deployment in ranked}.values())
@@ -116,6 +148,8 @@ class Router:
         if seen is None:
             seen = self._seen[circuit] = _Seen()
         seen.in_flight += 1
+        now = self._clock()
+        seen.sent, seen.sent_s = self._sent(seen, now) + 1, now
 
     def ended(self, deployment: Deployment, took_s: float | None, ok: bool) -> None:
         """The call is over. `took_s`: seconds to its first token or answer, or to its failure.
@@ -179,7 +213,38 @@ class Router:
         """Cheapest first, those whose price nobody knows last."""
         return sorted(self._by_weight(tier), key=self._price)
 
+    def _by_prefix(
+        self, tier: Sequence[Deployment], affinity: Affinity | None = None
+    ) -> list[Deployment]:
+        """Who has the prompt's beginning first, unless it has more to do than its share."""
+        if affinity is None:
+            ranked = self._by_weight(tier)
+        else:
+            ranked = by_hash(tier, affinity.key)
+            ranked.sort(key=lambda deployment: deployment.circuit != affinity.home)
+        full = self._full(tier)
+        return sorted(ranked, key=lambda deployment: deployment.circuit in full)
+
     # ------------------------------------------------------------------------ what they go by
+
+    def _full(self, tier: Sequence[Deployment]) -> set[str]:
+        """Circuits with no room for another call within their share of all of the tier's."""
+        now = self._clock()
+        shares = _shares(tier)
+        seen = {circuit: self._seen.get(circuit) or _Seen() for circuit in shares}
+        sent = {circuit: self._sent(one, now) for circuit, one in seen.items()}
+        sent_max = (sum(sent.values()) + 1) * SENT_SHARE_MAX
+        busy_max = (sum(one.in_flight for one in seen.values()) + 1) * BUSY_SHARE_MAX
+        return {
+            circuit
+            for circuit, share in shares.items()
+            if sent[circuit] + 1 > max(share * sent_max + SENT_SPARE, SENT_CALM)
+            or seen[circuit].in_flight + 1 > share * busy_max + BUSY_SPARE
+        }
+
+    @staticmethod
+    def _sent(seen: _Seen, now: float) -> float:
+        return seen.sent * math.exp((seen.sent_s - now) / SENT_OVER_S) if seen.sent else 0.0
 
     def _in_flight(self, deployment: Deployment) -> float:
         seen = self._seen.get(deployment.circuit)
@@ -217,6 +282,31 @@ def shuffled(deployments: Sequence[Deployment], rng: Random) -> list[Deployment]
     while len(left) > 1:
         picked.append(left.pop(_index_of_one(_weights(left), rng)))
     return picked + left
+
+
+def by_hash(deployments: Sequence[Deployment], key: bytes) -> list[Deployment]:
+    """An order that is the key's own: each comes first for a share of keys that is its weight's.
+
+    Who comes or goes moves only the keys that are, or then are, its own.
+    """
+    weights = _weights(deployments)
+
+    def score(pair: tuple[Deployment, float]) -> float:
+        digest = blake2b(pair[0].circuit.encode(), key=key, digest_size=8).digest()
+        drawn = (int.from_bytes(digest) + 0.5) / 2.0**64
+        return -math.log(drawn) / pair[1] if pair[1] > 0 else math.inf
+
+    ranked = sorted(zip(deployments, weights, strict=True), key=score)
+    return [deployment for deployment, _ in ranked]
+
+
+def _shares(deployments: Sequence[Deployment]) -> dict[str, float]:
+    """What share of the calls each circuit is meant to get."""
+    weights = _weights(deployments)
+    shares: dict[str, float] = {}
+    for deployment, weight in zip(deployments, weights, strict=True):
+        shares[deployment.circuit] = shares.get(deployment.circuit, 0.0) + weight / sum(weights)
+    return shares
 
 
 def _index_of_one(weights: Sequence[float], rng: Random) -> int:

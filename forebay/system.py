@@ -42,6 +42,7 @@ from forebay import config as configuration
 from forebay import health, running, secrets
 from forebay.attempts import pass_unasked, refusal_error, spent_error
 from forebay.books import Books
+from forebay.cache_tier import FixedPlace, RayRegistry, RegisteredPlace, Setting
 from forebay.codec import costs_of
 from forebay.config import (
     CacheConfig,
@@ -58,8 +59,10 @@ from forebay.errors import (
     Overloaded,
     ProviderError,
 )
+from forebay.kv_cache import KVCacheManager
 from forebay.metrics import Meter
 from forebay.pipeline import Pipeline
+from forebay.prefixes import Prompt
 from forebay.probing import Prober
 from forebay.providers.base import NO_BASE64, STALLED, Provider, verdict_of
 from forebay.providers.litellm import LiteLLMProvider
@@ -95,13 +98,19 @@ class Boot:
     ledger_path: str | None = None
     limiter_shards: int = 1
     cache_bytes_max: int = 256 * 1024 * 1024
+    cache_url: str | None = None
+    cache_namespace: str = "forebay"
 
     @classmethod
     def of(cls, config: SystemConfig, namespace: str, *, durable: bool) -> Boot:
-        """The boot of a configuration. Not `durable`: everything in memory unless asked for."""
+        """The boot of a configuration. Not `durable`: everything in memory unless asked for.
+
+        A durable one is known to other processes: a password in it goes to the vault.
+        """
         gateway = config.gateway
         cache = gateway.cache_config or CacheConfig()
         data_dir = Path(config.data_dir).expanduser()
+        url = secrets.refer(gateway.cache_url, Vault(data_dir)) if durable else None
         ledger = configuration.sqlite_path(config.ledger_url or gateway.ledger_url)
         if ledger is None and durable:
             ledger = data_dir / "ledger.db"
@@ -112,6 +121,8 @@ class Boot:
             ledger_path=None if ledger is None else str(ledger),
             limiter_shards=config.server.limiter_shards,
             cache_bytes_max=cache.max_bytes,
+            cache_url=url,
+            cache_namespace=cache.namespace,
         )
 
 
@@ -156,10 +167,18 @@ def owners(boot: Boot) -> dict[str, tuple[type, dict[str, Any]]]:
         **{f"{LIMITER}{shard}": limiter(shard, layout) for shard in range(layout.shards)},
         "registry": (Registry, {"path": boot.registry_path}),
         "circuit-breaker": (CircuitBreaker, {}),
-        "cache": (Cache, {"max_bytes": boot.cache_bytes_max}),
+        "cache": (Cache, {"max_bytes": boot.cache_bytes_max, "places": _cache_place(boot)}),
         "batcher": (Batcher, {"factory": BatcherCalls(boot)}),
         "ledger": (Ledger, {"path": boot.ledger_path}),
     }
+
+
+def _cache_place(boot: Boot) -> RegisteredPlace | None:
+    """None where the Registry is not for others, and the cache is told by whoever makes it."""
+    if boot.registry_path is None:
+        return None
+    setting = Setting(boot.cache_url, boot.cache_namespace)
+    return RegisteredPlace(setting, boot.data_dir, RayRegistry(boot.namespace, boot.registry_path))
 
 
 def limiter(shard: int, layout: Layout) -> tuple[type, dict[str, Any]]:
@@ -216,6 +235,9 @@ class System:
         self.registry = RegistryDesk(refs["registry"], self._configured, self._accessed)
         self.bounds = Reckoner(self.provider, self._candidates)
         self.router = Router(self.rng, clock, self._usual_price)
+        self.kv_cache = KVCacheManager(
+            clock=clock, price_of=self._price_of, secret_of=self._credential
+        )
         self.stalls = StallWatch(clock)
         self.pipeline = Pipeline(self)
         self.prober = Prober(self)
@@ -230,6 +252,11 @@ class System:
         self.config = config
         self.table = table
         self.router.learn_table(table)
+        self.kv_cache.configure(
+            config.gateway.enable_kv_cache,
+            float(config.gateway.kv_cache_ttl),
+            affinity=table.routing == "prefix",
+        )
         self.access = self.registry.last_access or Access()
         self.tenants = Tenants(config.gateway, self.access, self.version)
         self.quotas = Quotas(self.limiter, self.bounds, self.version)
@@ -348,12 +375,24 @@ class System:
 
     # ------------------------------------------------------------------------------ routing
 
-    def order(self, group: str) -> list[Deployment]:
-        """The group's deployments in the order to try them now."""
-        return self.router.order(self.table.group(group), self.breaker.standing)
+    def order(self, group: str, prompt: Prompt | None = None) -> list[Deployment]:
+        """The group's deployments in the order to try them now, for this prompt."""
+        affinity = self.kv_cache.affinity(prompt, group)
+        return self.router.order(self.table.group(group), self.breaker.standing, affinity)
 
     def _usual_price(self, deployment: Deployment) -> int | None:
         return self.provider.price(deployment, USUAL_CALL)
+
+    def _price_of(self, deployment: Deployment, usage: Mapping[str, Any]) -> int | None:
+        return self.provider.price(deployment, usage)
+
+    def _credential(self, deployment: Deployment) -> bytes:
+        """The key that calls of the deployment are made with; empty where it has none."""
+        try:
+            key = self.resolve(deployment.params).get("api_key")
+        except ConfigurationError:
+            return b""  # the call itself will say so
+        return str(key or "").encode()
 
     def _candidates(self, group: str) -> list[Deployment]:
         """Every deployment that may answer for the group, its fallbacks' included."""
@@ -644,6 +683,9 @@ async def open_inline(config: SystemConfig) -> System:
     for name, (cls, arguments) in owners(boot).items():
         if cls is RateLimiter:
             arguments = {**arguments, "fresh": True}
+        if cls is Cache:
+            place = FixedPlace(Setting.of(config.gateway), boot.data_dir)
+            arguments = {**arguments, "places": place}
         if cls is not Batcher:
             refs[name] = InlineRef(name, cls(**arguments))
     # The Batcher calls providers through the very system that it is a part of.

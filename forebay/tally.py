@@ -78,23 +78,30 @@ class StreamTally:
 
 
 class _Choice:
-    """One choice of the answer: its text in pieces, its tool calls by index."""
+    """One choice of the answer: its text in pieces, its tool calls by index and id.
+
+    Some providers give every call the index 0; a new id at an old index is another call.
+    """
 
     def __init__(self) -> None:
         self.said: list[str] = []
         self._fields: dict[str, Any] = {}
         self._text: dict[str, list[str]] = {}
-        self._calls: dict[int, dict[str, Any]] = {}
+        self._calls: list[tuple[int, dict[str, Any]]] = []  # by index, in the order of arrival
+        self._logprobs: dict[str, Any] = {}
         self._finish_reason: str | None = None
 
     def add(self, choice: dict[str, Any]) -> None:
         self._finish_reason = choice.get("finish_reason") or self._finish_reason
         if choice.get("text"):
             self._piece("text", choice["text"])
+        for name, value in (choice.get("logprobs") or {}).items():
+            if isinstance(value, list):
+                self._logprobs.setdefault(name, []).extend(value)
         for name, value in (choice.get("delta") or {}).items():
             if name == "tool_calls":
                 for call in value or ():
-                    self._merge(self._calls.setdefault(call.get("index") or 0, {}), call)
+                    self._merge(self._call_of(call), call)
             elif name in _JOINED and isinstance(value, str):
                 self._piece(name, value)
             elif isinstance(value, dict):
@@ -104,14 +111,30 @@ class _Choice:
 
     def whole(self, index: int, chat: bool) -> dict[str, Any]:
         text = {name: "".join(pieces) for name, pieces in self._text.items()}
-        head = {"index": index, "finish_reason": self._finish_reason}
+        head: dict[str, Any] = {"index": index, "finish_reason": self._finish_reason}
+        if self._logprobs:
+            head["logprobs"] = self._logprobs
         if not chat:
             return {**head, "text": text.get("text", "")}
         message = {"role": "assistant", "content": None, **self._fields, **text}
         if self._calls:
-            calls = [call for _, call in sorted(self._calls.items())]
-            message["tool_calls"] = [_without_index(call) for call in calls]
+            calls = sorted(self._calls, key=lambda numbered: numbered[0])
+            message["tool_calls"] = [_without_index(call) for _, call in calls]
         return {**head, "message": message}
+
+    def _call_of(self, piece: dict[str, Any]) -> dict[str, Any]:
+        """The call that this is a piece of: by its id, else the last one at its index."""
+        index, name = piece.get("index") or 0, piece.get("id")
+        found: dict[str, Any] | None = None
+        for number, call in self._calls:
+            if name and call.get("id") == name:
+                return call
+            if number == index and not (name and call.get("id")):
+                found = call
+        if found is None:
+            found = {}
+            self._calls.append((index, found))
+        return found
 
     def _piece(self, name: str, piece: str) -> None:
         self._text.setdefault(name, []).append(piece)
@@ -124,7 +147,7 @@ class _Choice:
             elif name in _JOINED and isinstance(value, str):
                 whole[name] = whole.get(name, "") + value
                 self.said.append(value)
-            elif value is not None:
+            elif value is not None and (value != "" or name not in whole):
                 whole[name] = value
 
 

@@ -6,27 +6,32 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from actors.cache.policy import (
+    PIECE_OVERHEAD_BYTES,
+    SPEECH_BYTES_MAX,
     Answer,
     Ask,
+    Entries,
     Failed,
+    Follow,
     Gone,
     Hit,
     Landed,
     Landing,
     Lead,
     Miss,
+    News,
     Outcome,
     Scope,
-    Waiting,
+    Searching,
 )
 from actors.ref import Clock, OwnerRef
 
-__all__ = ["CacheDesk", "FlightFailed", "Hit", "Joined", "Lead"]
+__all__ = ["CacheDesk", "FlightFailed", "Follow", "Hit", "Joined", "Lead", "Listening"]
 
 LOOKUP_TIMEOUT_S = 0.25
 """The most that an unreachable owner costs a request, and it costs that once per outage."""
@@ -37,8 +42,16 @@ SILENCE_S = 3.0
 RENEW_EVERY_S = 1.0
 BACK_OFF_S = (0.05, 1.0)
 ASKS_PER_MESSAGE_MAX = 256
+LANDING_MESSAGE_BYTES = 2 * 1024 * 1024
+"""Values that travel in one message, so that a long list of them holds nobody else's up."""
 LANDING_BYTES_MAX = 64 * 1024 * 1024
 """Most bytes of values on their way to the owner; beyond, a flight lands empty."""
+SAY_MESSAGE_BYTES = 256 * 1024
+CARRIED_MAX = 1000
+"""Most streams that are read on for their followers when their own client has left."""
+NEAR_BYTES_MAX = 16 * 1024 * 1024
+NEAR_TTL_S = 1.0
+"""What the owner has dropped, or has anew, is told from here for so long at the most."""
 FOLLOWS_MAX = 10_000
 ROUNDS_MAX = 16
 """How often a follower asks again when its leader is lost, before it computes alone."""
@@ -60,25 +73,110 @@ class Joined:
 
 
 @dataclass(slots=True)
+class _Asked:
+    """One look-up on its way: the answer goes to a place in its group's list."""
+
+    ask: Ask
+    patience_s: float
+    group: _Group
+    place: int
+
+
+@dataclass(slots=True)
+class _Group:
+    """Look-ups that are answered together; `future` holds how many, in their order."""
+
+    future: asyncio.Future[list[Hit | Lead | Follow]]
+    answers: list[Any]
+    left: int
+
+
+@dataclass(slots=True)
 class _Held:
-    """A flight that this process leads: when it was last spoken of, and how long it may take."""
+    """A flight that this process leads: when it was last spoken of, and how long it may take.
+
+    Of a stream, `pieces` are what it has said so far, of which the owner knows `told`.
+    """
 
     said_s: float
     until_s: float
+    stream: bool = False
+    followed: bool = False
+    pieces: list[bytes] = field(default_factory=list)
+    piece_bytes: int = 0
+    told: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Ear:
+    """A flight that this process follows: what was heard of it, and how many are listening."""
+
+    pieces: list[bytes] = field(default_factory=list)
+    outcome: Outcome | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    listeners: int = 0
+
+
+class Listening:
+    """One follower of a flight. `taken` are the pieces of a stream that it has been handed.
+
+    Close it. Failure behaviour: a leader that is lost, and an owner, end it with None.
+    """
+
+    def __init__(self, desk: CacheDesk, flight: str, ear: _Ear) -> None:
+        self._desk = desk
+        self._flight = flight
+        self._ear = ear
+        self._taken = 0
+        self._closed = False
+        ear.listeners += 1
+
+    @property
+    def taken(self) -> list[bytes]:
+        return self._ear.pieces[: self._taken]
+
+    async def more(self, patience_s: float) -> list[bytes] | Joined | None:
+        """The pieces that have come since; the whole value at the end; None when it is lost, or
+        after `patience_s` seconds. Raises FlightFailed with the leader's error."""
+        ear = self._ear
+        if len(ear.pieces) == self._taken and ear.outcome is None:
+            try:
+                async with asyncio.timeout(max(0.0, patience_s)):
+                    await ear.changed.wait()
+            except TimeoutError:
+                return None
+        pieces = ear.pieces[self._taken :]
+        if pieces:
+            self._taken = len(ear.pieces)
+            return pieces
+        if isinstance(ear.outcome, Landed):
+            return Joined(ear.outcome.value)
+        if isinstance(ear.outcome, Failed):
+            raise FlightFailed(ear.outcome.error)
+        return None
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._desk._leave(self._flight, self._ear)
 
 
 class CacheDesk:
     """Owns this process's look-ups under way, the flights it leads, and those it follows.
 
     Look-ups of one tick are one message (ASKS_PER_MESSAGE_MAX at most), together with those that
-    came while the last message was under way; so are landings. All followers of a flight in this
-    process share one held message. Bounded by the calls under way, LANDING_BYTES_MAX of values
-    waiting to be sent, and FOLLOWS_MAX flights followed; beyond the last, a request computes alone.
+    came while the last message was under way; so are landings, and the pieces of streams that are
+    followed. All followers of a flight in this process share what is heard of it, and flights that
+    are listened to from one tick on share one held message. Bounded by the calls under way,
+    NEAR_BYTES_MAX of answers that were hits a moment ago, LANDING_BYTES_MAX of values waiting to be
+    sent, SPEECH_BYTES_MAX of pieces for each stream, and FOLLOWS_MAX flights followed; beyond the
+    last, a request computes alone.
 
     Failure behaviour: fails open. Without an answer in LOOKUP_TIMEOUT_S the caller leads, and until
     the owner answers a probe again every look-up is answered at once, without asking. Landings that
     cannot be delivered are dropped and counted. Flights are renewed while they are led, so that
-    followers elsewhere learn within SILENCE_S that this process is dead.
+    followers elsewhere learn within SILENCE_S that this process is dead. A stream's pieces that
+    cannot be delivered are told by its end.
     """
 
     def __init__(
@@ -95,15 +193,22 @@ class CacheDesk:
         self._clock = clock
         self._pause = pause
         self._minted = 0
-        self._asks: list[tuple[Ask, float, asyncio.Future[Answer]]] = []
+        self._near = Entries(NEAR_BYTES_MAX)
+        self._asks: list[_Asked] = []
         self._landings: list[Landing] = []
         self._landing_bytes = 0
         self._flush_due = False
         self._looking = False  # a message of look-ups is under way
         self._landing = False  # and one of landings
         self._held: dict[str, _Held] = {}
-        self._follows: dict[str, asyncio.Task[Outcome]] = {}
+        self._ears: dict[str, _Ear] = {}
+        self._unheard: dict[str, _Ear] = {}  # to be listened to with the next message
+        self._untold: dict[str, _Held] = {}  # streams that have pieces to be told
+        self._saying = False
+        self._attending: asyncio.Task[None] | None = None
+        self._carried: set[asyncio.Task[None]] = set()
         self._sending: set[asyncio.Task[None]] = set()
+        self._hearing: set[asyncio.Task[None]] = set()
         self._away = False
         self._busy = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -119,14 +224,17 @@ class CacheDesk:
     async def close(self) -> None:
         """Lands what was promised, as far as the owner answers, and stops."""
         deadline = self._clock() + LAND_TIMEOUT_S
+        for task in self._carried:
+            task.cancel()
+        if self._carried:
+            await asyncio.wait(self._carried)
         while (self._landings or self._sending) and self._clock() < deadline:
             self._flush()
             if self._sending:
                 await asyncio.wait(self._sending, timeout=LAND_TIMEOUT_S)
-        tasks: list[asyncio.Task[Any]] = [*self._sending, *self._follows.values()]
-        if self._task is not None:
-            tasks.append(self._task)
-            self._task = None
+        own = [task for task in (self._task, self._attending) if task is not None]
+        self._task = self._attending = None
+        tasks = [*self._sending, *self._hearing, *own]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -145,24 +253,117 @@ class CacheDesk:
             return Lead(key, scope, None)
         deadline = self._clock() + patience_s
         for _ in range(ROUNDS_MAX):
-            answer = await self._ask(key, scope, read, join, patience_s)
-            if isinstance(answer, Hit):
-                self._counts["hits"] += 1
+            (answer,) = await self.ask([key], scope, read=read, join=join, patience_s=patience_s)
+            if not isinstance(answer, Follow):
                 return answer
-            if isinstance(answer, Lead):
-                return answer
-            if isinstance(answer, Miss):
-                break
-            outcome = await self._follow(answer.flight, deadline - self._clock())
-            if isinstance(outcome, Landed):
-                self._counts["joined"] += 1
-                return Joined(outcome.value)
-            if isinstance(outcome, Failed):
-                self._counts["flights_failed"] += 1
-                raise FlightFailed(outcome.error)
+            joined = await self.follow(answer.flight, deadline - self._clock())
+            if joined is not None:
+                return joined
             if self._clock() >= deadline:
                 break
         return Lead(key, scope, None)
+
+    async def ask(
+        self,
+        keys: Sequence[bytes],
+        scope: Scope,
+        *,
+        read: bool,
+        join: bool,
+        patience_s: float,
+        stream: bool = False,
+    ) -> list[Hit | Lead | Follow]:
+        """What is known of each key, now: `lookup` without the waiting.
+
+        Each Lead is a duty as it is there. Land them before following anybody: two who ask for the
+        same keys in another order would wait for each other otherwise.
+        """
+        now = self._clock()
+        near = [self._near.get(key, scope, now) if read else None for key in keys]
+        left = near.count(None)
+        self._counts["near_hits"] += len(keys) - left
+        if self._away or not left or not (read or join):
+            self._counts["unasked"] += left
+            return [hit or Lead(key, scope, None) for key, hit in zip(keys, near, strict=True)]
+        silence_s = min(SILENCE_S, patience_s)
+        group = _Group(asyncio.get_running_loop().create_future(), near, left)
+        for place, key in enumerate(keys):
+            if near[place] is not None:
+                continue
+            self._minted += 1
+            flight = f"{self._prefix}-{self._minted}"
+            ask = Ask(key, scope, flight, read, join, silence_s, stream)
+            self._asks.append(_Asked(ask, patience_s, group, place))
+        self._flush_soon()
+        try:
+            return await group.future
+        except asyncio.CancelledError:
+            for answer in group.answers:  # the others are declined when they come
+                self._decline(answer)
+            raise
+
+    async def follow(self, flight: str, patience_s: float) -> Joined | None:
+        """The answer of somebody else's call; None when it is lost, or after `patience_s` seconds.
+
+        Raises FlightFailed with the leader's error.
+        """
+        (joined,) = await self.follow_all([flight], patience_s)
+        return joined
+
+    async def follow_all(self, flights: Sequence[str], patience_s: float) -> list[Joined | None]:
+        """`follow` for several, in their order; waits for all of them.
+
+        Raises FlightFailed with the first failure.
+        """
+        outcomes = await asyncio.gather(*(self._follow(flight, patience_s) for flight in flights))
+        for outcome in outcomes:
+            if isinstance(outcome, Failed):
+                self._counts["flights_failed"] += 1
+                raise FlightFailed(outcome.error)
+        joined = [Joined(one.value) if isinstance(one, Landed) else None for one in outcomes]
+        self._counts["joined"] += sum(one is not None for one in joined)
+        return joined
+
+    def listen(self, flight: str) -> Listening:
+        """Follow a flight piece by piece, from its beginning."""
+        ear = self._ears.get(flight)
+        if ear is None:
+            ear = _Ear()
+            if len(self._ears) >= FOLLOWS_MAX:
+                ear.outcome = Gone()
+                ear.changed.set()
+            else:
+                self._ears[flight] = self._unheard[flight] = ear
+                self._flush_soon()
+        return Listening(self, flight, ear)
+
+    def say(self, lead: Lead, piece: bytes) -> None:
+        """The next piece of a stream that we lead; it goes out if somebody follows."""
+        held = self._held.get(lead.flight or "")
+        if held is None or lead.flight is None:
+            return
+        held.piece_bytes += len(piece) + PIECE_OVERHEAD_BYTES
+        if held.piece_bytes <= SPEECH_BYTES_MAX:  # beyond, the end tells the rest
+            held.pieces.append(piece)
+        if held.followed and held.told < len(held.pieces):
+            self._untold[lead.flight] = held
+            self._flush_soon()
+
+    def is_followed(self, lead: Lead) -> bool:
+        """Whether somebody follows this stream piece by piece, as far as is known here."""
+        held = self._held.get(lead.flight or "")
+        return held is not None and held.followed
+
+    def carry(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Go on with a followed stream whose own client has left. False where no more fit."""
+        if len(self._carried) >= CARRIED_MAX:
+            work.close()
+            return False
+        task = asyncio.get_running_loop().create_task(work)
+        self._carried.add(task)
+        task.add_done_callback(self._carried.discard)
+        self._counts["carried"] += 1
+        return True
 
     def land(
         self,
@@ -173,6 +374,8 @@ class CacheDesk:
     ) -> None:
         """Ends what was led: a value for those who wait, stored too if it has a `ttl_s` (seconds);
         or an error for those who wait; or neither, and one of them leads. Lands once."""
+        self._near.remove(lead.key, lead.scope)
+        self._untold.pop(lead.flight or "", None)  # its end tells the rest
         if lead.flight is not None and self._held.pop(lead.flight, None) is None:
             # Landed before, or given up as too slow; a whole value is still worth keeping.
             lead = Lead(lead.key, lead.scope, None)
@@ -191,34 +394,16 @@ class CacheDesk:
         return {
             "away": self._away,
             "leading": len(self._held),
-            "following": len(self._follows),
+            "following": len(self._ears),
             "landing_bytes": self._landing_bytes,
+            "near_bytes": self._near.bytes,
             "last_error": self._last_error,
             **self._counts,
         }
 
     # ------------------------------------------------------------------------------ looking up
 
-    async def _ask(
-        self, key: bytes, scope: Scope, read: bool, join: bool, patience_s: float
-    ) -> Answer:
-        self._minted += 1
-        if self._away:
-            self._counts["unasked"] += 1
-            return Lead(key, scope, None)
-        flight = f"{self._prefix}-{self._minted}"
-        ask = Ask(key, scope, flight, read, join, min(SILENCE_S, patience_s))
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._asks.append((ask, patience_s, future))
-        self._flush_soon()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self._decline(future.result())
-            raise
-
-    def _decline(self, answer: Answer) -> None:
+    def _decline(self, answer: Answer | None) -> None:
         """Nobody is there to take this answer: a lead must not be left hanging."""
         if isinstance(answer, Lead):
             self.land(answer)
@@ -233,46 +418,98 @@ class CacheDesk:
         is goes with the next, so that messages grow with the load and their number does not."""
         self._flush_due = False
         if self._landings and not self._landing:
-            landings, self._landings = self._landings, []
+            landings = self._some_landings()
             self._landing = True
             self._spawn(self._send_landings(landings))
+        if self._untold and not self._saying:
+            self._saying = True
+            self._spawn(self._send_says())
+        if self._unheard:
+            ears, self._unheard = self._unheard, {}
+            task = asyncio.get_running_loop().create_task(self._hear(ears))
+            self._hearing.add(task)
+            task.add_done_callback(self._hearing.discard)
         if self._asks and not self._looking:
             asks = self._asks[:ASKS_PER_MESSAGE_MAX]
             del self._asks[:ASKS_PER_MESSAGE_MAX]
             self._looking = True
             self._spawn(self._send_asks(asks))
 
+    def _some_landings(self) -> list[Landing]:
+        """As many of those that wait as travel together; one at least."""
+        size = 0
+        for count, landing in enumerate(self._landings):
+            size += len(landing.value or b"")
+            if count and size > LANDING_MESSAGE_BYTES:
+                break
+        else:
+            count = len(self._landings)
+        landings = self._landings[:count]
+        del self._landings[:count]
+        return landings
+
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
-    async def _send_asks(self, asks: list[tuple[Ask, float, asyncio.Future[Answer]]]) -> None:
+    async def _send_asks(self, asks: list[_Asked], verb: str = "lookup") -> None:
+        """Those that a `lookup` has to search for travel on as a `search`, beside the next one."""
         sent_s = self._clock()
-        answers: list[Answer]
+        answers: list[Answer | Searching]
         try:
             answers = await self._ref.ask(
-                "lookup", [ask for ask, _, _ in asks], timeout_s=LOOKUP_TIMEOUT_S
+                verb, [asked.ask for asked in asks], timeout_s=LOOKUP_TIMEOUT_S
             )
         except Exception as error:  # noqa: BLE001
             # Whatever it is, no request fails for it. The owner may have executed the message, so
             # these lead under the flights they asked for.
             self._lost(error)
             answers = [
-                Lead(ask.key, ask.scope, ask.flight if ask.join else None) for ask, _, _ in asks
+                Lead(one.ask.key, one.ask.scope, one.ask.flight if one.ask.join else None)
+                for one in asks
             ]
         finally:
-            self._looking = False
-            if self._asks:
-                self._flush_soon()
-        for (_, patience_s, future), answer in zip(asks, answers, strict=True):
-            if isinstance(answer, Lead) and answer.flight is not None:
-                self._held[answer.flight] = _Held(sent_s, sent_s + patience_s)
+            if verb == "lookup":
+                self._looking = False
+                if self._asks:
+                    self._flush_soon()
+        searching = [
+            asked
+            for asked, answer in zip(asks, answers, strict=True)
+            if isinstance(answer, Searching)
+        ]
+        if searching:
+            self._spawn(self._send_asks(searching, "search"))
+        for asked, answer in zip(asks, answers, strict=True):
+            if isinstance(answer, Searching):
+                continue
+            if isinstance(answer, Miss):
+                answer = Lead(asked.ask.key, asked.ask.scope, None)
+            elif isinstance(answer, Hit):
+                self._counts["hits"] += 1
+                ttl_s = min(answer.left_s, NEAR_TTL_S)
+                self._near.put(
+                    asked.ask.key,
+                    asked.ask.scope,
+                    answer.value,
+                    ttl_s,
+                    self._clock(),
+                    age_s=answer.age_s,
+                )
+            elif isinstance(answer, Lead) and answer.flight is not None:
+                until_s = sent_s + asked.patience_s
+                self._held[answer.flight] = _Held(sent_s, until_s, asked.ask.stream)
                 self._busy.set()
-            if future.cancelled():
+                if asked.ask.stream and self._attending is None:
+                    self._attending = asyncio.get_running_loop().create_task(self._attend())
+            group = asked.group
+            group.answers[asked.place] = answer
+            group.left -= 1
+            if group.future.cancelled():
                 self._decline(answer)
-            else:
-                future.set_result(answer)
+            elif group.left == 0:
+                group.future.set_result(group.answers)
 
     async def _send_landings(self, landings: list[Landing]) -> None:
         try:
@@ -293,27 +530,102 @@ class CacheDesk:
     # ------------------------------------------------------------------------------- following
 
     async def _follow(self, flight: str, patience_s: float) -> Outcome:
-        task = self._follows.get(flight)
-        if task is None:
-            if len(self._follows) >= FOLLOWS_MAX:
-                return Gone()
-            task = asyncio.get_running_loop().create_task(self._follow_to_the_end(flight))
-            self._follows[flight] = task
-            task.add_done_callback(lambda _: self._follows.pop(flight, None))
-        await asyncio.wait([task], timeout=max(0.0, patience_s))
-        return task.result() if task.done() and not task.cancelled() else Gone()
+        listening = self.listen(flight)
+        deadline = self._clock() + patience_s
+        try:
+            while True:
+                news = await listening.more(deadline - self._clock())
+                if isinstance(news, Joined):
+                    return Landed(news.value)
+                if news is None:
+                    return Gone()
+        except FlightFailed as failure:
+            return Failed(failure.error)
+        finally:
+            listening.close()
 
-    async def _follow_to_the_end(self, flight: str) -> Outcome:
-        while True:
+    async def _hear(self, ears: dict[str, _Ear]) -> None:
+        """One held message for these flights. Those still in the air go with the next one."""
+        wants = [(flight, len(ear.pieces)) for flight, ear in ears.items()]
+        news: list[News]
+        try:
+            news = await self._ref.ask(
+                "hear", wants, FOLLOW_HOLD_S, timeout_s=FOLLOW_HOLD_S + LAND_TIMEOUT_S
+            )
+        except Exception as error:  # noqa: BLE001
+            self._lost(error)
+            news = [News(outcome=Gone())] * len(wants)
+        for (flight, ear), one in zip(ears.items(), news, strict=True):
+            ear.pieces += one.pieces
+            ear.outcome = one.outcome
+            if one:
+                ear.changed.set()
+                ear.changed = asyncio.Event()
+            if one.outcome is not None:
+                self._drop_ear(flight, ear)
+            elif ear.listeners:
+                self._unheard[flight] = ear
+                self._flush_soon()
+
+    def _leave(self, flight: str, ear: _Ear) -> None:
+        ear.listeners -= 1
+        if not ear.listeners:
+            self._drop_ear(flight, ear)
+
+    def _drop_ear(self, flight: str, ear: _Ear) -> None:
+        if self._ears.get(flight) is ear:
+            del self._ears[flight]
+        if self._unheard.get(flight) is ear:
+            del self._unheard[flight]
+
+    # ----------------------------------------------------------------------- saying what we lead
+
+    async def _attend(self) -> None:
+        """While we lead streams, learn which of them are followed."""
+        while any(held.stream for held in self._held.values()):
+            known = [flight for flight, held in self._held.items() if held.followed]
             try:
-                outcome: Outcome | Waiting = await self._ref.ask(
-                    "follow", flight, FOLLOW_HOLD_S, timeout_s=FOLLOW_HOLD_S + LAND_TIMEOUT_S
+                followed = await self._ref.ask(
+                    "followed",
+                    self._prefix,
+                    known,
+                    FOLLOW_HOLD_S,
+                    timeout_s=FOLLOW_HOLD_S + LAND_TIMEOUT_S,
                 )
             except Exception as error:  # noqa: BLE001
                 self._lost(error)
-                return Gone()
-            if not isinstance(outcome, Waiting):
-                return outcome
+                break
+            for flight in followed:
+                if flight in self._held:
+                    self._held[flight].followed = True
+        self._attending = None
+
+    async def _send_says(self) -> None:
+        size = 0
+        said = []
+        for flight, held in self._untold.items():
+            said.append((flight, held.told, held.pieces[held.told :]))
+            size += sum(map(len, said[-1][2]))
+            if size > SAY_MESSAGE_BYTES:
+                break
+        for flight, _, _ in said:
+            del self._untold[flight]
+        try:
+            await self._ref.ask("say", said, timeout_s=LAND_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001
+            self._lost(error)
+        else:
+            self._counts["pieces"] += sum(len(pieces) for _, _, pieces in said)
+            for flight, start, pieces in said:
+                held_now = self._held.get(flight)
+                if held_now is not None:
+                    held_now.told = start + len(pieces)
+                    if held_now.told < len(held_now.pieces):
+                        self._untold[flight] = held_now
+        finally:
+            self._saying = False
+            if self._untold:
+                self._flush_soon()
 
     # ---------------------------------------------------------------------- in the background
 

@@ -16,7 +16,8 @@ import heapq
 import json
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -30,6 +31,11 @@ FLIGHTS_MAX = 100_000
 OUTCOMES_MAX = 10_000
 OUTCOMES_BYTES_MAX = 32 * 1024 * 1024
 OUTCOMES_KEPT_S = 10.0
+SPEECH_BYTES_MAX = 1024 * 1024
+"""Most of one stream that is kept while it runs, on either side; beyond, its followers wait for
+its end."""
+SPEECHES_BYTES_MAX = 64 * 1024 * 1024
+PIECE_OVERHEAD_BYTES = 60
 
 TRANSPORT_FIELDS = frozenset(
     {
@@ -64,6 +70,11 @@ class Scope:
         return (Scope, (self.tenant,))
 
 
+def leader_of(flight: str) -> str:
+    """Who minted a flight's name."""
+    return flight.rpartition("-")[0]
+
+
 def key(scope: Scope, route: str, model: str, body: dict[str, Any]) -> bytes:
     """32 bytes that name the answer to a request: BLAKE2b-256 (RFC 7693) of its canonical form.
 
@@ -71,13 +82,37 @@ def key(scope: Scope, route: str, model: str, body: dict[str, Any]) -> bytes:
     a null field and none) share a key, and every difference in meaning splits it. Text is taken as
     it is: no Unicode normalisation. Raises TypeError or ValueError for what JSON cannot say.
     """
+    digest = _digest(scope, route, model)
+    digest.update(canonical(body))
+    return digest.digest()
+
+
+def text_keys(
+    scope: Scope, route: str, model: str, body: dict[str, Any], texts: Sequence[str]
+) -> list[bytes]:
+    """One key for each of the texts that share `body`, which does not hold them.
+
+    Made like `key`; no key of one kind is a key of the other.
+    """
+    stem = _digest(scope, f"{route}/text", model)
+    shared = canonical(body)
+    stem.update(len(shared).to_bytes(8, "big"))
+    stem.update(shared)
+    keys = []
+    for text in texts:
+        digest = stem.copy()
+        digest.update(text.encode("utf-8", "surrogatepass"))
+        keys.append(digest.digest())
+    return keys
+
+
+def _digest(scope: Scope, route: str, model: str) -> blake2b:
     digest = blake2b(digest_size=32, person=b"forebay.cache.1")
     for text in (scope.mark, route, model):
         field = text.encode("utf-8", "surrogatepass")
         digest.update(len(field).to_bytes(8, "big"))
         digest.update(field)
-    digest.update(canonical(body))
-    return digest.digest()
+    return digest
 
 
 def canonical(body: dict[str, Any]) -> bytes:
@@ -114,8 +149,9 @@ def _plain(value: Any) -> Any:
 class Ask:
     """One look-up: may a stored answer serve it (`read`), may it share a running call (`join`).
 
-    `flight` is minted by the asker and names its own call, should it lead. A leader not heard of
-    for `silence_s` seconds is taken for dead.
+    `flight` is minted by the asker and names its own call, should it lead: the asker's name, a
+    hyphen, a number. A leader not heard of for `silence_s` seconds is taken for dead. `stream`: it
+    leads, or follows, piece by piece.
     """
 
     key: bytes
@@ -124,21 +160,23 @@ class Ask:
     read: bool
     join: bool
     silence_s: float
+    stream: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = (self.key, self.scope, self.flight, self.read, self.join, self.silence_s)
-        return (Ask, fields)
+        flags = (self.read, self.join, self.silence_s, self.stream)
+        return (Ask, (self.key, self.scope, self.flight, *flags))
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A stored answer, `age_s` seconds old."""
+    """A stored answer, `age_s` seconds old, that is good for another `left_s`."""
 
     value: bytes
     age_s: float
+    left_s: float = field(default=0.0, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Hit, (self.value, self.age_s))
+        return (Hit, (self.value, self.age_s, self.left_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +201,11 @@ class Follow:
 @dataclass(frozen=True, slots=True)
 class Miss:
     """Nothing stored, and no flight: compute it alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Searching:
+    """Nothing stored here, and nobody computes it; the second tier may know: ask with `search`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,13 +243,22 @@ class Gone:
     """The leader is lost, or the flight unknown: ask again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Still in the air: go on following."""
-
-
 Answer = Hit | Lead | Follow | Miss
 Outcome = Landed | Failed | Gone
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has been heard of a flight since: pieces of a stream, and its end if there is one."""
+
+    pieces: tuple[bytes, ...] = ()
+    outcome: Outcome | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.pieces) or self.outcome is not None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (News, (self.pieces, self.outcome))
 
 
 @dataclass(slots=True)
@@ -261,14 +313,24 @@ class Entries:
             self._drop(scope.mark, shelf, key)
             return None
         shelf.entries.move_to_end(key)
-        return Hit(stored.value, now - stored.stored_s)
+        return Hit(stored.value, now - stored.stored_s, stored.expires_s - now)
 
-    def put(self, key: bytes, scope: Scope, value: bytes, ttl_s: float, now: float) -> bool:
-        """False, and nothing is kept under the key, when the value is too large or dead already."""
+    def put(
+        self,
+        key: bytes,
+        scope: Scope,
+        value: bytes,
+        ttl_s: float,
+        now: float,
+        *,
+        age_s: float = 0.0,
+    ) -> bool:
+        """False, and nothing is kept under the key, when the value is too large or dead already.
+
+        `age_s` is how old it is.
+        """
         size = len(value) + ENTRY_OVERHEAD_BYTES
-        shelf = self._shelves.get(scope.mark)
-        if shelf is not None and key in shelf.entries:
-            self._drop(scope.mark, shelf, key)
+        self.remove(key, scope)
         too_large = size > min(self.bytes_max // ENTRY_SHARE_MAX, self._shelf_bytes_max)
         if too_large or ttl_s <= 0:
             return False
@@ -277,11 +339,17 @@ class Entries:
         while self.bytes + size > self.bytes_max:
             self._evict(self._largest_shelf())
         shelf = self._shelves.setdefault(scope.mark, _Shelf())
-        shelf.entries[key] = _Stored(value, now, now + ttl_s, size)
+        shelf.entries[key] = _Stored(value, now - age_s, now + ttl_s, size)
         shelf.bytes += size
         self.bytes += size
         self._note_growth(scope.mark, shelf)
         return True
+
+    def remove(self, key: bytes, scope: Scope) -> None:
+        """Keep nothing under the key."""
+        shelf = self._shelves.get(scope.mark)
+        if shelf is not None and key in shelf.entries:
+            self._drop(scope.mark, shelf, key)
 
     def _shelf_bytes(self, mark: str) -> int:
         shelf = self._shelves.get(mark)
@@ -324,13 +392,19 @@ class _Flight:
     place: tuple[str, bytes]
     silence_s: float
     silent_at_s: float
+    streams: bool
     followed: bool = False
+    pieces: list[bytes] = field(default_factory=list)
+    piece_bytes: int = 0
 
 
 class Flights:
-    """Owns who is computing what: one leader per scope and key.
+    """Owns who is computing what: one leader per scope and key; and the streams that are followed,
+    as far as they have come.
 
-    Bounded by FLIGHTS_MAX; beyond, `join` answers Miss. The outcome of a flight that somebody was
+    Bounded by FLIGHTS_MAX; beyond, `join` answers Miss. Pieces of streams are kept while they run,
+    within SPEECH_BYTES_MAX each and SPEECHES_BYTES_MAX in all; what is beyond is left out, and the
+    end tells it. The outcome of a flight that somebody was
     told to follow is kept for OUTCOMES_KEPT_S, within OUTCOMES_MAX and OUTCOMES_BYTES_MAX, oldest
     out first: who comes later for it finds it Gone.
     """
@@ -341,6 +415,8 @@ class Flights:
         self._silences: list[tuple[float, str]] = []
         self._outcomes: OrderedDict[str, tuple[Outcome, float, int]] = OrderedDict()
         self._outcome_bytes = 0
+        self._heard: dict[str, dict[str, None]] = {}  # by leader: streams that are followed
+        self._speech_bytes = 0
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -354,11 +430,13 @@ class Flights:
             return Lead(ask.key, ask.scope, ask.flight)
         if running is not None:
             running.followed = True
+            if ask.stream and running.streams:
+                self._heard.setdefault(leader_of(running.id), {})[running.id] = None
             return Follow(running.id)
         # An id that has landed is not opened again: it is an old message that comes twice.
         if len(self._by_id) >= FLIGHTS_MAX or ask.flight in self._outcomes:
             return Miss()
-        flight = _Flight(ask.flight, place, ask.silence_s, now + ask.silence_s)
+        flight = _Flight(ask.flight, place, ask.silence_s, now + ask.silence_s, ask.stream)
         self._by_place[place] = flight
         self._by_id[flight.id] = flight
         heapq.heappush(self._silences, (flight.silent_at_s, flight.id))
@@ -372,12 +450,53 @@ class Flights:
         running.silent_at_s = now + running.silence_s
         return True
 
+    def heard(self, leader: str) -> list[str]:
+        """The streams of this leader that somebody follows piece by piece."""
+        return list(self._heard.get(leader, ()))
+
+    def say(self, flight: str, start: int, pieces: Sequence[bytes], now: float) -> bool:
+        """Pieces of a stream, the first of which is its number `start`; safe to repeat.
+
+        False when nothing of it is new, or kept.
+        """
+        running = self._by_id.get(flight)
+        if running is None:
+            return False
+        running.silent_at_s = now + running.silence_s
+        known = len(running.pieces)
+        if start > known:
+            return False
+        new = pieces[known - start :]
+        size = sum(map(len, new)) + PIECE_OVERHEAD_BYTES * len(new)
+        if (
+            not new
+            or running.piece_bytes + size > SPEECH_BYTES_MAX
+            or self._speech_bytes + size > SPEECHES_BYTES_MAX
+        ):
+            return False
+        running.pieces += new
+        running.piece_bytes += size
+        self._speech_bytes += size
+        return True
+
+    def news(self, flight: str, seen: int) -> News:
+        """What there is of a flight beyond its first `seen` pieces; Gone when it is not known."""
+        running = self._by_id.get(flight)
+        if running is None:
+            return News(outcome=self.outcome(flight))
+        return News(tuple(running.pieces[seen:]))
+
     def land(self, flight: str, outcome: Outcome, now: float) -> bool:
         """Ends a flight. False when it was over already or never known here."""
         running = self._by_id.pop(flight, None)
         if running is None:
             return False
         del self._by_place[running.place]
+        self._speech_bytes -= running.piece_bytes
+        leader = leader_of(flight)
+        heard = self._heard.get(leader, {})
+        if heard.pop(flight, 0) is None and not heard:
+            del self._heard[leader]
         size = ENTRY_OVERHEAD_BYTES
         if not running.followed:
             outcome = Gone()  # nobody was told to come for it; the id is all there is to remember

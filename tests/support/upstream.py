@@ -33,6 +33,7 @@ class Record:
     `tokens` are those sent, `start_ns`/`end_ns` wall clock, `*_mono_ns` the simulator's own
     monotonic clock; `end_ns` is None for a request that is under way or died with the simulator.
     `fault` names what the script did: status, poison, cut, stall, malformed, reset, over, refused.
+    With a `prefix_cache`: tokens that came from it, and the hints given: marks, or a key.
     """
 
     id: str
@@ -61,6 +62,9 @@ class Record:
     header_names: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     body: Mapping[str, Any] | None = None
+    cached_tokens: int = 0
+    cache_marks: int = 0
+    cache_key: str | None = None
 
     @property
     def finished(self) -> bool:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.cache import desk as desk_module
-from actors.cache.desk import CacheDesk, FlightFailed, Hit, Joined, Lead
+from actors.cache.desk import CacheDesk, FlightFailed, Hit, Joined, Lead, Listening
 from actors.cache.owner import Cache
-from actors.cache.policy import Scope
+from actors.cache.policy import Follow, Scope
 from actors.ref import InlineRef, OwnerUnavailable
 
 ACME = Scope("acme")
@@ -96,7 +96,7 @@ async def test_of_many_identical_asks_one_leads_and_all_get_its_answer() -> None
     assert await look(desks[0]) == Hit(b"v", 0.0)
     # One look-up message per desk, one held message per desk that follows.
     assert world.sent["lookup"] == 5
-    assert world.sent["follow"] == 4
+    assert world.sent["hear"] == 4
     for desk in desks:
         await desk.close()
 
@@ -119,6 +119,57 @@ async def test_landings_of_one_tick_are_one_message() -> None:
     assert world.sent == {"lookup": 1, "land": 1}
     assert desk.stats()["landing_bytes"] == 0
     assert world.owner.stats()["entries"] == 100
+
+
+async def test_many_keys_are_answered_together_in_their_order() -> None:
+    world = World()
+    desk, other = world.desk("d"), world.desk("other")
+    keys = [bytes([n % 256, n // 256]) * 16 for n in range(600)]
+    led = await look(other, keys[500])
+    desk.land(await look(desk, keys[3]), b"v", None, 60.0)
+    await settle()
+    world.sent.clear()
+    found = await desk.ask(keys, ACME, read=True, join=True, patience_s=60)
+    assert world.sent == {"lookup": 3}
+    assert [n for n, one in enumerate(found) if not isinstance(one, Lead)] == [3, 500]
+    assert (found[3], found[500]) == (Hit(b"v", 0.0), Follow(led.flight))
+    for one in found:
+        if isinstance(one, Lead):
+            desk.land(one, b"w")
+    await settle()
+    assert desk.stats()["leading"] == 0
+
+
+async def test_a_caller_of_many_that_is_cancelled_leaves_no_lead_behind() -> None:
+    world = World()
+    desk = world.desk("d")
+    keys = [bytes([n % 256, n // 256]) * 16 for n in range(600)]
+    for steps in range(12):
+        task = asyncio.create_task(desk.ask(keys, ACME, read=True, join=True, patience_s=60))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if not task.cancel():
+            break  # it has its leads
+        await settle()
+        await settle()
+        assert world.owner.stats()["flights"] == 0, steps
+        assert desk.stats()["leading"] == 0
+
+
+async def test_a_long_list_of_values_lands_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_module, "LANDING_MESSAGE_BYTES", 25)
+    world = World()
+    desk = world.desk("d")
+    found = await desk.ask(
+        [bytes([n]) * 32 for n in range(7)], ACME, read=True, join=True, patience_s=60
+    )
+    for lead in found:
+        assert isinstance(lead, Lead)
+        desk.land(lead, b"0123456789", None, 60.0)
+    await settle()
+    await settle()
+    assert world.sent == {"lookup": 1, "land": 4}
+    assert world.owner.stats()["entries"] == 7
 
 
 async def test_with_nothing_to_read_or_join_nobody_is_asked() -> None:
@@ -300,6 +351,214 @@ async def test_two_desks_of_one_process_do_not_share_flight_names() -> None:
     assert not follower.done()
     one.land(first, b"v")
     assert await follower == Joined(b"v")
+
+
+# ------------------------------------------------------------------------------------ streams
+
+
+async def stream(desk: CacheDesk, key: bytes = KEY) -> Any:
+    (found,) = await desk.ask([key], ACME, read=True, join=True, patience_s=60, stream=True)
+    return found
+
+
+async def begun(world: World, leading: CacheDesk, following: CacheDesk) -> tuple[Lead, Listening]:
+    """A stream that is led, and followed, and whose leader knows it."""
+    lead = await stream(leading)
+    await settle()
+    found = await stream(following)
+    assert isinstance(found, Follow)
+    await settle()
+    assert leading.is_followed(lead)
+    return lead, following.listen(found.flight)
+
+
+async def test_followers_hear_a_stream_from_its_beginning_and_to_its_end() -> None:
+    world = World()
+    one, other = world.desk("one"), world.desk("other")
+    lead = await stream(one)
+    one.say(lead, b"1")
+    await settle()
+    assert not one.is_followed(lead)
+    assert world.sent["say"] == 0, "nobody listens"
+    early = other.listen((await stream(other)).flight)
+    await settle()
+    one.say(lead, b"2")
+    await settle()
+    assert await early.more(60) == [b"1", b"2"]
+    late = one.listen((await stream(one)).flight)
+    await settle()
+    one.say(lead, b"3")
+    one.say(lead, b"4")
+    await settle()
+    assert await early.more(60) == [b"3", b"4"]
+    assert await late.more(60) == [b"1", b"2", b"3", b"4"] == late.taken
+    one.land(lead, b"whole")
+    assert await early.more(60) == await late.more(60) == Joined(b"whole")
+    early.close()
+    late.close()
+    assert other.stats()["following"] == one.stats()["following"] == 0
+    assert world.sent["say"] == 2
+    await one.close()
+    await other.close()
+
+
+async def test_pieces_of_one_tick_and_of_several_streams_are_one_message() -> None:
+    world = World()
+    one, other = world.desk("one"), world.desk("other")
+    keys = [bytes([n]) * 32 for n in range(5)]
+    leads = [await stream(one, key) for key in keys]
+    heard = [other.listen((await stream(other, key)).flight) for key in keys]
+    await settle()
+    for lead in leads:
+        one.say(lead, b"a")
+        one.say(lead, b"b")
+    await settle()
+    assert [await ear.more(60) for ear in heard] == [[b"a", b"b"]] * 5
+    assert world.sent["say"] == 1
+    await one.close()
+    await other.close()
+
+
+async def test_a_streams_failure_comes_after_what_was_heard() -> None:
+    world = World()
+    one, other = world.desk("one"), world.desk("other")
+    lead, ear = await begun(world, one, other)
+    one.say(lead, b"1")
+    await settle()
+    one.land(lead, None, b"boom")
+    await settle()
+    assert await ear.more(60) == [b"1"]
+    with pytest.raises(FlightFailed):
+        await ear.more(60)
+    await one.close()
+    await other.close()
+
+
+async def test_a_stream_whose_leader_dies_is_lost() -> None:
+    world = World()
+    one, other = world.desk("one"), world.desk("other")
+    await one.start()
+    await other.start()
+    _, ear = await begun(world, one, other)
+    await world.pass_time(5, "other")
+    assert await ear.more(60) is None
+    assert isinstance(await stream(other), Lead)
+    await one.close()
+    await other.close()
+
+
+async def test_a_stream_goes_silently_where_its_pieces_are_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(desk_module, "SPEECH_BYTES_MAX", 200)
+    world = World()
+    one, other = world.desk("one"), world.desk("other")
+    lead, ear = await begun(world, one, other)
+    for _ in range(10):
+        one.say(lead, b"0123456789")
+    await settle()
+    assert await ear.more(60) == [b"0123456789"] * 2
+    one.land(lead, b"whole")
+    assert await ear.more(60) == Joined(b"whole")
+    await one.close()
+    await other.close()
+
+
+async def test_what_nobody_listens_to_any_more_is_not_asked_for_again() -> None:
+    world = World()
+    one, other = world.desk("one"), world.desk("other")
+    lead, ear = await begun(world, one, other)
+    await settle()
+    ear.close()
+    ear.close()
+    one.say(lead, b"1")
+    await settle()
+    asked = world.sent["hear"]
+    one.say(lead, b"2")
+    await settle()
+    assert world.sent["hear"] == asked
+    assert other.stats()["following"] == 0
+    await one.close()
+    await other.close()
+
+
+async def test_when_the_owner_is_lost_followers_are_told_so() -> None:
+    world = World()
+    one, other = world.desk("one"), world.desk("other")
+    await stream(one)
+    found = await stream(other)
+    world.down.add("other")
+    ear = other.listen(found.flight)
+    assert await ear.more(60) is None
+    ear.close()
+
+
+async def test_streams_that_are_carried_are_bounded_and_end_with_the_desk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(desk_module, "CARRIED_MAX", 1)
+    desk = World().desk("d")
+    ended = []
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    assert desk.carry(work())
+    assert not desk.carry(work())
+    await settle()
+    await desk.close()
+    assert ended == [True]
+
+
+# ------------------------------------------------------------------------------ what is near
+
+
+async def test_a_hit_is_told_again_without_asking_for_a_moment() -> None:
+    world = World()
+    desk = world.desk("d")
+    desk.land(await look(desk), b"v", None, 60.0)
+    await settle()
+    world.now_s = 5
+    assert await look(desk) == Hit(b"v", 5.0)
+    assert await look(desk) == Hit(b"v", 5.0)
+    world.now_s = 5.9
+    assert await look(desk) == Hit(b"v", 5.9)
+    assert (world.sent["lookup"], desk.stats()["near_hits"]) == (2, 2)
+    world.now_s = 6
+    assert await look(desk) == Hit(b"v", 6.0)
+    assert world.sent["lookup"] == 3
+    assert await desk.lookup(KEY, Scope("other"), read=True, join=False, patience_s=1) == Lead(
+        KEY, Scope("other"), None
+    )
+    assert isinstance(await desk.lookup(KEY, ACME, read=False, join=True, patience_s=1), Lead)
+    await desk.close()
+
+
+async def test_what_is_near_lives_no_longer_than_the_entry() -> None:
+    world = World()
+    desk = world.desk("d")
+    desk.land(await look(desk), b"v", None, 1.0)
+    await settle()
+    world.now_s = 0.75
+    assert await look(desk) == Hit(b"v", 0.75)
+    world.now_s = 1.0
+    assert isinstance(await look(desk), Lead)
+    await desk.close()
+
+
+async def test_what_is_landed_anew_is_near_no_more() -> None:
+    world = World()
+    desk = world.desk("d")
+    desk.land(await look(desk), b"old", None, 60.0)
+    await settle()
+    assert (await look(desk)).value == b"old"
+    desk.land(Lead(KEY, ACME, None), b"new", None, 60.0)
+    await settle()
+    assert (await look(desk)).value == b"new"
+    await desk.close()
 
 
 @given(

@@ -17,8 +17,9 @@ from actors.cache.policy import (
     Landing,
     Lead,
     Miss,
+    News,
+    Outcome,
     Scope,
-    Waiting,
 )
 
 ACME = Scope("acme")
@@ -54,6 +55,11 @@ def landing(
     ttl_s: float | None = 60,
 ) -> Landing:
     return Landing(KEY, ACME, flight, value, error, ttl_s)
+
+
+async def follow(cache: Cache, flight: str, timeout_s: float) -> Outcome | None:
+    (news,) = await cache.hear([(flight, 0)], timeout_s)
+    return news.outcome
 
 
 async def settle() -> None:
@@ -101,11 +107,11 @@ def test_a_message_that_comes_twice_changes_nothing(cache: Cache) -> None:
 
 async def test_followers_get_the_leaders_value_even_if_it_is_not_stored(cache: Cache) -> None:
     cache.lookup([ask("a"), ask("b"), ask("c")])
-    early = [asyncio.create_task(cache.follow("a", 60)) for _ in range(2)]
+    early = [asyncio.create_task(follow(cache, "a", 60)) for _ in range(2)]
     await settle()
     cache.land([landing("a", ttl_s=None)])
     assert [await task for task in early] == [Landed(b"v")] * 2
-    assert await cache.follow("a", 60) == Landed(b"v")
+    assert await follow(cache, "a", 60) == Landed(b"v")
     assert cache.stats()["entries"] == 0
 
 
@@ -113,7 +119,7 @@ async def test_followers_of_a_failed_leader_get_its_error_and_the_next_tries_ane
     cache: Cache,
 ) -> None:
     cache.lookup([ask("a"), ask("b")])
-    follower = asyncio.create_task(cache.follow("a", 60))
+    follower = asyncio.create_task(follow(cache, "a", 60))
     await settle()
     cache.land([landing("a", None, b"500", None)])
     assert await follower == Failed(b"500")
@@ -122,7 +128,7 @@ async def test_followers_of_a_failed_leader_get_its_error_and_the_next_tries_ane
 
 async def test_a_leader_that_gives_up_leaves_the_lead_to_one_follower(cache: Cache) -> None:
     cache.lookup([ask("a"), ask("b"), ask("c")])
-    followers = [asyncio.create_task(cache.follow("a", 60)) for _ in range(2)]
+    followers = [asyncio.create_task(follow(cache, "a", 60)) for _ in range(2)]
     await settle()
     cache.land([landing("a", None, None, None)])
     assert [await task for task in followers] == [Gone()] * 2
@@ -131,7 +137,7 @@ async def test_a_leader_that_gives_up_leaves_the_lead_to_one_follower(cache: Cac
 
 async def test_a_leader_that_falls_silent_is_gone(cache: Cache, now: Now) -> None:
     cache.lookup([ask("a"), ask("b")])
-    follower = asyncio.create_task(cache.follow("a", 60))
+    follower = asyncio.create_task(follow(cache, "a", 60))
     await settle()
     now.s = 1.5
     assert cache.renew(["a", "nobody"]) == ["nobody"]
@@ -147,8 +153,8 @@ async def test_a_leader_that_falls_silent_is_gone(cache: Cache, now: Now) -> Non
 
 async def test_a_follower_is_told_to_go_on_waiting_after_its_time(cache: Cache, now: Now) -> None:
     cache.lookup([ask("a"), ask("b")])
-    assert await cache.follow("a", 0) == Waiting()
-    assert await cache.follow("never heard of", 60) == Gone()
+    assert await follow(cache, "a", 0) is None
+    assert await follow(cache, "never heard of", 60) == Gone()
 
 
 async def test_too_many_followers_are_sent_away(
@@ -156,16 +162,16 @@ async def test_too_many_followers_are_sent_away(
 ) -> None:
     monkeypatch.setattr(owner_module, "FOLLOWS_MAX", 1)
     cache.lookup([ask("a"), ask("b")])
-    follower = asyncio.create_task(cache.follow("a", 60))
+    follower = asyncio.create_task(follow(cache, "a", 60))
     await settle()
-    assert await cache.follow("a", 60) == Gone()
+    assert await follow(cache, "a", 60) == Gone()
     await cache.close()
     assert await follower == Gone()
 
 
 async def test_a_follower_that_leaves_does_not_disturb_the_others(cache: Cache) -> None:
     cache.lookup([ask("a"), ask("b")])
-    leaver, stayer = (asyncio.create_task(cache.follow("a", 60)) for _ in range(2))
+    leaver, stayer = (asyncio.create_task(follow(cache, "a", 60)) for _ in range(2))
     await settle()
     leaver.cancel()
     await settle()
@@ -180,4 +186,68 @@ def test_an_owner_that_was_restarted_stores_what_lands_from_before(cache: Cache)
 
 
 def test_a_cache_is_made_without_an_event_loop() -> None:
-    assert Cache().protocol() == 1
+    assert Cache().protocol() == 2
+
+
+# ------------------------------------------------------------------------------------ streams
+
+
+def stream(flight: str, key: bytes = KEY) -> Ask:
+    return Ask(key, ACME, flight, True, True, 2.0, True)
+
+
+async def test_pieces_are_heard_once_and_in_order(cache: Cache) -> None:
+    cache.lookup([stream("d-1"), stream("e-1")])
+    waiting = asyncio.create_task(cache.hear([("d-1", 0)], 60))
+    await settle()
+    cache.say([("d-1", 0, [b"a", b"b"])])
+    assert await waiting == [News((b"a", b"b"))]
+    cache.say([("d-1", 0, [b"a", b"b"]), ("d-1", 1, [b"b", b"c"]), ("nobody", 0, [b"x"])])
+    assert await cache.hear([("d-1", 2)], 60) == [News((b"c",))]
+    cache.say([("d-1", 7, [b"z"])])  # what comes before it is missing
+    assert await cache.hear([("d-1", 3)], 0) == [News()]
+    cache.land([landing("d-1")])
+    assert await cache.hear([("d-1", 3), ("nobody", 0)], 60) == [
+        News((), Landed(b"v")),
+        News((), Gone()),
+    ]
+
+
+async def test_one_message_hears_of_many_flights(cache: Cache) -> None:
+    keys = [bytes([n]) * 32 for n in range(3)]
+    cache.lookup([ask(f"a{n}", key=key) for n, key in enumerate(keys)])
+    cache.lookup([ask(f"b{n}", key=key) for n, key in enumerate(keys)])
+    waiting = asyncio.create_task(cache.hear([(f"a{n}", 0) for n in range(3)], 60))
+    await settle()
+    cache.land([landing("a1", b"v", ttl_s=None)])
+    assert await waiting == [News(), News((), Landed(b"v")), News()]
+
+
+async def test_leaders_learn_who_of_theirs_is_followed(cache: Cache) -> None:
+    other = b"o" * 32
+    cache.lookup([stream("d-1"), stream("d-2", other)])
+    waiting = asyncio.create_task(cache.followed("d", [], 60))
+    await settle()
+    cache.lookup([ask("e-1"), stream("e-2", b"x" * 32)])  # a plain follower waits for the end
+    await settle()
+    assert not waiting.done()
+    cache.lookup([stream("e-3")])
+    assert await waiting == ["d-1"]
+    waiting = asyncio.create_task(cache.followed("d", ["d-1"], 60))
+    await settle()
+    assert not waiting.done()
+    cache.lookup([stream("e-4", other)])
+    assert await waiting == ["d-1", "d-2"]
+    cache.land([landing("d-1")])
+    assert await cache.followed("d", ["d-1"], 60) == ["d-2"]
+    assert await cache.followed("nobody", [], 0) == []
+
+
+async def test_who_says_something_is_alive(cache: Cache, now: Now) -> None:
+    cache.lookup([stream("d-1"), stream("e-1")])
+    now.s = 1.5
+    cache.say([("d-1", 0, [b"a"])])
+    now.s = 3.0
+    assert await cache.hear([("d-1", 1)], 0) == [News()]
+    now.s = 3.5
+    assert await cache.hear([("d-1", 1)], 0) == [News((), Gone())]

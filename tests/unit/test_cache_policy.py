@@ -447,6 +447,82 @@ def test_messages_survive_pickling() -> None:
         Failed(b"e"),
         Gone(),
         Miss(),
-        policy.Waiting(),
+        policy.News((b"p",), Gone()),
     ):
         assert pickle.loads(pickle.dumps(message)) == message
+
+
+# ------------------------------------------------------------------------------- keys of texts
+
+
+def test_each_text_of_a_list_has_the_key_that_it_has_alone() -> None:
+    body = {"dimensions": 8}
+    one, other = policy.text_keys(ACME, "embedding", "m", body, ["x", "y"])
+    assert policy.text_keys(ACME, "embedding", "m", body, ["y", "x"]) == [other, one]
+    assert policy.text_keys(ACME, "embedding", "m", {"dimensions": 8.0, "user": "u"}, ["x"]) == [
+        one
+    ]
+
+
+def test_whatever_else_differs_splits_the_keys_of_texts() -> None:
+    def of(scope: Scope = ACME, route: str = "r", model: str = "m", **body: Any) -> bytes:
+        text = body.pop("text", "x")
+        return policy.text_keys(scope, route, model, body, [text])[0]
+
+    keys = [
+        of(),
+        of(Scope("a")),
+        of(Scope(None)),
+        of(route="s"),
+        of(model="n"),
+        of(dimensions=8),
+        of(dimensions=9),
+        of(text="y"),
+        of(text=""),
+        of(text="\ud800"),
+        key(ACME, "r", "m", {"input": "x"}),
+        key(ACME, "r/text", "m", {}),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+# ------------------------------------------------------------------------- streams, and their ends
+
+
+def test_pieces_are_bounded_for_one_stream_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "SPEECH_BYTES_MAX", 3 * (policy.PIECE_OVERHEAD_BYTES + 10))
+    monkeypatch.setattr(policy, "SPEECHES_BYTES_MAX", 4 * (policy.PIECE_OVERHEAD_BYTES + 10))
+    flights = Flights()
+    piece = b"0123456789"
+    for number in (1, 2):
+        flights.join(Ask(bytes([number]) * 32, ACME, f"d-{number}", True, True, 9.0, True), 0)
+    assert flights.say("d-1", 0, [piece] * 3, 0)
+    assert not flights.say("d-1", 3, [piece], 0)
+    assert flights.say("d-2", 0, [piece], 0)
+    assert not flights.say("d-2", 1, [piece], 0)
+    flights.land("d-1", Gone(), 0)
+    assert flights.say("d-2", 1, [piece], 0)
+    assert flights.news("d-2", 0).pieces == (piece, piece)
+
+
+def test_nothing_of_a_stream_is_left_when_it_is_over() -> None:
+    flights = Flights()
+    flights.join(Ask(name(1), ACME, "d-1", True, True, 9.0, True), 0)
+    flights.join(Ask(name(1), ACME, "e-1", True, True, 9.0, True), 0)
+    flights.say("d-1", 0, [b"a"], 0)
+    assert flights.heard("d") == ["d-1"]
+    flights.land("d-1", Landed(b"a"), 0)
+    assert (flights.heard("d"), flights._heard, flights._speech_bytes) == ([], {}, 0)
+    assert flights.news("d-1", 1) == policy.News((), Landed(b"a"))
+
+
+def test_a_hit_says_how_long_it_is_good_and_age_can_be_told() -> None:
+    entries = Entries(1_000_000)
+    entries.put(name(1), ACME, b"v", 10.0, 100.0, age_s=3.0)
+    hit = entries.get(name(1), ACME, 104.0)
+    assert hit is not None
+    assert (hit.age_s, hit.left_s) == (7.0, 6.0)
+    entries.remove(name(1), ACME)
+    entries.remove(name(2), ACME)
+    assert entries.get(name(1), ACME, 104.0) is None
+    assert entries.bytes == 0

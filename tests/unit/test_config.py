@@ -217,11 +217,8 @@ class TestWhatIsNotBuilt:
     @pytest.mark.parametrize(
         ("make", "field"),
         [
-            (lambda: CacheConfig(backend="redis"), "backend"),
-            (lambda: GatewayConfig(routing="prefix"), "routing"),
             (lambda: GatewayConfig(routing="feedback"), "routing"),
             (lambda: GatewayConfig(ledger_url="postgresql+psycopg://h/d"), "ledger_url"),
-            (lambda: GatewayConfig(redis_url="redis://h"), "redis_url"),
             (lambda: ServerConfig(lane="relay"), "lane"),
         ],
     )
@@ -270,8 +267,95 @@ class TestWhatIsNotBuilt:
             hedge_embeddings=True,
             stall_timeout=5,
         )
-        for strategy in ("weighted", "least_busy", "latency", "cost"):
+        for strategy in ("weighted", "least_busy", "latency", "cost", "prefix"):
             GatewayConfig(routing=strategy)
+
+
+class TestWhereAnswersAreKept:
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "redis://127.0.0.1:6379",
+            "redis://h/3?db=3",
+            "rediss://h:6380?ssl_ca_certs=/etc/ca.pem",
+            "unix:///run/redis.sock?db=1",
+            "dragonfly://localhost:6379",
+            "os.environ/REDIS_URL",
+        ],
+    )
+    def test_a_url_without_a_password_is_shown(self, url: str) -> None:
+        config = GatewayConfig(enable_caching=True, redis_url=url)
+        assert config.cache_url == url
+        assert shown(config)["redis_url"] == url
+
+    @pytest.mark.parametrize(
+        "url", [f"redis://:{CANARY}@h:6379", f"rediss://me:{CANARY}@h", f"unix://:{CANARY}@/r.sock"]
+    )
+    def test_one_with_a_password_is_hidden_and_goes_to_the_vault(self, url: str) -> None:
+        vault = Vault()
+        for gateway in (
+            GatewayConfig(enable_caching=True, redis_url=url),
+            GatewayConfig(enable_caching=True, cache_config=CacheConfig(redis_url=url)),
+        ):
+            system = SystemConfig(gateway=gateway)
+            document = json.dumps(system.document(vault))
+            told = [repr(gateway), str(gateway), repr(gateway.model_dump()), document]
+            assert CANARY not in "".join([*told, str(shown(gateway))])
+            again = SystemConfig.from_document(json.loads(document)).gateway.cache_url
+            assert vault.get(str(again)) == url
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            CANARY,
+            "",
+            7,
+            f"memcached://{CANARY}@h",
+            f"redis://h?password={CANARY}",
+            f"redis://:{CANARY}#more@h",
+            f"redis://:{CANARY}/more@h",
+            f"redis://h:{CANARY}",
+            "redis://",
+            "unix://",
+            "redis://[",
+            "$REDIS_URL",
+            "os.environ/",
+        ],
+    )
+    def test_what_is_no_such_url_is_refused_without_being_told(self, url: Any) -> None:
+        for field in ("redis_url", "dragonfly_url"):
+            assert refused(lambda field=field: CacheConfig(**{field: url})).param == field
+        assert refused(lambda: GatewayConfig(redis_url=url)).param == "redis_url"
+
+    def test_a_url_says_which_backend_it_is_for(self) -> None:
+        assert CacheConfig().backend == "memory"
+        assert CacheConfig(redis_url="redis://h").backend == "redis"
+        assert CacheConfig(dragonfly_url="dragonfly://h").backend == "dragonfly"
+        assert CacheConfig(backend="dragonfly", redis_url="redis://h").url == "redis://h"
+        named = GatewayConfig(redis_url="redis://h", cache_config=CacheConfig(max_bytes=2**20))
+        assert named.cache_config is not None
+        assert (named.cache_config.backend, named.cache_config.max_bytes) == ("redis", 2**20)
+        assert GatewayConfig(**named.model_dump()) == named
+
+    def test_without_caching_there_is_nothing_to_keep(self) -> None:
+        assert GatewayConfig(redis_url="redis://h").cache_url is None
+        own = CacheConfig(dragonfly_url="dragonfly://h")
+        assert GatewayConfig(cache_config=own, enable_caching=True).cache_url == "dragonfly://h"
+
+    def test_what_would_have_no_effect_is_refused(self) -> None:
+        url = "redis://h"
+        memory = CacheConfig(backend="memory")
+        for make, field in (
+            (lambda: CacheConfig(backend="memory", redis_url=url), "redis_url"),
+            (lambda: CacheConfig(backend="redis", dragonfly_url=url), "dragonfly_url"),
+            (lambda: CacheConfig(redis_url=url, dragonfly_url=url), "dragonfly_url"),
+            (lambda: GatewayConfig(redis_url=url, cache_config=memory), "redis_url"),
+            (lambda: GatewayConfig(redis_url=url, cache_config={"redis_url": url}), "redis_url"),
+        ):
+            assert refused(make).param == field
+        missing = refused(lambda: GatewayConfig(cache_config=CacheConfig(backend="dragonfly")))
+        assert missing.param == "cache_config.backend"
+        assert "dragonfly://127.0.0.1:6379" in str(missing)
 
 
 class TestWhenProvidersFail:

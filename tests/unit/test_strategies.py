@@ -15,7 +15,21 @@ from actors.circuit_breaker.policy import CLEAN, Standing, State
 from forebay.config import GatewayConfig
 from forebay.providers.prices import Prices
 from forebay.routing import Deployment, ModelTable
-from forebay.strategies import ALIKE, EXPLORED_SHARE, KNOWN_FOR_S, PRICES_MAX, USUAL_CALL, Router
+from forebay.strategies import (
+    ALIKE,
+    BUSY_SPARE,
+    EXPLORED_SHARE,
+    KNOWN_FOR_S,
+    PRICES_MAX,
+    SENT_CALM,
+    SENT_OVER_S,
+    SENT_SHARE_MAX,
+    SENT_SPARE,
+    USUAL_CALL,
+    Affinity,
+    Router,
+    by_hash,
+)
 
 
 class Unexploring(Random):
@@ -46,9 +60,13 @@ class Bench:
     def deployment(self, number: int) -> Deployment:
         return self.table.deployment(str(number))
 
-    def order(self, standing: Callable[[str], Standing] | None = None) -> list[str]:
+    def order(
+        self,
+        standing: Callable[[str], Standing] | None = None,
+        affinity: Affinity | None = None,
+    ) -> list[str]:
         group = self.table.group("g")
-        return [d.id for d in self.router.order(group, standing or clean)]
+        return [d.id for d in self.router.order(group, standing or clean, affinity)]
 
     def firsts(self, trials: int = 2000) -> Counter[str]:
         return Counter(self.order()[0] for _ in range(trials))
@@ -85,7 +103,7 @@ def standings(**by_id: Standing) -> Callable[[str], Standing]:
     return lambda circuit: by_id.get(f"d{circuit}", CLEAN)
 
 
-ALL = pytest.mark.parametrize("strategy", ["weighted", "least_busy", "latency", "cost"])
+ALL = pytest.mark.parametrize("strategy", ["weighted", "least_busy", "latency", "cost", "prefix"])
 
 
 class TestWhateverTheStrategy:
@@ -449,3 +467,99 @@ class TestChangesOfTheTable:
             router.began(deployment)
             router.ended(deployment, 1.0, True)
         assert router.stats()["deployments"].keys() == {"0"}
+
+
+def beginning(number: int, home: str | None = None) -> Affinity:
+    return Affinity(number.to_bytes(4), home)
+
+
+class TestPrefix:
+    def test_a_beginning_has_one_order_in_every_process(self) -> None:
+        one, other = (Bench("prefix", {}, {}, {}, rng=Random(seed)) for seed in (1, 2))
+        orders = [one.order(affinity=beginning(number)) for number in range(300)]
+        assert [other.order(affinity=beginning(number)) for number in range(300)] == orders
+        firsts = Counter(found[0] for found in orders)
+        assert all(75 < firsts[number] < 125 for number in "012")
+
+    def test_a_weight_is_a_share_of_the_beginnings(self) -> None:
+        bench = Bench("prefix", {"weight": 3}, {"weight": 1}, {"weight": 1e-9})
+        firsts = Counter(bench.order(affinity=beginning(n))[0] for n in range(2000))
+        assert 1400 < firsts["0"] < 1600
+        assert firsts["2"] == 0
+
+    def test_who_goes_takes_only_its_own_beginnings_along(self) -> None:
+        three = table({}, {}, {}).group("g").deployments
+        for number in range(100):
+            key = beginning(number).key
+            before = [d.id for d in by_hash(three, key)]
+            after = [d.id for d in by_hash(three[:2], key)]
+            assert after == [name for name in before if name != "2"]
+
+    def test_home_is_first_wherever_the_hash_points(self) -> None:
+        bench = Bench("prefix", {}, {}, {})
+        for number in range(20):
+            assert bench.order(affinity=beginning(number, "1"))[0] == "1"
+        assert bench.order(affinity=beginning(1, "gone")) == bench.order(affinity=beginning(1))
+
+    def test_home_gets_no_more_than_a_little_over_its_share(self) -> None:
+        bench = Bench("prefix", {}, {}, {})
+        sent: Counter[str] = Counter()
+        for _ in range(300):
+            first = bench.order(affinity=beginning(1, "1"))[0]
+            sent[first] += 1
+            bench.called(int(first), 0.0)
+        assert sent["1"] == max(sent.values())
+        assert sent["1"] <= 100 * SENT_SHARE_MAX + SENT_SPARE
+
+    def test_what_was_sent_long_ago_keeps_nobody_from_home(self) -> None:
+        bench = Bench("prefix", {}, {}, {})
+        for _ in range(50):
+            bench.called(1, 0.0)
+        assert bench.order(affinity=beginning(1, "1"))[0] != "1"
+        bench.now_s += 10 * SENT_OVER_S
+        assert bench.order(affinity=beginning(1, "1"))[0] == "1"
+
+    def test_calls_that_do_not_end_turn_others_away(self) -> None:
+        bench = Bench("prefix", {}, {}, {})
+        for _ in range(2 * BUSY_SPARE):
+            bench.began(1)
+        bench.now_s += 10 * SENT_OVER_S
+        found = bench.order(affinity=beginning(1, "1"))
+        assert (found[0] != "1", found[-1]) == (True, "1")
+
+    def test_a_few_calls_are_no_reason_to_leave_home(self) -> None:
+        bench = Bench("prefix", {}, {}, {})
+        for _ in range(SENT_CALM):
+            assert bench.order(affinity=beginning(1, "1"))[0] == "1"
+            bench.called(1, 0.0)
+
+    def test_prompts_without_a_beginning_even_out_the_shares(self) -> None:
+        bench = Bench("prefix", {}, {}, {}, rng=Random(1))
+        for _ in range(40):
+            bench.called(1, 0.0)
+        assert bench.firsts(200).keys() == {"0", "2"}
+
+    def test_home_behind_an_open_breaker_is_passed_by(self) -> None:
+        open_one = standings(d1=Standing(State.OPEN, retry_after_s=9))
+        found = Bench("prefix", {}, {}, {}).order(open_one, beginning(1, "1"))
+        assert (found[0] != "1", found[-1]) == (True, "1")
+
+    def test_other_strategies_do_not_heed_it(self) -> None:
+        bench = Bench("cost", {}, {})
+        bench.prices = {"0": 1, "1": 2}
+        assert bench.order(affinity=beginning(1, "1")) == ["0", "1"]
+
+    @settings(deadline=None, max_examples=50)
+    @given(
+        st.lists(st.floats(0, 1e6), min_size=1, max_size=6),
+        st.lists(st.integers(0, 5), max_size=40),
+        st.integers(0, 99),
+    )
+    def test_nothing_is_lost_and_nothing_breaks(
+        self, weights: list[float], calls: list[int], number: int
+    ) -> None:
+        bench = Bench("prefix", *({"weight": weight} for weight in weights))
+        for called in calls:
+            bench.called(called % len(weights), 0.0)
+        found = bench.order(affinity=beginning(number, "0"))
+        assert sorted(found) == [str(n) for n in range(len(weights))]

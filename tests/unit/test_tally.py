@@ -57,6 +57,47 @@ def test_tool_calls_are_joined_by_index() -> None:
     ]
 
 
+def test_tool_calls_that_all_have_index_0_are_told_apart_by_id() -> None:
+    def call(**fields: Any) -> dict[str, Any]:
+        return chunk({"tool_calls": [{"index": 0, **fields}]})
+
+    answer = folded(
+        call(id="a", type="function", function={"name": "f", "arguments": '{"x":'}),
+        call(function={"arguments": "1}"}),
+        call(id="b", type="function", function={"name": "g", "arguments": '{"y"'}),
+        call(id="b", function={"arguments": ":2"}),
+        call(id="", function={"arguments": "}"}),
+        call(id="a", function={"arguments": " "}),
+        chunk({}, "tool_calls"),
+    )
+
+    assert answer.body["choices"][0]["message"]["tool_calls"] == [
+        {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x":1} '}},
+        {"id": "b", "type": "function", "function": {"name": "g", "arguments": '{"y":2}'}},
+    ]
+
+
+def test_an_id_may_come_after_the_first_piece() -> None:
+    answer = folded(
+        chunk({"tool_calls": [{"index": 0, "function": {"name": "f", "arguments": ""}}]}),
+        chunk({"tool_calls": [{"index": 0, "id": "a", "function": {"arguments": "{}"}}]}),
+    )
+
+    assert answer.body["choices"][0]["message"]["tool_calls"] == [
+        {"id": "a", "function": {"name": "f", "arguments": "{}"}}
+    ]
+
+
+def test_log_probabilities_are_joined() -> None:
+    def piece(text: str) -> dict[str, Any]:
+        told = {"content": [{"token": text, "logprob": -0.5}], "refusal": None}
+        return {"choices": [{"index": 0, "delta": {"content": text}, "logprobs": told}]}
+
+    answer = folded(piece("a"), piece("b"))
+
+    assert [one["token"] for one in answer.body["choices"][0]["logprobs"]["content"]] == ["a", "b"]
+
+
 def test_choices_are_told_apart() -> None:
     second = {"index": 1, "text": "b", "finish_reason": "stop"}
     first = {"index": 0, "text": "a", "finish_reason": "stop"}

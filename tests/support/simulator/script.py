@@ -124,7 +124,8 @@ class Settings:
     """What holds for the server, not for one request.
 
     `concurrency` requests at once, the others queue or get 429 (`over`); `seed` of all chance;
-    bounds on embedding requests as OpenAI has them.
+    bounds on embedding requests as OpenAI has them; `prefix_cache` tokens of prompts that begin
+    alike are cached (None: nothing is, and nothing of it is logged).
     """
 
     concurrency: int | None = None
@@ -134,6 +135,7 @@ class Settings:
     texts_max: int = 2048
     text_tokens_max: int = 8192
     request_tokens_max: int = 300_000
+    prefix_cache: int | None = None
 
 
 BASE = Behaviour()

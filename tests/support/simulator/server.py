@@ -38,6 +38,7 @@ from tests.support.simulator.dialects.cohere import Cohere
 from tests.support.simulator.dialects.gemini import Gemini
 from tests.support.simulator.dialects.openai import OpenAI
 from tests.support.simulator.log import Log, hash_credential
+from tests.support.simulator.prefix_cache import PrefixCache
 from tests.support.simulator.script import Behaviour, Script, ScriptError
 from tests.support.simulator.truth import count_tokens
 
@@ -137,6 +138,7 @@ class Simulator:
         self._id_prefix = str(uuid.uuid4())[:24]
         self._count = 0
         self._credentials: dict[bytes, str] = {}
+        self._prefixes: PrefixCache | None = None
         self._running = 0
         self._reset_counters()
 
@@ -279,6 +281,23 @@ class Simulator:
             reply = compose(ask, behaviour, record["id"], created, record["n"])
             exchange.reply = reply
             record["prompt_tokens"] = reply.prompt_tokens
+            if script.settings.prefix_cache is not None and route in ("chat", "messages"):
+                self._serve_prefix(exchange, reply, script.settings.prefix_cache, body)
+
+    def _serve_prefix(
+        self, exchange: Exchange, reply: Reply, tokens_max: int, body: dict[str, Any]
+    ) -> None:
+        if self._prefixes is None:
+            self._prefixes = PrefixCache(tokens_max)
+        record = exchange.record
+        is_marked = exchange.dialect is ANTHROPIC
+        serve = self._prefixes.serve_marks if is_marked else self._prefixes.serve_blocks
+        served = serve(record["model"], body)
+        reply.cached_tokens = min(served.cached, reply.prompt_tokens)
+        reply.written_tokens = min(served.written, reply.prompt_tokens - reply.cached_tokens)
+        record["cached_tokens"] = reply.cached_tokens
+        record["cache_marks"] = served.marks
+        record["cache_key"] = body.get("prompt_cache_key")
 
     def _check(self, exchange: Exchange, ask: Ask, behaviour: Behaviour, request: Request) -> None:
         """Raise BadAsk for what OpenAI refuses; set the scripted error."""
@@ -580,6 +599,7 @@ class Simulator:
             return 404, {"error": f"no {path}"}
         if path == "/control/reset":
             self.script.reset()
+            self._prefixes = None
             self._reset_counters()
             self._wake()
             return 200, {"log_bytes": self.log.size()}

@@ -138,8 +138,8 @@ def _usage(reply: Reply, output_tokens: int) -> dict[str, int]:
     if not reply.usage:
         return {"input_tokens": 0, "output_tokens": 0}
     return {
-        "input_tokens": reply.prompt_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
+        "input_tokens": reply.prompt_tokens - reply.cached_tokens - reply.written_tokens,
+        "cache_creation_input_tokens": reply.written_tokens,
+        "cache_read_input_tokens": reply.cached_tokens,
         "output_tokens": output_tokens,
     }

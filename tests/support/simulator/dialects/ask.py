@@ -100,7 +100,10 @@ class Choice:
 
 @dataclass(slots=True)
 class Reply:
-    """The answer to an Ask and what it costs. `usage` False: the provider forgets to say."""
+    """The answer to an Ask and what it costs. `usage` False: the provider forgets to say.
+
+    `cached_tokens` of the prompt came from a cache, `written_tokens` of it went into one.
+    """
 
     id: str
     created: int
@@ -109,6 +112,8 @@ class Reply:
     completion_tokens: int
     usage: bool = True
     vectors: NDArray[np.float32] | None = None
+    cached_tokens: int = 0
+    written_tokens: int = 0
 
 
 class Frame(NamedTuple):

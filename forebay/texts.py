@@ -1,0 +1,173 @@
+"""Texts to embed, one by one: what is known already, what others are getting, what is to be sent.
+
+Rule 1: each distinct text has one row, however often it stands in the list.
+Rule 2: what we lead is landed before we wait for anybody, so no two lists wait for each other.
+Rule 3: a failure goes to those who wait only where it says something of the provider, or where the
+        text was sent alone: a long list's own trouble is no news for who shares one text with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actors.batcher.policy import split
+from actors.cache.desk import CacheDesk, Follow, Hit, Lead
+from actors.cache.policy import Scope
+from forebay import codec
+from forebay.codec import Answer, Vector
+from forebay.errors import (
+    CircuitBreakerOpenError,
+    GatewayError,
+    GatewayTimeout,
+    ProviderError,
+)
+
+ROUNDS_MAX = 16
+"""How often texts whose leader is lost are asked for again, before they are sent without asking."""
+OF_THE_PROVIDER = (ProviderError, CircuitBreakerOpenError, GatewayTimeout)
+
+
+class Texts:
+    """Owns the rows of one request, and what it leads until that has landed; bounded by its list.
+
+    Failure behaviour: fails open, as the desk does: what nobody knows is sent. Vectors of unequal
+    length, such as a model leaves behind that has changed, are forgotten and all texts sent.
+    """
+
+    def __init__(
+        self, desk: CacheDesk, scope: Scope, texts: Sequence[str], keys: Sequence[bytes]
+    ) -> None:
+        self._desk = desk
+        self._scope = scope
+        rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        self._keys = list(rows)
+        self._rows = [rows[key] for key in keys]
+        self._texts = [""] * len(rows)
+        for row, text in zip(self._rows, texts, strict=True):
+            self._texts[row] = text
+        self._vectors: list[Vector | None] = [None] * len(rows)
+        self._known: set[int] = set()  # rows from the cache
+        self._sent: set[int] = set()
+        self._leads: dict[int, Lead] = {}
+        self._flights: dict[int, str] = {}
+        self._rounds = 0
+        self._evened = False
+
+    @property
+    def to_send(self) -> list[str]:
+        """The texts that are ours to get."""
+        return [self._texts[row] for row in self._leads]
+
+    @property
+    def awaited(self) -> bool:
+        """Whether others are getting some of the rest."""
+        return bool(self._flights)
+
+    @property
+    def sent_any(self) -> bool:
+        return bool(self._sent)
+
+    @property
+    def cached(self) -> int:
+        """How many of the list's vectors came from the cache."""
+        return sum(row in self._known for row in self._rows)
+
+    async def look_up(self, *, read: bool, join: bool, patience_s: float) -> None:
+        """Ask for every text, in as few messages as they fit into."""
+        await self._ask(range(len(self._keys)), read, join, patience_s)
+
+    async def wait(self, *, read: bool, join: bool, patience_s: float) -> None:
+        """Wait for what others are getting. Where a leader is lost, the text may be ours next.
+
+        Raises FlightFailed with the first failure.
+        """
+        flights, self._flights = self._flights, {}
+        lost = []
+        for row, joined in zip(
+            flights, await self._desk.follow_all(list(flights.values()), patience_s), strict=True
+        ):
+            if joined is None:
+                lost.append(row)
+            else:
+                self._vectors[row] = codec.unpack_vector(joined.value)
+        if not lost:
+            return
+        self._rounds += 1
+        if self._rounds < ROUNDS_MAX:
+            await self._ask(lost, read, join, patience_s)
+        else:
+            self._leads.update({row: Lead(self._keys[row], self._scope, None) for row in lost})
+
+    def take(self, answer: Answer, ttl_s: float | None) -> None:
+        """The answer to what `to_send` was: kept for `ttl_s` seconds, if at all, and handed on."""
+        array, usage = answer.array, answer.usage or {}
+        assert array is not None, "an embedding answer carries vectors"
+        weights = [len(self._texts[row].encode("utf-8", "surrogatepass")) for row in self._leads]
+        tokens = split(int(usage.get("prompt_tokens") or 0), weights)
+        for (row, lead), one, part in zip(self._leads.items(), array, tokens, strict=True):
+            vector = Vector(one, part, answer.model, answer.estimated)
+            self._vectors[row] = vector
+            self._sent.add(row)
+            if lead.flight is not None or ttl_s is not None:
+                self._desk.land(lead, codec.pack_vector(vector), None, ttl_s)
+        self._leads.clear()
+
+    def give_up(self, told: bytes | None, error: GatewayError | None) -> None:
+        """What has not landed is not going to; `told` says so to those whom `error` concerns."""
+        concerns = len(self._keys) == 1 or isinstance(error, OF_THE_PROVIDER)
+        for lead in self._leads.values():
+            self._desk.land(lead, None, told if concerns else None)
+        self._leads.clear()
+
+    def even(self) -> bool:
+        """Whether all vectors have one length. If not, every text is ours to send, once.
+
+        Raises ProviderError where the provider's own vectors differ.
+        """
+        if len({vector.array.size for vector in self._vectors if vector is not None}) <= 1:
+            return True
+        if self._evened:
+            raise ProviderError("the provider's vectors have different lengths")
+        self._evened = True
+        self._known.clear()
+        self._leads = {row: Lead(key, self._scope, None) for row, key in enumerate(self._keys)}
+        return False
+
+    def answer(self) -> Answer:
+        """The list's vectors in its order, when all are there.
+
+        `prompt_tokens` counts each distinct text, and `cached_tokens` those of them that were not
+        sent for this request.
+        """
+        vectors = [vector for vector in self._vectors if vector is not None]
+        assert len(vectors) == len(self._keys), "every text has its vector"
+        last = vectors[max(self._sent, default=0)]
+        rows = np.stack([vector.array for vector in vectors])
+        tokens = sum(vector.tokens for vector in vectors)
+        spared = tokens - sum(vectors[row].tokens for row in self._sent)
+        usage: dict[str, Any] = {"prompt_tokens": tokens, "total_tokens": tokens}
+        if spared:
+            usage["prompt_tokens_details"] = {"cached_tokens": spared}
+        return Answer(
+            body={"object": "list", "model": last.model, "usage": usage},
+            usage=usage,
+            cost_nano=None,
+            model=last.model,
+            array=rows if len(rows) == len(self._rows) else rows[self._rows],
+            estimated=any(vector.estimated for vector in vectors),
+        )
+
+    async def _ask(self, rows: Sequence[int], read: bool, join: bool, patience_s: float) -> None:
+        keys = [self._keys[row] for row in rows]
+        found = await self._desk.ask(keys, self._scope, read=read, join=join, patience_s=patience_s)
+        for row, one in zip(rows, found, strict=True):
+            if isinstance(one, Hit):
+                self._vectors[row] = codec.unpack_vector(one.value)
+                self._known.add(row)
+            elif isinstance(one, Follow):
+                self._flights[row] = one.flight
+            else:
+                self._leads[row] = one
