@@ -177,7 +177,8 @@ def test_bad_requests_never_reach_the_upstream(
 def test_a_stream_that_breaks_off_ends_with_an_error(
     client: anthropic.Anthropic, upstream: Upstream
 ) -> None:
-    broken: list[MessageParam] = [{"role": "user", "content": "[[tokens=20 interval=0.02 cut-after=6]]"}]
+    script = "[[tokens=20 interval=0.02 cut-after=6]]"
+    broken: list[MessageParam] = [{"role": "user", "content": script}]
     pieces: list[str] = []
     with (
         pytest.raises(anthropic.APIStatusError) as caught,
