@@ -36,7 +36,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ from tests.support.upstream import Upstream
 
 CONCURRENCY = 64
 FEW, MANY, OWNED = 10, 10_000, 100_000
+LIMITER = "rate-limiter"
+SHORT = 3  # on and off take turns so many times as often: the machine's speed changes by the second
 PARTS = ("on-off", "messages", "tenants", "memory")
 NO_LIMITS = {"requests_per_minute": None, "requests_per_hour": None}
 ALL_LIMITS = {
@@ -90,6 +92,7 @@ class Plan:
 
 
 WARMING = Plan(1.0, 1, 0)
+MEET_S = 300.0
 
 
 @dataclass(slots=True)
@@ -189,8 +192,10 @@ class System:
         with urllib.request.urlopen(request, timeout=30) as response:
             return {name.lower(): value for name, value in response.headers.items()}
 
-    def turn(self, plan: Plan, keys: Sequence[str], report: Report) -> Cost:
-        """One turn of load with these keys, each time beginning at another one."""
+    def turn(
+        self, plan: Plan, keys: Sequence[str], report: Report, *, requests: int | None = None
+    ) -> Cost:
+        """One turn of load with these keys, each time beginning at another one; at most so many."""
         shift = (self._turn * 2_000) % len(keys)
         self._turn += 1
         serving_s, owner_s = self._cpu("ServeReplica"), self._cpu("RateLimiter")
@@ -198,6 +203,7 @@ class System:
             Load(
                 f"{self.url}/v1/chat/completions",
                 concurrency=CONCURRENCY,
+                requests=requests,
                 seconds=plan.seconds,
                 warmup=plan.warmup,
                 keys=[*keys[shift:], *keys[:shift]],
@@ -237,10 +243,12 @@ def on_off(report: Report, plan: Plan, system: System) -> None:
     rates: dict[str, list[float]] = {"on": [], "off": []}
     messages: Counter[str] = Counter()
     asked = 0
-    for _ in range(plan.rounds):
-        for side, key in (("off", system.free), ("on", system.keys[0])):
+    sides = [("off", system.free), ("on", system.keys[0])]
+    short = replace(plan, seconds=plan.seconds / SHORT)
+    for number in range(plan.rounds * SHORT):
+        for side, key in sides if number % 2 else reversed(sides):
             before = owner_messages(system.url)
-            cost = system.turn(plan, [key], report)
+            cost = system.turn(short, [key], report)
             rates[side].append(cost.result.requests_per_s)
             if side == "on":
                 spent = owner_messages(system.url)
@@ -254,19 +262,26 @@ def on_off(report: Report, plan: Plan, system: System) -> None:
     report.messages = {name: n / asked for name, n in sorted(messages.items()) if n > 0}
     report.figures["owner messages per request"] = sum(report.messages.values())
     report.figures["of these, the limiter's"] = sum(
-        n for name, n in report.messages.items() if name.startswith("rate-limiter")
+        n for name, n in report.messages.items() if name.startswith(LIMITER)
     )
 
 
 def tenants(report: Report, plan: Plan, few: System, many: System) -> None:
-    """Ten tenants and ten thousand in turn."""
-    for system in (few, many):
-        system.turn(WARMING, system.keys, report)
+    """Ten tenants and ten thousand in turn, once each of them has been served: until then the
+    limiter asks the ledger what each has used, which has a figure of its own."""
+    few.turn(WARMING, few.keys, report)
+    met = many.turn(Plan(MEET_S, 1, 0), many.keys, report, requests=len(many.keys))
+    report.facts["many: the first request of each, CPU of both, us"] = round(met.cpu_s * 1e6, 1)
     costs: dict[str, list[Cost]] = {"few": [], "many": []}
+    asked: Counter[str] = Counter()
     for _ in range(plan.rounds):
         for side, system in (("few", few), ("many", many)):
+            before = owner_messages(system.url)
             cost = system.turn(plan, system.keys, report)
             costs[side].append(cost)
+            spent = owner_messages(system.url)
+            spent.subtract(before)
+            asked[side] += sum(n for name, n in spent.items() if name.startswith(LIMITER))
             _say(f"{len(system.keys):6} tenants", cost)
     pairs = list(zip(costs["many"], costs["few"], strict=True))
     serving = [a.serving_s / b.serving_s for a, b in pairs if b.serving_s]
@@ -279,6 +294,10 @@ def tenants(report: Report, plan: Plan, few: System, many: System) -> None:
     report.figures["CPU per request, 10,000 / 10 tenants"] = statistics.median(both)
     report.figures["of the serving process alone"] = statistics.median(serving)
     for side, found in costs.items():
+        sent = sum(cost.result.sent for cost in found)
+        report.facts[f"{side}: messages to the limiter's owner per request"] = round(
+            asked[side] / sent, 4
+        )
         report.facts[f"{side}: owner's CPU per request, us"] = round(
             statistics.median(cost.owner_s for cost in found) * 1e6, 1
         )

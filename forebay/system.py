@@ -33,6 +33,7 @@ from actors.ledger.owner import Ledger
 from actors.rate_limiter.deaths import DeathWatch
 from actors.rate_limiter.desk import RateLimiterDesk
 from actors.rate_limiter.owner import RateLimiter
+from actors.rate_limiter.pace import Pace
 from actors.rate_limiter.terms import Amount, Layout, Refusal, Seed
 from actors.ref import Clock, InlineRef, OwnerRef, OwnerUnavailable
 from actors.registry.desk import RegistryDesk
@@ -77,7 +78,7 @@ from forebay.tenants import Tenants
 NAMESPACE = "forebay"
 LIMITER = "rate-limiter-"
 LIMITER_SHARDS_MAX = 64
-LIMITER_PACE_S = 0.01  # a tenant that nobody saw lately waits so long at most, and under load only
+LIMITER_PACE_S = (0.01, 0.05)  # a tenant that nobody saw lately waits so long at most, under load
 STARTED_LATER = frozenset({"batcher"})
 STATS_TIMEOUT_S = 2.0
 ATTACH_TIMEOUT_S = 30.0
@@ -221,7 +222,8 @@ class System:
         self.meter = Meter(self._refs.values)
         self.provider: Provider = LiteLLMProvider(models)
         limiters = [ref for name, ref in refs.items() if name.startswith(LIMITER)]
-        self.limiter = RateLimiterDesk(limiters, holder, clock, book=self, pace_s=LIMITER_PACE_S)
+        pace = Pace(*LIMITER_PACE_S, clock, time.process_time)
+        self.limiter = RateLimiterDesk(limiters, holder, clock, book=self, pace=pace)
         self._layout = Layout(shards=len(limiters))
         self._relaying: asyncio.Task[None] | None = None
         self._deaths = DeathWatch(self.limiter, holder, self._nodes_alive)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from actors.rate_limiter.terms import Limits, Refusal, Seed
 
@@ -34,10 +35,16 @@ def month_of(wall_s: float) -> int:
 
 def month_left_s(wall_s: float) -> float:
     """Seconds to the end of the month."""
-    day, month = day_of(wall_s), month_of(wall_s)
+    return _next_month(day_of(wall_s)) * DAY_S - wall_s
+
+
+@lru_cache(maxsize=4)
+def _next_month(day: int) -> int:
+    """The first day of the month that follows a day's."""
+    month = month_of(day * DAY_S)
     while month_of(day * DAY_S) == month:
         day += 1
-    return day * DAY_S - wall_s
+    return day
 
 
 @dataclass(slots=True)

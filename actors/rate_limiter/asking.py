@@ -11,6 +11,7 @@ SLOTS_AHEAD = 4  # held beyond the need, so that a busy desk asks seldom
 NANO_AHEAD_S = 0.5  # so much of its demand of money a hot desk wants to have
 UNIT_FADE = 0.9
 MEASURE_S = 0.1
+AGE_S_MAX = 0.06  # of those who wait longer, all know that others come before them
 
 _NONE = Need()
 
@@ -74,6 +75,7 @@ def ask_of(held: Held, now: float, *, ending: bool, aside_s: float, idle_s: floa
         _ahead(held, hot, over),
         held.seed,
         over,
+        0.0 if hot else min(AGE_S_MAX, max(0.0, now - held.waited_s)),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from actors.rate_limiter.agenda import RENEW_S
 from actors.rate_limiter.book import Book
 from actors.rate_limiter.held import Held, Reservation
+from actors.rate_limiter.pace import Pace
 from actors.rate_limiter.terms import (
     NOTHING_USED,
     Amount,
@@ -50,9 +51,9 @@ class Counter:
         clock: Clock,
         sleep: Sleep,
         batches: Iterator[int] | None = None,
-        pace_s: float = 0.0,
+        pace: Pace | None = None,
     ) -> None:
-        """Messages leave `pace_s` apart, unless they are about hot tenants: more go together."""
+        """Messages leave as far apart as `pace` says, unless they are about hot tenants."""
         self.till = Till(book, batches)
         self.ref = ref
         self.layout = layout
@@ -62,7 +63,7 @@ class Counter:
         self._book = book
         self._clock = clock
         self._sleep = sleep
-        self._pace_s = pace_s
+        self._pace = pace
         self._to_count: dict[str, Line] = {}
         self._to_go_on: dict[str, Line] = {}
         self._alarms = Alarms()
@@ -184,6 +185,10 @@ class Counter:
         until_s = now + (wait_s if patient else LENT_WAIT_S)
         waiter = Waiter(line, future, now, until_s, patient, ticket, amount, need)
         lines[held.tenant] = line
+        if patient:
+            held.waited_s = float("inf")
+        elif not line.waiters:
+            held.waited_s = now
         line.join(waiter)
         self.waiting += 1
         self._alarms.add(until_s, waiter)
@@ -231,7 +236,8 @@ class Counter:
                     hurries = any(ask.hot for ask in message.asks)
                     await self._send(message, now)
                     message = None
-                    rest_s = 0.0 if hurries else now + self._pace_s - self._clock()
+                    pause_s = 0.0 if hurries or self._pace is None else self._pace.pause_s()
+                    rest_s = now + pause_s - self._clock()
                     if rest_s > 0.0:
                         await self._sleep(rest_s)
                 self._seed()

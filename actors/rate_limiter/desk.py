@@ -12,6 +12,7 @@ from typing import Any
 from actors.rate_limiter.book import Book, NoBook
 from actors.rate_limiter.counter import Counter, Sleep
 from actors.rate_limiter.held import Held, Reservation
+from actors.rate_limiter.pace import Pace
 from actors.rate_limiter.terms import (
     NOTHING_USED,
     Amount,
@@ -51,12 +52,12 @@ class RateLimiterDesk:
         *,
         book: Book | None = None,
         layout: Layout | None = None,
-        pace_s: float = 0.0,
+        pace: Pace | None = None,
     ) -> None:
-        """Messages leave `pace_s` apart, unless they are about hot tenants."""
+        """Messages leave as far apart as `pace` says, unless they are about hot tenants."""
         self._clock = clock
         self._sleep = sleep
-        self._pace_s = pace_s
+        self._pace = pace
         self._holder = f"{holder}#{secrets.token_hex(4)}"  # another desk of it counts anew
         self._book: Book = book or NoBook()
         self._layout = layout or Layout(shards=len(refs))
@@ -267,7 +268,7 @@ class RateLimiterDesk:
             self._clock,
             self._sleep,
             self._batches,
-            self._pace_s,
+            self._pace,
         )
 
     def _home(self, tenant: str) -> Counter:

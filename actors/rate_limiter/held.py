@@ -139,6 +139,7 @@ class Held:
     tenant: str
     limits: Limits
     owner: str = ""  # the owner's life that lent what is held
+    waited_s: float = float("inf")  # since when somebody waits who will not wait for long
     # The lease, and its parts of the buckets.
     lease: str = ""
     until_s: float = 0.0

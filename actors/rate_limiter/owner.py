@@ -157,7 +157,7 @@ class RateLimiter:
     A holder may be `process#desk`: `holders`, `holder_gone` and `silent` speak of the process.
     """
 
-    PROTOCOL = 2
+    PROTOCOL = 3
 
     def __init__(
         self,
@@ -584,7 +584,7 @@ class RateLimiter:
         need, refusal = self._hours_for(tenant, ask, word.unseeded, now)
         counted: float = need
         if requests is not None and request_part is not None:
-            share = _lend_requests(requests, request_part, need, now)
+            share = _lend_requests(requests, request_part, need, now, ask.age_s)
             counted = min(need, math.floor(request_part.level + EPSILON))
             if counted:
                 requests.served(holder)
@@ -829,7 +829,7 @@ class _Lender:
             if tokens > pool.burst and lacking > 0.0:
                 share = None if self._own < part.level else pool.lend_big(part, tokens, now)
             elif lacking > 0.0:
-                share = pool.lend_exactly(part, lacking, now)
+                share = pool.lend_exactly(part, lacking, now, self._ask.age_s)
             if share is None:
                 many = len(self._ask.needs) - self.admitted
                 return pool.refusal(self._holder, part, tokens, tokens, many, now)
@@ -853,14 +853,14 @@ class _Lender:
         )
 
 
-def _lend_requests(pool: Pool, part: Part, need: int, now: float) -> Share:
-    """A part with a rate if it can have one, and else as many as wait, as far as they are there."""
+def _lend_requests(pool: Pool, part: Part, need: int, now: float, ago_s: float) -> Share:
+    """A part with a rate if it can have one, and else as many as wait, as far as they were there
+    when they came."""
     share = pool.lend_part(part, float(need), now)
     if pool.targets(part, now)[0] > 0.0:
         return share
     lacking = math.ceil(need - part.level - EPSILON)
-    pool.bucket.refill(now)
-    there = math.floor(pool.bucket.level + EPSILON)
+    there = max(0, math.floor(pool.bucket.level_before(ago_s, now) + EPSILON))
     more = pool.lend_exactly(part, float(min(lacking, there)), now) if lacking > 0 else NOTHING
     return share if more is None else _both(share, more)
 

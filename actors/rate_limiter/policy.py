@@ -124,6 +124,15 @@ class Bucket:
         self.mark += 1
         return Share(rate_per_s, capacity, level, max(0.0, self.at_s - now))
 
+    def level_before(self, ago_s: float, now: float) -> float:
+        """The level `ago_s` seconds before `now`, as if nothing was taken or put back since."""
+        self.refill(now)
+        if self.at_s > now:
+            return self.level
+        if self.level >= self.capacity:
+            ago_s = max(0.0, ago_s - (now - self.full_s))
+        return self.level - ago_s * self.rate_per_s
+
     def wait_s(self, amount: float, now: float) -> float:
         """Seconds until so much is there, if nobody takes any; infinite if it never will be."""
         self.refill(now)

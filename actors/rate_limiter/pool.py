@@ -149,13 +149,14 @@ class Pool:
             return NOTHING
         return self._carve(part, rate, capacity, level, now)
 
-    def lend_exactly(self, part: Part, amount: float, now: float) -> Share | None:
-        """So much more level, and the capacity to hold it; None if it is not there."""
+    def lend_exactly(
+        self, part: Part, amount: float, now: float, ago_s: float = 0.0
+    ) -> Share | None:
+        """So much more level, and the capacity to hold it; None if it was not there then."""
         if amount <= 0.0:
             return NOTHING
         bucket = self.bucket
-        bucket.refill(now)
-        if bucket.level < amount - EPSILON:
+        if bucket.level_before(ago_s, now) < amount - EPSILON:
             return None
         room = max(0.0, part.capacity - max(part.level, 0.0))
         return self._carve(part, 0.0, max(0.0, amount - room), amount, now)

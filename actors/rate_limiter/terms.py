@@ -188,6 +188,8 @@ class Ask(NamedTuple):
     ahead         what else it could use soon, if there is plenty
     seed          the ledger's word, where the owner asked for it
     over          ends the lease
+    age_s         the first of those that wait came so long ago: what has refilled since is for
+                  whoever comes in time
     """
 
     tenant: str
@@ -215,6 +217,7 @@ class Ask(NamedTuple):
     ahead: Need = Need()
     seed: Seed | None = None
     over: bool = False
+    age_s: float = 0.0
 
 
 class Grant(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 from actors.rate_limiter.counter import ASK_TIMEOUT_S, MONEY_WAIT_S
 from actors.rate_limiter.desk import RateLimiterDesk
 from actors.rate_limiter.owner import RateLimiter
+from actors.rate_limiter.pace import Pace
 from actors.rate_limiter.pool import TRAVEL_S
 from actors.rate_limiter.terms import Amount, Hold, Layout, Limits, Refusal, Seed, Ticket
 from actors.ref import InlineRef, OwnerUnavailable
@@ -40,8 +41,10 @@ class World:
         self.line = Line("limiter", self.owner)
         self.desks: list[RateLimiterDesk] = []
 
-    async def desk(self, holder: str = "process") -> RateLimiterDesk:
-        desk = RateLimiterDesk([self.line], holder, self.time, self.time.sleep, book=self.ledger)
+    async def desk(self, holder: str = "process", pace_s: float = 0.0) -> RateLimiterDesk:
+        line, time = [self.line], self.time
+        pace = Pace(pace_s, pace_s, time, lambda: 0.0)
+        desk = RateLimiterDesk(line, holder, time, time.sleep, book=self.ledger, pace=pace)
         await desk.start()
         self.desks.append(desk)
         return desk
@@ -103,6 +106,18 @@ async def test_a_refusal_says_truly_when_to_come_back(
     await world.time.advance(refusal.retry_after_s - early_s)
     again = await world.now(desk.count("acme", limits))
     assert isinstance(again, Refusal if early_s else Ticket)
+
+
+async def test_who_comes_early_is_refused_also_where_messages_are_paced(world: World) -> None:
+    desk, paced = await world.desk(), await world.desk("another", pace_s=0.05)
+    refusal = await world.dry(desk)
+    await world.time.advance(refusal.retry_after_s - 0.02)
+    assert isinstance(await world.now(paced.count("else", PER_SECOND)), Ticket)
+    early = asyncio.create_task(paced.count("acme", PER_SECOND))
+    await settle()
+    assert not early.done(), "its message waits for its turn"
+    await world.time.advance(0.05)
+    assert isinstance(await early, Refusal)
 
 
 async def test_a_repeated_refusal_counts_down_from_the_next_place(world: World) -> None:

@@ -162,6 +162,23 @@ def test_a_refusal_says_when_and_20_ms_earlier_it_is_too_early() -> None:
     assert world.ask("desk", cold(LIMITS)).refusal is None
 
 
+def test_a_message_that_travels_long_brings_no_one_in_before_their_time() -> None:
+    world = World()
+    for _ in range(10):
+        world.ask("desk", cold(LIMITS))
+    world.heartbeat("desk")
+    refusal = world.ask("desk", cold(LIMITS)).refusal
+    assert refusal is not None
+    world.time.now += refusal.retry_after_s + 0.01
+    assert world.ask("other", cold(LIMITS, age_s=0.03)).refusal is not None
+    assert world.ask("desk", cold(LIMITS, age_s=0.01)).refusal is None
+
+
+def test_who_comes_to_a_full_bucket_is_served_however_long_the_message_travels() -> None:
+    world = World()
+    assert world.ask("desk", cold(Limits(60.0, 1), age_s=0.05)).refusal is None
+
+
 def test_those_refused_at_once_get_successive_places() -> None:
     world = World()
     for _ in range(10):

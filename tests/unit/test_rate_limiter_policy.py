@@ -24,6 +24,13 @@ def test_a_bucket_says_when_so_much_is_there() -> None:
     assert Bucket(2.0, 0.5, 0.5, 0.0).wait_s(1, 0.0) == float("inf")
 
 
+def test_a_bucket_knows_what_it_had_a_moment_ago() -> None:
+    bucket = Bucket(1.0, 2.0, 0.0, 0.0)
+    assert bucket.level_before(0.5, 1.0) == pytest.approx(0.5)
+    assert bucket.level_before(0.5, 2.25) == pytest.approx(1.75), "full for 0.25 s"
+    assert bucket.level_before(0.5, 3.0) == pytest.approx(2.0)
+
+
 def test_a_full_bucket_gives_more_than_it_has_to_who_may_leave_a_debt() -> None:
     bucket = Bucket(10.0, 100.0, 99.0, 0.0)
     assert bucket.take(150, 0.0) is None
