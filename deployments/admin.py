@@ -1,7 +1,7 @@
-"""What an admin may do to a running system: keys, the configuration, breakers.
+"""What an admin may do to a running system: keys, the configuration, breakers, the cache.
 
-Rule 1: what is acknowledged is durable, or, for a breaker, in force at its owner; every process
-        obeys it within a second, since its owner pushes it.
+Rule 1: what is acknowledged is durable, or, for breakers and the cache, in force at their owners;
+        every process obeys it within a second.
 Rule 2: no answer holds a secret, but a new key's own.
 """
 
@@ -27,6 +27,7 @@ from actors.registry.policy import (
 )
 from deployments import ingress
 from deployments.http.service import BreakerOrder
+from forebay import cache as response_cache
 from forebay.config import TenantConfig, parse
 from forebay.errors import ConfigurationError, InvalidRequest, ModelNotFound, Overloaded
 from forebay.health import by_group
@@ -256,6 +257,21 @@ class Admin:
             "reason": standing.reason.value,
             "retry_after_s": standing.retry_after_s,
         }
+
+    # ------------------------------------------------------------------------------ the cache
+
+    async def cache(self) -> dict[str, Any]:
+        system = self._system
+        figures = await response_cache.prefix_figures(system)
+        return {
+            "responses": await response_cache.stats(system),
+            "prompts": system.kv_cache.told(figures),
+        }
+
+    async def clear_cache(self, *, tenant: str | None, model: str | None, key: str | None) -> int:
+        count = await response_cache.invalidate(self._system, tenant=tenant, model=model, key=key)
+        log.warning("cache: %d entries cleared by an admin", count)
+        return count
 
     def _row(
         self, group: str, deployment: Deployment, told: Mapping[str, Any] | None

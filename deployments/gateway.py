@@ -254,6 +254,7 @@ class PipelineService(Admin):
         )
 
     async def metrics(self) -> bytes:
+        await self._system.measure()
         return self._system.metrics()
 
     async def providers(self, tenant: str) -> list[dict[str, Any]]:

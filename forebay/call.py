@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
@@ -37,8 +38,9 @@ class Call:
     def of(cls, route: Route, keywords: Mapping[str, Any]) -> Self:
         """A call from Python: OpenAI's parameters, and ours among them.
 
-        Ours are `tenant_id`, `timeout` and `cache_ttl` (seconds). A parameter that is None is as if
-        it had not been given.
+        Ours are `tenant_id`, `timeout` and `cache_ttl` (seconds), and `cache`: False for neither
+        reading nor storing, or LiteLLM's {"no-cache": True, "no-store": True, "ttl": seconds}. A
+        parameter that is None is as if it had not been given.
 
         Raises:
             InvalidRequest: one of ours has a wrong value.
@@ -46,8 +48,12 @@ class Call:
         body = {name: value for name, value in keywords.items() if value is not None}
         tenant = body.pop("tenant_id", DEFAULT_TENANT)
         timeout_s, cache_ttl_s = body.pop("timeout", None), body.pop("cache_ttl", None)
+        wishes = _wishes(body.pop("cache", True))
+        cache_ttl_s = wishes.get("ttl", cache_ttl_s)
         for name, seconds in (("timeout", timeout_s), ("cache_ttl", cache_ttl_s)):
-            if seconds is not None and not (isinstance(seconds, int | float) and seconds > 0):
+            number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            endless = seconds == math.inf and name == "cache_ttl"
+            if seconds is not None and not (number and seconds > 0 and not endless):
                 raise InvalidRequest.about(name, f"{name} must be a positive number of seconds")
         if not isinstance(tenant, str) or not tenant:
             raise InvalidRequest.about("tenant_id", "tenant_id must be a non-empty string")
@@ -58,8 +64,24 @@ class Call:
             request_id=f"req_{uuid.uuid4().hex}",
             timeout_s=timeout_s,
             may_wait=True,
+            cache_read=not (wishes.get("no-cache") or wishes.get("no-store")),
+            cache_write=not wishes.get("no-store"),
             cache_ttl_s=cache_ttl_s,
         )
+
+
+def _wishes(cache: Any) -> dict[str, Any]:
+    """What a request says of the cache, in LiteLLM's words."""
+    if isinstance(cache, bool):
+        return {} if cache else {"no-store": True}
+    kinds = {"no-cache": bool, "no-store": bool, "ttl": object}
+    if isinstance(cache, Mapping) and all(
+        isinstance(value, kinds.get(name, ())) for name, value in cache.items()
+    ):
+        return dict(cache)
+    raise InvalidRequest.about(
+        "cache", 'cache must be True, False, or hold "no-cache", "no-store" (bool) and "ttl" only'
+    )
 
 
 @dataclass(slots=True)

@@ -651,6 +651,10 @@ class ServerConfig(Settings):
         default=1,
         description="Processes that share the limiting of tenants; may change while it runs.",
     )
+    cache_shards: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1,
+        description="Processes that share the cache's keys and bytes; read when it starts.",
+    )
 
 
 class SystemConfig(Settings):

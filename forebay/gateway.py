@@ -14,6 +14,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
+from forebay.cache import ResponseCache, prefix_figures
 from forebay.call import Call, Result
 from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, InvalidRequest
@@ -76,6 +77,9 @@ class LiteLLMGateway:
             self._loop.close()
             raise
         self._health = HealthCheck(self._system.health)
+        loop = self._loop
+        self._cache = ResponseCache(self._system, loop.run, loop.hand_over, self._chat_call)
+        self._system.kv_cache.system_figures = lambda: loop.run(prefix_figures(self._system))
 
     # -------------------------------------------------------------------------------- text
 
@@ -85,8 +89,9 @@ class LiteLLMGateway:
         Args:
             prompt: the user's message; `messages=` is sent verbatim in its place.
             model: a model group's name; None takes the default one.
-            **keywords: `tenant_id`, `timeout` (seconds), `cache_ttl` (seconds), `metadata`, and
-                every OpenAI chat parameter (`temperature`, `max_tokens`, `tools`, …).
+            **keywords: `tenant_id`, `timeout` (seconds), `cache_ttl` (seconds), `cache` (False, or
+                LiteLLM's `{"no-cache": True, "no-store": True}`), `metadata`, and every OpenAI chat
+                parameter (`temperature`, `max_tokens`, `tools`, …).
 
         Raises:
             GatewayError: every failure; see `forebay.errors`.
@@ -242,13 +247,17 @@ class LiteLLMGateway:
 
     @property
     def cache(self) -> Any:
-        """The cache's desk, None where `enable_caching` is off."""
-        return self._system.cache if self.config.enable_caching else None
+        """The cache of answers: `stats`, `invalidate`, `clear`; None where `enable_caching` is off.
+
+        See `forebay.cache.ResponseCache`.
+        """
+        return self._cache if self.config.enable_caching else None
 
     @property
     def kv_cache(self) -> Any:
         """What is known of prompts that begin alike and what providers' caches of them saved.
 
+        `get_cache_stats` tells it of all processes of the system.
         None where `enable_kv_cache` is off.
         """
         return self._system.kv_cache if self.config.enable_kv_cache else None

@@ -237,18 +237,54 @@ def _circuit_breaker(seen: Seen) -> Check:
     return _judged(wrong, "every breaker is closed", **figures)
 
 
+def is_cache(name: str) -> bool:
+    """Whether an owner of this name is one of the cache's."""
+    return name == "cache" or name.startswith("cache-")
+
+
+def stored_in(owners: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Answers in the cache, their bytes, how many gave way; those that desks hold on lease too."""
+    return {
+        name: sum(one.get(name, 0) + one.get(f"held_{name}", 0) for one in owners)
+        for name in ("entries", "bytes", "evicted")
+    }
+
+
+def redis_of(owners: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The cache's second tier as its owners see it; None where none is configured.
+
+    Degraded where one of them says so; their counts are added up.
+    """
+    tiers = [one["redis"] for one in owners if one.get("redis") is not None]
+    if not tiers:
+        return None
+    worst = min(tiers, key=lambda tier: tier["state"] == "healthy")
+    counts: Counter[str] = Counter()
+    for tier in tiers:
+        counts.update({name: value for name, value in tier.items() if type(value) is int})
+    return {**worst, **counts}
+
+
 def _cache(seen: Seen) -> Check:
     gateway = seen.gateway
-    desk, owner = seen.desks.get("cache", {}), seen.owners.get("cache", {})
-    figures = {
-        name: owner[name] for name in ("entries", "bytes", "max_bytes", "flights") if name in owner
-    }
+    desk = seen.desks.get("cache", {})
+    names = [name for name in seen.owners if is_cache(name)]
+    here = [seen.owners[name] for name in names if seen.owners[name]["reachable"]]
+    figures: dict[str, Any] = {**stored_in(here), "max_bytes": 0, "flights": 0}
+    for name in ("max_bytes", "flights"):
+        figures[name] = sum(owner.get(name, 0) for owner in here)
+    redis = redis_of(here)
+    if redis is not None:
+        figures["redis"] = redis
     if not (gateway.enable_caching or gateway.enable_request_deduplication):
         words = "enable_caching and enable_request_deduplication are off"
         return _check("healthy", words, **figures)
-    wrong = _away(seen, "cache", "requests are answered without it")
+    meanwhile = "requests are answered without it"
+    wrong = [words for name in names for words in _away(seen, name, meanwhile)]
     if not wrong and desk.get("away"):
         wrong.append("this process goes on without it until it answers again")
+    if gateway.enable_caching and redis is not None and redis["state"] != "healthy":
+        wrong.append(f"its Redis: {redis['reason']}; answers are kept in memory meanwhile")
     return _judged(wrong, "available", **figures)
 
 

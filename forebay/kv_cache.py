@@ -8,6 +8,8 @@ Rule 1: a beginning gets a hint when its tenant has sent it before, not so long 
         provider has dropped it, and not below the length from which providers cache.
 Rule 2: hints change no answer. Who has marks or a key of its own gets none of ours.
 Rule 3: what is told of the cache's worth is what providers report in their usage, priced.
+Rule 4: who does not know a hint gets none: not where the price list says that a model's prompts are
+        not cached, and no more where a provider has refused one.
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ from __future__ import annotations
 import hmac
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from forebay import prefixes
+from forebay.errors import GatewayError, InvalidRequest, ProviderError
 from forebay.prefixes import Edge, Place, Prompt
+from forebay.providers.base import NO_HINTS
 from forebay.strategies import Affinity
 
 if TYPE_CHECKING:
     from actors.ref import Clock
     from forebay.call import Call
+    from forebay.providers.prices import PromptCaching
     from forebay.routing import Deployment
 
 KEYED = frozenset({"openai", "azure"})
@@ -34,10 +39,15 @@ KEYED = frozenset({"openai", "azure"})
 MARKED = frozenset({"anthropic"})
 """Providers that cache up to a mark, and only there."""
 
+CLAUDES_ELSEWHERE = frozenset({"bedrock", "vertex_ai", "azure_ai"})
+"""Where Claude is served too, with the same marks, and models that know nothing of them."""
+
+KEY_BEGINS = "forebay-"
 KEY_DIGITS = 32  # OpenAI takes 64 characters in all
 MARKS_MAX = 4
 TOKENS_MIN = 1024
 HINTED_BYTES_MIN = TOKENS_MIN * prefixes.BYTES_PER_TOKEN
+"""Shorter beginnings are cached by no provider, but where its list says so."""
 PROVIDERS_KEEP_S = 300.0
 """Anthropic and OpenAI keep a prefix for five minutes after its last use."""
 
@@ -45,8 +55,20 @@ NOTED_EDGES = 4  # of a prompt's last: what the next prompts share with it ends 
 KNOWN_MAX = 50_000
 HOME_SHARE_MIN = 0.4  # of a prompt: where only less of it was sent, its anchor decides
 MODELS_MAX = 200
+TENANTS_MAX = 200
+DEPLOYMENTS_MAX = 1_000  # whose ways are remembered; above it all are forgotten
+LONG_PROMPT_TOKENS = 100_000  # above this the dearer tiers of a price list may begin
+SAMPLE_TOKENS = 1_000
+OTHER = "other"
+ALL = "all"
 
 Price = Callable[["Deployment", Mapping[str, Any]], int | None]
+Caching = Callable[["Deployment"], "PromptCaching | None"]
+Kind = Literal["marks", "key"]
+HINTS: Mapping[Kind, str] = {"marks": "cache_control", "key": "prompt_cache_key"}
+"""What providers call them."""
+Figures = Mapping[str, tuple[int, ...]]
+"""`Worth` as numbers, by what they are of: `all`, `model NAME` and `tenant NAME`."""
 
 
 @dataclass(slots=True)
@@ -68,19 +90,51 @@ class KVCacheEntry:
         return self.size_bytes // prefixes.BYTES_PER_TOKEN
 
 
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """What a prompt gets in one group: Anthropic's marks, and what OpenAI's key is made of."""
+class Reading:
+    """A request's prompt, read once, and not before somebody needs it; None where it is short."""
 
-    places: tuple[Place, ...]
-    key_of: bytes | None
+    __slots__ = ("_call", "_least_bytes", "_prompt", "_steps")
+
+    def __init__(self, call: Call, least_bytes: int, steps: bool) -> None:
+        self._call: Call | None = call
+        self._least_bytes = least_bytes
+        self._steps = steps
+        self._prompt: Prompt | None = None
+
+    @property
+    def prompt(self) -> Prompt | None:
+        call, self._call = self._call, None
+        if call is not None:
+            self._prompt = prefixes.read(
+                call.route,
+                call.body,
+                call.tenant,
+                least_bytes=self._least_bytes,
+                steps=self._steps,
+            )
+        return self._prompt
 
 
-NO_HINT = Hint((), None)
+class _Known(NamedTuple):
+    """A beginning of a prompt that was sent before. `is_end`: it was all of one."""
+
+    edge: Edge
+    is_end: bool
+
+
+class CacheUse(NamedTuple):
+    """What a call had of its provider's cache: tokens read, tokens written, nano-USD saved.
+
+    The last is below 0 where more was written than read, and None where nobody knows a price.
+    """
+
+    cached_tokens: int
+    written_tokens: int
+    saved_nano: int | None
 
 
 @dataclass(slots=True)
-class _Worth:
+class Worth:
     """What providers reported: calls and tokens, how many of those came from their caches."""
 
     calls: int = 0
@@ -91,6 +145,11 @@ class _Worth:
     saved_nano: int = 0
     unpriced: int = 0  # calls with cached tokens whose worth nobody knows
     hinted: int = 0
+
+    @classmethod
+    def of(cls, numbers: tuple[int, ...]) -> Worth:
+        """Of a process that counts more than we do, what we know."""
+        return cls(*numbers[: len(fields(cls))])
 
     def told(self) -> dict[str, Any]:
         return {
@@ -107,10 +166,18 @@ class _Worth:
         }
 
 
-@dataclass(slots=True)
-class _Totals:
-    whole: _Worth = field(default_factory=_Worth)
-    models: dict[str, _Worth] = field(default_factory=dict)
+def told(figures: Figures, tenant: str | None = None) -> dict[str, Any]:
+    """Figures in words: those of one tenant; or of all, `by_model` and `by_tenant` among them."""
+    whole = figures.get(ALL if tenant is None else f"tenant {tenant}", ())
+    answer = Worth.of(whole).told()
+    if tenant is None:
+        for kind in ("model", "tenant"):
+            answer[f"by_{kind}"] = {
+                name.removeprefix(f"{kind} "): Worth.of(numbers).told()
+                for name, numbers in figures.items()
+                if name.startswith(f"{kind} ")
+            }
+    return answer
 
 
 class KVCacheManager:
@@ -118,12 +185,18 @@ class KVCacheManager:
 
     Owns `known_max` entries, by tenant, group and digest; the one not sent for longest goes first,
     and none is believed after `kv_cache_ttl` seconds. Figures are of this process, since it began,
-    in MODELS_MAX groups and `other`. `price_of` says what usage costs, in nano-USD or None;
-    `secret_of` gives what keys for the provider are derived from: the credential that calls are
-    made with, so that no tenant can guess another's key, and all processes agree.
+    in MODELS_MAX groups and TENANTS_MAX tenants and `other`; `system_figures`, where there are
+    other processes, has the sums of all. Of DEPLOYMENTS_MAX deployments it is remembered how their
+    providers cache.
+
+    `price_of` says what usage costs, in nano-USD or None; `caching_of` what the price list says of
+    a deployment's prompt cache, None while there is no list; `secret_of` gives what keys for the
+    provider are derived from: the credential that calls are made with, so that no tenant can guess
+    another's key, and all processes agree. `changed` is called when figures have.
 
     Failure behaviour: a process that restarts knows nothing, so beginnings are new to it once; each
-    process has to see one itself before it says so. Nothing here fails a request.
+    process has to see one itself before it says so. A provider that refuses a hint is sent the
+    same prompt again without, as a retry, and gets none from then on.
     """
 
     def __init__(
@@ -133,15 +206,26 @@ class KVCacheManager:
         *,
         clock: Clock = time.monotonic,
         price_of: Price = lambda deployment, usage: None,
+        caching_of: Caching = lambda deployment: None,
         secret_of: Callable[[Deployment], bytes] = lambda deployment: b"",
+        changed: Callable[[], None] = lambda: None,
         known_max: int = KNOWN_MAX,
     ) -> None:
         self._clock = clock
         self._price_of = price_of
+        self._caching_of = caching_of
         self._secret_of = secret_of
+        self._changed = changed
         self._known_max = known_max
         self._known: OrderedDict[tuple[str, str, bytes], KVCacheEntry] = OrderedDict()
-        self._totals = _Totals()
+        self._worths: dict[str, Worth] = {ALL: Worth()}
+        self._models: set[str] = set()
+        self._tenants: set[str] = set()
+        self._savings: dict[str, tuple[int, int]] = {}
+        self._ways: dict[str, tuple[Kind | None, int]] = {}
+        self._refused: set[str] = set()
+        self._bytes_min = HINTED_BYTES_MIN
+        self.system_figures: Callable[[], Figures | None] = lambda: None
         self.configure(enable_kv_cache, kv_cache_ttl)
 
     def configure(self, hints: bool, ttl_s: float, *, affinity: bool = False) -> None:
@@ -149,20 +233,21 @@ class KVCacheManager:
         self.enable_kv_cache = hints
         self.kv_cache_ttl = ttl_s
         self._affinity = affinity
+        self._ways.clear()
+        self._savings.clear()
 
     # ---------------------------------------------------------------- on the way of a request
 
-    def read(self, call: Call) -> Prompt | None:
-        """The prompt of a request; None where it is too short for anything to be done."""
+    def read(self, call: Call) -> Reading | None:
+        """The prompt of a request, to be read when somebody needs it; None where nobody does."""
         if not self.enable_kv_cache and not self._affinity:
             return None
-        least = prefixes.STEP_FIRST_BYTES if self._affinity else HINTED_BYTES_MIN
-        return prefixes.read(
-            call.route, call.body, call.tenant, least_bytes=least, steps=self._affinity
-        )
+        least = prefixes.STEP_FIRST_BYTES if self._affinity else self._bytes_min
+        return Reading(call, least, self._affinity)
 
-    def affinity(self, prompt: Prompt | None, group: str) -> Affinity | None:
+    def affinity(self, reading: Reading | None, group: str) -> Affinity | None:
         """Where most of the prompt was sent before, and what names it where nothing was."""
+        prompt = reading.prompt if reading is not None and self._affinity else None
         if prompt is None or not prompt.steps:
             return None
         least_bytes = prompt.steps[-1][1] * HOME_SHARE_MIN
@@ -175,46 +260,84 @@ class KVCacheManager:
         return Affinity(prompt.anchor, None)
 
     def sent(
-        self, prompt: Prompt | None, body: dict[str, Any], deployment: Deployment
+        self, reading: Reading | None, body: dict[str, Any], deployment: Deployment
     ) -> dict[str, Any]:
         """The body as it goes to the deployment: with a hint, where one pays.
 
         Takes note of the prompt and of where it goes; a retry does not make it a known one.
         """
+        if reading is None:
+            return body
+        kind, bytes_min = self._way(deployment)
+        if kind is None and not self._affinity:
+            return body  # what it caches it finds by itself
+        prompt, group = reading.prompt, deployment.group
         if prompt is None:
             return body
-        group = deployment.group
-        hint: Hint | None = prompt.decided.get(group)
-        if hint is None:
-            hint = prompt.decided[group] = self._decide(prompt, group)
+        known_before: tuple[_Known, ...] | None = prompt.known.get(group)
+        if known_before is None:
+            known_before = prompt.known[group] = self._recognised(prompt, group)
             self._note(prompt, group)
         for digest, _ in prompt.steps:
             known = self._known.get((prompt.tenant, group, digest))
             if known is not None:
                 known.home = deployment.circuit
-        if hint is NO_HINT or not _takes_hints(deployment):
+        if not known_before:
             return body
-        if deployment.provider in MARKED and hint.places:
-            hinted = prefixes.marked(body, list(hint.places))
-        elif deployment.provider in KEYED and hint.key_of is not None:
-            key = hmac.digest(self._secret_of(deployment), hint.key_of, "sha256")
-            hinted = {**body, "prompt_cache_key": f"forebay-{key.hex()[:KEY_DIGITS]}"}
+        long = [known for known in known_before if known.edge.size_bytes >= bytes_min]
+        if kind == "marks" and (places := _places(prompt, long)):
+            hinted = prefixes.marked(body, places)
+        elif kind == "key" and long:
+            # The shortest names it: as a conversation grows, its key stays.
+            named = long[0].edge.digest
+            key = hmac.digest(self._secret_of(deployment), named, "sha256")
+            hinted = {**body, "prompt_cache_key": KEY_BEGINS + key.hex()[:KEY_DIGITS]}
         else:
             return body
-        for worth in self._worths(group):
+        for worth in self._worths_of(prompt.tenant, group):
             worth.hinted += 1
+        self._changed()
         return hinted
 
-    def learn(self, deployment: Deployment, usage: Mapping[str, Any] | None) -> None:
-        """What the provider says of a call, cached tokens among it."""
+    def blamed(
+        self, reading: Reading | None, deployment: Deployment, error: GatewayError
+    ) -> GatewayError:
+        """What a call of this prompt failed with: a hint of ours, if the provider names it.
+
+        It gets none from then on, and the failure is one that is tried again.
+        """
+        if not isinstance(error, InvalidRequest) or deployment.id in self._refused:
+            return error
+        prompt = None if reading is None else reading.prompt
+        if prompt is None or not prompt.known.get(deployment.group):
+            return error  # no hint was given
+        kind, _ = self._way(deployment)
+        if kind is None or HINTS[kind] not in f"{error.param} {error}":
+            return error
+        if len(self._refused) >= DEPLOYMENTS_MAX:
+            self._refused.clear()
+        self._refused.add(deployment.id)
+        self._ways.pop(deployment.id, None)
+        return ProviderError(
+            f"{deployment.provider} refuses hints for its cache and is given none from now on:"
+            f" {error}",
+            code=NO_HINTS,
+            provider=deployment.provider,
+            model=deployment.group,
+        )
+
+    def learn(
+        self, tenant: str, deployment: Deployment, usage: Mapping[str, Any] | None
+    ) -> CacheUse | None:
+        """What the provider says of a tenant's call, cached tokens among it; None: nothing."""
         if usage is None or "completion_tokens" not in usage or usage.get("estimated"):
-            return  # texts for vectors have no cache; and an estimate knows nothing of one
+            return None  # texts for vectors have no cache; and an estimate knows nothing of one
         prompt_tokens = _count(usage, "prompt_tokens")
         details = usage.get("prompt_tokens_details") or {}
         cached = _count(details, "cached_tokens") or _count(usage, "cache_read_input_tokens")
         written = _count(usage, "cache_creation_input_tokens")
-        saved = self._saved(deployment, usage) if cached or written else 0
-        for worth in self._worths(deployment.group):
+        saved = self._saved(deployment, usage, cached, written) if cached or written else 0
+        for worth in self._worths_of(tenant, deployment.group):
             worth.calls += 1
             worth.calls_cached += cached > 0
             worth.prompt_tokens += prompt_tokens
@@ -222,32 +345,42 @@ class KVCacheManager:
             worth.written_tokens += written
             worth.saved_nano += saved or 0
             worth.unpriced += saved is None
+        self._changed()
+        return CacheUse(cached, written, saved)
 
     # ------------------------------------------------------------------------- for operators
 
-    def get_cache_stats(self) -> dict[str, Any]:
-        """What providers' prefix caches were worth to this process's calls, and what is known here.
+    def figures(self) -> Figures:
+        """This process's figures since it began, as numbers; they can be added up."""
+        return {name: astuple(worth) for name, worth in self._worths.items()}
+
+    def get_cache_stats(self, tenant_id: str | None = None) -> dict[str, Any]:
+        """What providers' prefix caches were worth to all processes' calls, or a tenant's.
 
         Returns:
             `requests` whose usage was reported, `hits` of them with cached tokens, `hit_rate`;
             `prompt_tokens`, `cached_tokens` of them and `cached_share`; `written_tokens`;
             `saved_usd`: the usual price of these prompts less what was paid (below 0 while more
-            was written than read), without those of `unpriced` calls; `hinted` calls; `by_model`;
-            `enabled`, `ttl_seconds`, `memory_entries`, `memory_entries_max`.
+            was written than read), without those of `unpriced` calls; `hinted` calls; `by_model`
+            and `by_tenant`, but for a tenant; `scope`: `process` where only this one's are known.
+            Of this process: `enabled`, `ttl_seconds`, `memory_entries`, `memory_entries_max`.
         """
-        models = dict(self._totals.models)
+        return self.told(self.system_figures(), tenant_id)
+
+    def stats(self) -> dict[str, Any]:
+        """As `get_cache_stats`, of this process alone."""
+        return self.told(None)
+
+    def told(self, figures: Figures | None, tenant_id: str | None = None) -> dict[str, Any]:
+        """`get_cache_stats` over these figures; None: this process's."""
         return {
             "enabled": self.enable_kv_cache,
             "ttl_seconds": self.kv_cache_ttl,
             "memory_entries": len(self._known),
             "memory_entries_max": self._known_max,
-            **self._totals.whole.told(),
-            "by_model": {model: worth.told() for model, worth in models.items()},
+            "scope": "process" if figures is None else "system",
+            **told(self.figures() if figures is None else figures, tenant_id),
         }
-
-    def stats(self) -> dict[str, Any]:
-        """As `get_cache_stats`."""
-        return self.get_cache_stats()
 
     def generate_cache_key(
         self,
@@ -301,35 +434,46 @@ class KVCacheManager:
 
     # ----------------------------------------------------------------------------------------
 
-    def _decide(self, prompt: Prompt, group: str) -> Hint:
-        if not self.enable_kv_cache or prompt.hinted:
-            return NO_HINT
-        ttl_s = min(self.kv_cache_ttl, PROVIDERS_KEEP_S)
-        long = [edge for edge in prompt.edges if edge.size_bytes >= HINTED_BYTES_MIN]
-        known = [edge for edge in long if self._fresh(prompt, group, edge.digest, ttl_s)]
-        if not known:
-            return NO_HINT
-        # The shortest names it: as a conversation grows, its key stays.
-        return Hint(self._places(prompt, group, known), known[0].digest)
+    def _way(self, deployment: Deployment) -> tuple[Kind | None, int]:
+        """Which hints a deployment is given, if any, and from how many bytes its provider caches.
 
-    def _places(self, prompt: Prompt, group: str, known: list[Edge]) -> tuple[Place, ...]:
-        """Where the longest known beginning ends, and where shorter ones do that others share.
-
-        A conversation is marked at its end too: its next prompt begins with this one.
+        None where its configuration says that it takes none, or has LiteLLM set marks of its own.
         """
-        markable = [edge for edge in known if edge.place is not None]
-        if not markable:
+        way = self._ways.get(deployment.id)
+        if way is not None:
+            return way
+        listed = self._caching_of(deployment)
+        info = deployment.info
+        pays = info.get("supports_prompt_caching")
+        if pays is None and listed is not None:
+            pays = listed.pays
+        own_min = info.get("prompt_cache_min_tokens")
+        tokens_min = own_min if isinstance(own_min, int) else TOKENS_MIN
+        if listed is not None and not isinstance(own_min, int):
+            tokens_min = listed.tokens_min
+        kind = _kind(deployment, pays)
+        if deployment.id in self._refused or "cache_control_injection_points" in deployment.params:
+            kind = None
+        way = kind, tokens_min * prefixes.BYTES_PER_TOKEN
+        if kind is not None:
+            self._bytes_min = min(self._bytes_min, way[1])
+        if listed is not None:  # else the list may be there the next time
+            if len(self._ways) >= DEPLOYMENTS_MAX:
+                self._ways.clear()
+            self._ways[deployment.id] = way
+        return way
+
+    def _recognised(self, prompt: Prompt, group: str) -> tuple[_Known, ...]:
+        """The beginnings of a prompt that this tenant has sent before, shortest first."""
+        if not self.enable_kv_cache or prompt.hinted:
             return ()
-        last = prompt.edges[-1]
-        wanted = [edge for edge in markable if edge.place == prefixes.TOOLS]
-        wanted += [edge for edge in markable if edge == prompt.instructions]
-        wanted.append(markable[-1])
-        longest = self._known[prompt.tenant, group, known[-1].digest]
-        if longest.is_end and last.place is not None:
-            wanted.append(last)
-        places = dict.fromkeys(edge.place for edge in wanted if edge.place is not None)
-        assert len(places) <= MARKS_MAX
-        return tuple(places)
+        ttl_s = min(self.kv_cache_ttl, PROVIDERS_KEEP_S)
+        found = []
+        for edge in prompt.edges:
+            known = self._fresh(prompt, group, edge.digest, ttl_s)
+            if known is not None:
+                found.append(_Known(edge, known.is_end))
+        return tuple(found)
 
     def _fresh(
         self, prompt: Prompt, group: str, digest: bytes, ttl_s: float
@@ -348,7 +492,7 @@ class KVCacheManager:
         noted = [(edge.digest, edge.size_bytes) for edge in (*first, *shared)]
         if self.enable_kv_cache:
             for digest, size_bytes in noted:
-                if size_bytes >= HINTED_BYTES_MIN:
+                if size_bytes >= self._bytes_min:
                     entry = self._touch((prompt.tenant, group, digest), size_bytes, now)
                     entry.is_end |= digest == prompt.edges[-1].digest
         for digest, size_bytes in prompt.steps:
@@ -366,26 +510,113 @@ class KVCacheManager:
         entry.seen_s = now
         return entry
 
-    def _worths(self, group: str) -> tuple[_Worth, _Worth]:
-        models = self._totals.models
-        if group not in models:
-            group = group if len(models) < MODELS_MAX else "other"
-        return self._totals.whole, models.setdefault(group, _Worth())
+    def _worths_of(self, tenant: str, group: str) -> tuple[Worth, Worth, Worth]:
+        """All figures that something of a tenant and a group is a part of."""
+        worths = self._worths
+        model = f"model {_bounded(group, self._models, MODELS_MAX)}"
+        whose = f"tenant {_bounded(tenant, self._tenants, TENANTS_MAX)}"
+        for name in (model, whose):
+            if name not in worths:
+                worths[name] = Worth()
+        return worths[ALL], worths[model], worths[whose]
 
-    def _saved(self, deployment: Deployment, usage: Mapping[str, Any]) -> int | None:
+    def _saved(
+        self, deployment: Deployment, usage: Mapping[str, Any], cached: int, written: int
+    ) -> int | None:
         """What the call would have cost without a cache, less what it costs, in nano-USD."""
+        if not _is_usual(usage):
+            return self._difference(deployment, usage)
+        # To look a price up takes longer than all the rest here.
+        savings = self._savings.get(deployment.id)
+        if savings is None:
+            read = self._difference(deployment, _sample(read=SAMPLE_TOKENS))
+            write = self._difference(deployment, _sample(written=SAMPLE_TOKENS))
+            if read is None or write is None:
+                return None
+            if len(self._savings) >= DEPLOYMENTS_MAX:
+                self._savings.clear()
+            savings = self._savings[deployment.id] = read, write
+        return round((cached * savings[0] + written * savings[1]) / SAMPLE_TOKENS)
+
+    def _difference(self, deployment: Deployment, usage: Mapping[str, Any]) -> int | None:
+        """The usual price of this usage less the one with the cache."""
+        # Some say how many tokens were plain text, and mean: neither read nor written.
         details = usage.get("prompt_tokens_details") or {}
         plain = {name: value for name, value in usage.items() if not name.startswith("cache_")}
-        plain["prompt_tokens_details"] = {n: v for n, v in details.items() if "cach" not in n}
+        plain["prompt_tokens_details"] = {
+            name: value
+            for name, value in details.items()
+            if "cach" not in name and name != "text_tokens"
+        }
         usual = self._price_of(deployment, plain)
         paid = self._price_of(deployment, usage)
         return None if usual is None or paid is None else usual - paid
 
 
-def _takes_hints(deployment: Deployment) -> bool:
-    """Not where its configuration says that it does not, or has LiteLLM set marks of its own."""
-    is_willing = deployment.info.get("supports_prompt_caching") is not False
-    return is_willing and "cache_control_injection_points" not in deployment.params
+def _is_usual(usage: Mapping[str, Any]) -> bool:
+    """Whether each token is priced alike: a prompt of text, not so long that it is dearer, and
+    cached for as long as usual."""
+    details = usage.get("prompt_tokens_details") or {}
+    kept = details.get("cache_creation_token_details") or {}
+    dearer = any(details.get(f"{kind}_tokens") for kind in ("audio", "image", "video"))
+    return (
+        _count(usage, "prompt_tokens") <= LONG_PROMPT_TOKENS
+        and not dearer
+        and not kept.get("ephemeral_1h_input_tokens")
+        and not any(usage.get(name) for name in ("service_tier", "inference_geo", "speed"))
+    )
+
+
+def _sample(read: int = 0, written: int = 0) -> dict[str, Any]:
+    return {
+        "prompt_tokens": read + written,
+        "completion_tokens": 0,
+        "prompt_tokens_details": {"cached_tokens": read},
+        "cache_creation_input_tokens": written,
+    }
+
+
+def _kind(deployment: Deployment, pays: bool | None) -> Kind | None:
+    """The hint that a deployment's provider knows. `pays`: its prompts are cached, if one knows.
+
+    One that nobody knows is taken for what its provider's models usually are.
+    """
+    if pays is False:
+        return None
+    if deployment.provider in KEYED:
+        return "key"
+    if deployment.provider in MARKED:
+        return "marks"
+    is_claude = "claude" in deployment.model
+    return "marks" if deployment.provider in CLAUDES_ELSEWHERE and is_claude and pays else None
+
+
+def _places(prompt: Prompt, known: Sequence[_Known]) -> list[Place]:
+    """Where the longest known beginning ends, and where shorter ones do that others share.
+
+    A conversation is marked at its end too: its next prompt begins with this one.
+    """
+    markable = [one.edge for one in known if one.edge.place is not None]
+    if not markable:
+        return []
+    last = prompt.edges[-1]
+    wanted = [edge for edge in markable if edge.place == prefixes.TOOLS]
+    wanted += [edge for edge in markable if edge == prompt.instructions]
+    wanted.append(markable[-1])
+    if known[-1].is_end and last.place is not None:
+        wanted.append(last)
+    places = list(dict.fromkeys(edge.place for edge in wanted if edge.place is not None))
+    assert len(places) <= MARKS_MAX
+    return places
+
+
+def _bounded(name: str, known: set[str], most: int) -> str:
+    """A name that figures are kept under: its own, for as many as fit."""
+    if name not in known:
+        if len(known) >= most:
+            return OTHER
+        known.add(name)
+    return name
 
 
 def _count(usage: Mapping[str, Any], name: str) -> int:

@@ -6,10 +6,11 @@ Bounded: label values come from the configuration (models, deployments) or are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from actors.ref import OwnerRef
@@ -17,6 +18,46 @@ from actors.ref import OwnerRef
 TENANTS_MAX = 200
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 OVERHEAD_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+
+
+class _Stored(Collector):
+    """What is in the cache, as its owners told it last; nothing while they are away."""
+
+    def __init__(self) -> None:
+        self.told: Mapping[str, int] | None = None
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        told = self.told
+        if told is None:
+            return
+        yield GaugeMetricFamily("forebay_cache_entries", "Answers stored.", told["entries"])
+        yield GaugeMetricFamily("forebay_cache_bytes", "Memory that they take.", told["bytes"])
+        words = "Answers that gave way."
+        yield CounterMetricFamily("forebay_cache_evictions", words, told["evicted"])
+
+
+class PromptCache(Collector):
+    """What providers reported of their prompt caches to this process; `told` has its figures."""
+
+    def __init__(self, told: Callable[[], Mapping[str, Any]]) -> None:
+        self._told = told
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        told = self._told()
+        tokens = CounterMetricFamily(
+            "forebay_prompt_cache_tokens",
+            "Prompt tokens that providers read from their caches, or wrote there.",
+            labels=["kind"],
+        )
+        tokens.add_metric(["read"], told["cached_tokens"])
+        tokens.add_metric(["written"], told["written_tokens"])
+        yield tokens
+        # No counter: what is written and never read is a loss.
+        yield GaugeMetricFamily(
+            "forebay_prompt_cache_saved_usd",
+            "The usual price of the prompts less what was paid.",
+            told["saved_usd"],
+        )
 
 
 class _OwnerMessages(Collector):
@@ -72,6 +113,10 @@ class Meter:
         )
         self._tokens = Counter("forebay_tokens", "Tokens used.", ["kind"], registry=registry)
         self._cost = Counter("forebay_cost_usd", "Cost of posted calls.", registry=registry)
+        self._lookups = {"hit": 0, "miss": 0, "joined": 0}
+        self._stored = _Stored()
+        registry.register(self._stored)
+        self.looked_up: Callable[[], None] = lambda: None
         self._cache = Counter("forebay_cache", "Look-ups.", ["outcome"], registry=registry)
         self._coalesced = Counter(
             "forebay_coalesced_texts",
@@ -128,6 +173,16 @@ class Meter:
     def cache(self, outcome: str) -> None:
         """A look-up ended as `hit`, `miss` or `joined`."""
         self._cache.labels(outcome).inc()
+        self._lookups[outcome] += 1
+        self.looked_up()
+
+    def stored(self, told: Mapping[str, int] | None) -> None:
+        """`entries`, `bytes` and `evicted` of the cache, for the next `render`; None: unknown."""
+        self._stored.told = told
+
+    def lookups(self) -> tuple[int, int, int]:
+        """How many look-ups of this process ended as hit, miss and joined."""
+        return self._lookups["hit"], self._lookups["miss"], self._lookups["joined"]
 
     def coalesced(self, texts: int) -> None:
         """That many texts of a caller travelled with somebody else's."""

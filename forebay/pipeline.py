@@ -20,19 +20,18 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from actors.batcher.policy import BadVectors, BatcherFull, Lane, Text
-from actors.cache.desk import FlightFailed, Hit, Joined, Lead, Listening
+from actors.cache.desk import FlightFailed, Hit, Joined, Lead
 from actors.cache.policy import Scope, key, text_keys
 from actors.circuit_breaker.policy import LETS_THROUGH, Pass, Verdict
 from actors.circuit_breaker.policy import Refusal as BreakerRefusal
 from actors.ledger.desk import OpenEntry
 from actors.rate_limiter.terms import NOTHING_USED, Amount, Hold, Limits, Refusal, Ticket
 from actors.ref import OwnerUnavailable
-from forebay import bounds, codec, replay, schemas, validation
+from forebay import bounds, codec, schemas, validation
 from forebay.attempts import Plan, Try, pass_unasked, refused_by, why_of
 from forebay.bounds import Bound
 from forebay.call import Call, Facts, Result, Stream
@@ -53,20 +52,24 @@ from forebay.errors import (
 )
 from forebay.providers.base import Chunks
 from forebay.providers.embedded import LOCAL
+from forebay.relaying import Ending, Relay, followed, replayed
 from forebay.routing import Deployment, Group
 from forebay.tally import StreamTally
 from forebay.texts import Texts
 
 if TYPE_CHECKING:
-    from forebay.prefixes import Prompt
+    from forebay.kv_cache import Reading
     from forebay.system import System
 
 BATCHER_GRACE_S = 0.25
 ROUNDS_MAX = 16
 """How often a stream's follower asks again when its leader is lost, before it asks nobody."""
 JOINED_TEXTS_MAX = 256
-"""Longer lists are jobs. Nobody asks for the same texts at the same moment, so with nothing stored
-anyway, telling the owner of each would be for nothing."""
+"""Longer lists are told of only where vectors are stored anyway. To join costs 10 us for each text
+and takes its vector to the owner, whether anybody waits for it or not: for 2,048 texts of 1,536
+dimensions 25 ms and 12 MB, where the list itself costs 5 ms (measured in one process). Such lists
+are jobs, which read each text once; two of them seldom have the same texts under way."""
+OWN_ENDS = ("stop", "tool_calls", "function_call")
 NANO_PER_USD = 1e9
 TEXTS_FIELD: dict[str, str] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
@@ -79,15 +82,17 @@ class _Request:
     group: Group
     started_s: float
     deadline_s: float
+    ends_s: float  # the configured deadline, which those have who share the call
     facts: Facts
     own_deadline: bool = False  # the client's, shorter than the configured one
     limits: Limits | None = None
     bound: Bound | None = None
     ticket: Ticket | None = None
     hold: Hold | None = None
+    reserved: bool = False
     used: Amount = NOTHING_USED
     doubted: bool = False  # the validation had something to say of the answer
-    prompt: Prompt | None = None  # what its beginnings are called
+    prompt: Reading | None = None  # what its beginnings are called
 
 
 @dataclass(slots=True)
@@ -110,22 +115,14 @@ class _Attempt:
 
 @dataclass(slots=True)
 class _Flow:
-    """A stream that is being relayed.
-
-    `reading` is a chunk on its way that outlives who waits. `awaited`: somebody waits for the next
-    chunk, or the end. `late`: its deadline passed while nobody did, and it is settled.
-    """
+    """A stream that is being relayed. `begun_s`: since when its time is not in the facts yet."""
 
     request: _Request
     attempt: _Attempt
     entry: OpenEntry | None
     lead: Lead | None
-    chunks: Chunks
     tally: StreamTally
-    begun_s: float
-    reading: asyncio.Task[dict[str, Any] | None] | None = None
-    awaited: bool = False
-    late: GatewayTimeout | None = None
+    begun_s: float | None
 
 
 class Pipeline:
@@ -190,6 +187,11 @@ class Pipeline:
             self._finish(call, request, status)
             raise
 
+    def key_of(self, call: Call) -> bytes:
+        """What the answer to this call is stored under. Raises as `answer` does for a wrong one."""
+        group = self._check(call).group
+        return _address(self._scope(call), call, group)
+
     # 1 ------------------------------------------------------------------------------- check
 
     def _check(self, call: Call) -> _Request:
@@ -211,7 +213,8 @@ class Pipeline:
         timeout_s = call.timeout_s if own_deadline and call.timeout_s else config.timeout
         facts = Facts(group=group.name, config_version=system.version)
         limits = system.tenants.limits_for(call.tenant)
-        return _Request(call, group, now, now + timeout_s, facts, own_deadline, limits)
+        ends_s = now + config.timeout
+        return _Request(call, group, now, now + timeout_s, ends_s, facts, own_deadline, limits)
 
     # 2 ------------------------------------------------------------------------------- count
 
@@ -250,10 +253,11 @@ class Pipeline:
         read, join = self._may_share(call)
         if not (read or join):
             return None
-        address = key(Scope(call.tenant), call.route, _asked(request.group), call.body)
+        scope = self._scope(call)
+        address = _address(scope, call, request.group)
         try:
             found = await system.cache.lookup(
-                address, Scope(call.tenant), read=read, join=join, patience_s=self._left(request)
+                address, scope, read=read, join=join, patience_s=self._left(request)
             )
         except FlightFailed as failure:
             facts.cache = "joined"
@@ -282,22 +286,23 @@ class Pipeline:
         read, join = self._may_share(call)
         if not (read or join):
             return None
-        scope = Scope(call.tenant)
-        address = key(scope, call.route, _asked(request.group), call.body)
+        scope = self._scope(call)
+        address = _address(scope, call, request.group)
         for _ in range(ROUNDS_MAX):
-            left_s = self._left(request)
+            # Who leads may have to go on for others when its own time is up.
+            ends_s = max(0.0, request.ends_s - system.clock())
             (found,) = await system.cache.ask(
-                [address], scope, read=read, join=join, patience_s=left_s, stream=True
+                [address], scope, read=read, join=join, patience_s=ends_s, stream=True
             )
-            relay: AsyncGenerator[dict[str, Any], None]
+            chunks: AsyncGenerator[dict[str, Any], None]
             if isinstance(found, Lead):
                 break
             if isinstance(found, Hit):
-                relay = self._replay(request, self._shared(request, found))
+                chunks = replayed(call.route, self._shared(request, found))
             else:
                 listening = system.cache.listen(found.flight)
                 try:
-                    news = await listening.more(left_s)
+                    news = await listening.more(self._left(request))
                 except BaseException as failure:
                     listening.close()
                     if not isinstance(failure, FlightFailed):
@@ -309,68 +314,40 @@ class Pipeline:
                     continue
                 if isinstance(news, Joined):
                     listening.close()
-                    relay = self._replay(request, self._shared(request, news))
+                    chunks = replayed(call.route, self._shared(request, news))
                 else:
                     facts.cache = "joined"
-                    relay = self._follow(request, listening, news)
+                    left_s, lost = partial(self._left, request), partial(self._lost, request)
+                    chunks = followed(listening, news, call.route, call.body, left_s, lost)
+            shared = self._share_out(request, chunks)
             system.meter.first_token(call.route, system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
-            await anext(relay)  # into its `try`, as in `_open_stream`
-            return Stream(relay, facts)
+            await anext(shared)  # into its `try`, as in `_open_stream`
+            return Stream(shared, facts)
         else:
             found = Lead(address, scope, None)
         facts.cache = "miss"
         system.meter.cache("miss")
         return found
 
-    async def _replay(
-        self, request: _Request, answer: Answer
+    async def _share_out(
+        self, request: _Request, chunks: AsyncGenerator[dict[str, Any], None]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """A whole answer as a stream. The first item is no chunk, as in `_relay`."""
+        """A stream that is not ours. The first item is no chunk, as in `Relay.own`."""
         status = "cancelled"
         try:
             yield {}
-            for chunk in replay.chunks(request.call.route, answer):
+            async for chunk in chunks:
                 yield chunk
             status = "ok"
-        finally:
-            self._free(request)
-            self._finish(request.call, request, status)
-
-    async def _follow(
-        self, request: _Request, listening: Listening, pieces: list[bytes]
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        """Somebody else's stream, as it comes. The first item is no chunk, as in `_relay`.
-
-        What its pieces have not told is in the whole answer at the end.
-        """
-        call = request.call
-        status = "cancelled"
-        news: list[bytes] | Joined | None = pieces
-        try:
-            yield {}
-            while isinstance(news, list):
-                for piece in news:
-                    yield orjson.loads(piece)
-                news = await listening.more(self._left(request))
-            if news is None:
-                raise self._lost(request)
-            told = replay.told(call.route, listening.taken, call.body)
-            for chunk in replay.chunks(call.route, codec.unpack(news.value), told):
-                yield chunk
-            status = "ok"
-        except FlightFailed as failure:
-            error = codec.unpack_error(failure.error)
-            status = str(error.status)
-            raise error from None
         except GatewayError as error:
             status = str(error.status)
             raise
         finally:
-            listening.close()
+            await chunks.aclose()
             if status in ("ok", "cancelled"):
                 self._free(request)
-            self._finish(call, request, status)
+            self._finish(request.call, request, status)
 
     def _lost(self, request: _Request) -> GatewayError:
         """The stream that we followed came to no end, and what was told cannot be taken back."""
@@ -379,9 +356,17 @@ class Pipeline:
             return GatewayTimeout(f"no answer within {timeout_s:g} s", model=request.facts.group)
         return ProviderError("the call that this stream shared was lost", model=request.facts.group)
 
+    def _scope(self, call: Call) -> Scope:
+        """Who shares the answer: the tenant's own, or everybody where that is configured."""
+        cache = self._system.config.gateway.cache_config
+        shared = cache is not None and cache.scope == "shared"
+        return Scope(None if shared else call.tenant)
+
     def _may_share(self, call: Call) -> tuple[bool, bool]:
         """Whether a stored answer may serve the call, and whether another's running one may."""
         config = self._system.config.gateway
+        if not schemas.understands(call.route, call.body):
+            return False, False
         read = config.enable_caching and call.cache_read
         return read, config.enable_request_deduplication and not _asks_for_variety(call.body)
 
@@ -399,13 +384,12 @@ class Pipeline:
         read, join = self._may_share(call)
         given = _inputs(call.body["input"])
         join &= read or len(given) <= JOINED_TEXTS_MAX
-        words = [text for text in given if isinstance(text, str)]
-        if not (read or join) or len(words) < len(given):
-            return await self._lead(request, None)  # tokens are nobody's but the model's
+        if not (read or join):
+            return await self._lead(request, None)
         shared = {name: value for name, value in call.body.items() if name != "input"}
-        scope = Scope(call.tenant)
-        keys = text_keys(scope, call.route, _asked(request.group), shared, words)
-        texts = Texts(system.cache, scope, words, keys)
+        scope, group = self._scope(call), request.group
+        keys = text_keys(scope, call.route, group.name, shared, given, _meaning(group))
+        texts = Texts(system.cache, scope, given, keys)
         try:
             await texts.look_up(read=read, join=join, patience_s=self._left(request))
             while True:
@@ -463,8 +447,7 @@ class Pipeline:
             raise
         finally:
             self._settle(request)
-            told = None if error is None else _told_to_others(request, error)
-            texts.give_up(told, error)
+            texts.give_up(_told_to_others(request, error), error)
 
     async def _lead_stream(self, request: _Request, lead: Lead | None) -> Stream:
         """Get the stream ourselves; once it has begun, its relay settles and lands it."""
@@ -474,16 +457,18 @@ class Pipeline:
         except BaseException as error:
             self._settle(request)
             if lead is not None:
-                told = _told_to_others(request, error) if isinstance(error, GatewayError) else None
-                self._system.cache.land(lead, None, told)
+                self._system.cache.land(lead, None, _told_to_others(request, error))
             raise
 
     async def _reserve(self, request: _Request) -> None:
+        """Take what the call may use. What fails here is nobody's but the request's own."""
         system = self._system
+        request.reserved = False
         if system.books.full:
             self._uncount(request)
             raise Overloaded("the ledger is away and its buffer is full", retry_after_s=1.0)
         if request.ticket is None:
+            request.reserved = True
             return
         may_wait = request.call.may_wait
         wait_s, _ = system.tenants.queue_for(request.call.tenant) if may_wait else (0.0, 0)
@@ -502,7 +487,7 @@ class Pipeline:
         if isinstance(held, Refusal):
             self._uncount(request)
             raise self._refused(request, held, wait_s)
-        request.hold = held
+        request.hold, request.reserved = held, True
         bound = request.bound
         if bound is not None and bound.clamp is not None:
             self._tell_clamp(request, bound.clamp)
@@ -560,7 +545,8 @@ class Pipeline:
             self._begin(attempt)
             try:
                 answer = await self._provider_call(request, attempt)
-            except GatewayError as error:
+            except GatewayError as failure:
+                error = system.kv_cache.blamed(request.prompt, attempt.deployment, failure)
                 facts.provider_s += system.clock() - attempt.begun_s
                 why = refused_by(error)
                 paid = system.books.fail_call(entry, error, asked=why is None)
@@ -831,8 +817,13 @@ class Pipeline:
         )
 
     async def _open_stream(self, request: _Request, lead: Lead | None) -> Stream:
-        """Attempts as planned, until one gives a first chunk."""
+        """Attempts as planned, until one gives a first chunk.
+
+        A stream that others may come to follow has their time, and its own client's only while that
+        is all that waits for it.
+        """
         plan = self._plan(request)
+        outlives = request.own_deadline and lead is not None and lead.flight is not None
         while True:
             attempt = await self._next(request, plan)
             system, facts, call = self._system, request.facts, request.call
@@ -847,14 +838,15 @@ class Pipeline:
             chunks = open_stream(
                 attempt.deployment,
                 _with_usage(self._body(request, attempt.deployment)),
-                timeout_s=self._left(request),
+                timeout_s=self._left(request) + (request.ends_s - request.deadline_s) * outlives,
                 resolve=system.resolve,
                 stall_s=system.config.gateway.stall_timeout,
             )
             try:
-                first = await anext(chunks)
+                first = await self._first_of(request, chunks, outlives)
             except (GatewayError, StopAsyncIteration) as failure:
                 error = _stream_failure(failure, attempt.deployment)
+                error = system.kv_cache.blamed(request.prompt, attempt.deployment, error)
                 facts.provider_s += system.clock() - attempt.begun_s
                 system.books.void_call(entry, error)
                 verdict = self._judge(request, attempt, error)
@@ -875,134 +867,77 @@ class Pipeline:
                 attempt.admitted = system.breaker.begun(attempt.admitted, begun)
             system.meter.first_token(call.route, system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
-            flow = _Flow(
-                request, attempt, entry, lead, chunks, StreamTally(call.route), system.clock()
+            tally = StreamTally(call.route)
+            flow = _Flow(request, attempt, entry, lead, tally, system.clock())
+            relay = Relay(
+                chunks,
+                tally,
+                attempt,
+                lead=lead,
+                cache=system.cache,
+                clock=system.clock,
+                left_s=self._left(request),
+                timeout_s=request.deadline_s - request.started_s,
+                outlives=outlives,
+                slow_s=self._slow_s(),
+                late=partial(_late, attempt.deployment),
+                notice_slow=partial(self._notice_slow, attempt),
+                settle=partial(self._settle_stream, flow),
+                finish=partial(self._finish_stream, flow),
             )
-            relay = self._relay(flow, first)
+            own = relay.own(first)
             # Into its `try`, so that closing or dropping it settles even if nobody takes a chunk.
-            await anext(relay)
-            return Stream(relay, facts)
+            await anext(own)
+            return Stream(own, facts)
 
-    async def _relay(
-        self, flow: _Flow, first: dict[str, Any]
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        """Hand the chunks on, and settle when they end, fail, or nobody wants them any more.
-
-        At the deadline nobody may be there who could be told that time is up: then a timer settles.
-        The first item is no chunk: it says that the generator has started.
-        """
-        status, error, carried = "cancelled", None, False
-        timer = asyncio.get_running_loop().call_later(self._left(flow.request), self._expire, flow)
+    async def _first_of(self, request: _Request, chunks: Chunks, outlives: bool) -> dict[str, Any]:
+        if not outlives:
+            return await anext(chunks)
         try:
-            yield {}
-            self._hear(flow, first)
-            yield first
-            while (chunk := await self._next_chunk(flow)) is not None:
-                yield chunk
-            status = "ok"
-        except GatewayError as failure:
-            status, error = str(failure.status), failure
-            raise
-        except (GeneratorExit, asyncio.CancelledError):
-            carried = self._is_followed(flow) and self._system.cache.carry(self._read_on(flow))
-            raise
-        finally:
-            timer.cancel()
-            if not carried:
-                await self._end_stream(flow, status, error)
+            async with asyncio.timeout(self._left(request)):
+                return await anext(chunks)
+        except TimeoutError as error:
+            if isinstance(error, GatewayError):
+                raise
+            timeout_s = request.deadline_s - request.started_s
+            raise GatewayTimeout(
+                f"no answer within {timeout_s:g} s", model=request.facts.group
+            ) from None
 
-    async def _read_on(self, flow: _Flow) -> None:
-        """Our own client has left, and others follow: the stream goes on for them."""
-        status, error = "cancelled", None
-        try:
-            while await self._next_chunk(flow) is not None:
-                pass
-            status = "ok"
-        except GatewayError as failure:
-            status, error = str(failure.status), failure
-        finally:
-            await self._end_stream(flow, status, error)
-
-    async def _next_chunk(self, flow: _Flow) -> dict[str, Any] | None:
-        """The stream's next chunk, noted; None at its end."""
-        attempt, clock = flow.attempt, self._system.clock
-        if flow.late is not None:
-            raise flow.late
-        # Only while we wait: a client that is slow to take a chunk slows nobody down.
-        attempt.asked_s = clock()
-        flow.awaited = True
-        if flow.reading is None and not self._is_followed(flow):
-            chunk = await anext(flow.chunks, None)
-        else:
-            # Cancelling who waits for a chunk would end the stream, for its followers too.
-            if flow.reading is None:
-                flow.reading = asyncio.create_task(_next_of(flow.chunks))
-            chunk = await asyncio.shield(flow.reading)
-            flow.reading = None
-        if chunk is not None:
-            if clock() - attempt.asked_s > self._slow_s():
-                self._notice_slow(attempt)
-            self._hear(flow, chunk)
-            flow.awaited = False
-        return chunk
-
-    def _hear(self, flow: _Flow, chunk: dict[str, Any]) -> None:
-        flow.tally.add(chunk)
-        if flow.lead is not None and flow.lead.flight is not None:
-            self._system.cache.say(flow.lead, orjson.dumps(chunk))
-
-    def _is_followed(self, flow: _Flow) -> bool:
-        return flow.lead is not None and self._system.cache.is_followed(flow.lead)
-
-    def _expire(self, flow: _Flow) -> None:
-        """The stream's deadline. Who waits for a chunk hears of it from the provider's lane."""
-        if flow.awaited:
-            return
-        request, deployment = flow.request, flow.attempt.deployment
-        timeout_s = request.deadline_s - request.started_s
-        flow.late = GatewayTimeout(
-            f"the answer was not taken to its end within {timeout_s:g} s",
-            model=deployment.group,
-            provider=deployment.provider,
-        )
-        self._settle_stream(flow, str(flow.late.status), flow.late, ignored=True)
-
-    async def _end_stream(self, flow: _Flow, status: str, error: GatewayError | None) -> None:
-        try:
-            if flow.reading is not None:
-                flow.reading.cancel()
-                await asyncio.wait([flow.reading])
-            await flow.chunks.aclose()
-        finally:
-            if flow.late is None:
-                self._settle_stream(flow, status, error, ignored=status == "cancelled")
-
-    def _settle_stream(
-        self, flow: _Flow, status: str, error: GatewayError | None, *, ignored: bool
-    ) -> None:
+    def _settle_stream(self, flow: _Flow, ending: Ending) -> None:
         """A stream is over: judge, settle, and land. A whole, valid one is kept as answers are."""
         system, request, attempt = self._system, flow.request, flow.attempt
         facts, lead = request.facts, flow.lead
-        facts.provider_s += system.clock() - flow.begun_s
-        answer = flow.tally.answer(request.call.body, status == "ok")
+        self._note_time(flow)
+        answer = flow.tally.answer(request.call.body, ending.status == "ok")
         if answer.cost_nano is None:
             answer.cost_nano = system.provider.price(
                 attempt.deployment, answer.usage, model=answer.model
             )
         facts.cost_nano = answer.cost_nano
-        self._judge(request, attempt, error, ignored=ignored, usage=answer.usage)
-        system.books.post_call(flow.entry, answer, error)
+        self._judge(request, attempt, ending.error, ignored=ending.own, usage=answer.usage)
+        system.books.post_call(flow.entry, answer, ending.error)
         self._learn(request, answer)
         system.meter.usage(*codec.tokens_in(answer.usage), answer.cost_nano)
         self._settle(request)
         if lead is not None:
-            landed, ttl_s = None, None
-            if status == "ok":
+            landed, told, ttl_s = None, None, None
+            if ending.status == "ok":
                 request.doubted = self._is_doubtful(request, answer)
                 landed, ttl_s = self._keep(request, answer)
-            told = None if error is None else _told_to_others(request, error)
+            elif ending.error is not None and not ending.own:
+                told = codec.pack_error(ending.error)
             system.cache.land(lead, landed, told, ttl_s)
-        self._finish(request.call, request, status)
+
+    def _finish_stream(self, flow: _Flow, status: str) -> None:
+        """Its own client is done with; the stream may go on for others."""
+        self._note_time(flow)
+        self._finish(flow.request.call, flow.request, status)
+
+    def _note_time(self, flow: _Flow) -> None:
+        if flow.begun_s is not None:
+            flow.request.facts.provider_s += self._system.clock() - flow.begun_s
+            flow.begun_s = None
 
     # 6 ------------------------------------------------------------------------------- judge
 
@@ -1022,7 +957,7 @@ class Pipeline:
         verdict = Verdict.IGNORED if ignored else self._verdict(request, attempt, error)
         self._end(attempt, verdict)
         self._system.meter.provider_call(attempt.deployment.circuit, verdict.value)
-        self._system.kv_cache.learn(attempt.deployment, usage)
+        self._system.kv_cache.learn(request.call.tenant, attempt.deployment, usage)
         if attempt.quota is not None:
             prompt, completion = codec.tokens_in(usage)
             self._system.limiter.settle(attempt.quota, Amount(prompt + completion))
@@ -1070,18 +1005,28 @@ class Pipeline:
 
     def _keep(self, request: _Request, answer: Answer) -> tuple[bytes, float | None]:
         """The answer as bytes for those who wait, and for how long to store it, if at all."""
-        clamped = request.facts.clamped
-        whole = _is_whole(answer) and (clamped is None or not _is_cut(answer))
-        answer.clamped = clamped
-        good = whole and not request.doubted
-        return codec.pack(answer), self._ttl_s(request) if good else None
+        answer.clamped = request.facts.clamped
+        ttl_s = self._ttl_s(request)
+        if ttl_s is not None and (request.doubted or not self._is_good(request, answer)):
+            ttl_s = None
+        return codec.pack(answer), ttl_s
+
+    def _is_good(self, request: _Request, answer: Answer) -> bool:
+        """Whether an answer is worth keeping: whole, and valid even where nobody validates."""
+        call, gateway = request.call, self._system.config.gateway
+        if not _is_whole(answer, call.body):
+            return False
+        return gateway.enable_validation or not any(validation.findings(answer.body, call.body))
 
     def _ttl_s(self, request: _Request) -> float | None:
         """For how long a good answer to this request is stored, None where it is not."""
         config = self._system.config.gateway
-        if not (config.enable_caching and request.call.cache_write):
+        call = request.call
+        if not (config.enable_caching and call.cache_write):
             return None
-        return request.call.cache_ttl_s or float(config.cache_ttl_s)
+        if not schemas.understands(call.route, call.body):
+            return None
+        return call.cache_ttl_s or float(config.cache_ttl_s)
 
     # 9 ------------------------------------------------------------------------------ settle
 
@@ -1157,23 +1102,31 @@ class Pipeline:
         )
 
 
-async def _next_of(chunks: Chunks) -> dict[str, Any] | None:
-    return await anext(chunks, None)
+def _late(deployment: Deployment, words: str) -> GatewayTimeout:
+    return GatewayTimeout(
+        f"the answer {words}", model=deployment.group, provider=deployment.provider
+    )
 
 
-def _told_to_others(request: _Request, error: GatewayError) -> bytes | None:
+def _told_to_others(request: _Request, error: BaseException | None) -> bytes | None:
     """What those hear who wait for a call that failed; None: one of them tries.
 
-    Our client's own deadline is no news for those who have more time.
+    What is our client's own is no news for them: limits that refuse it, a deadline shorter than
+    theirs, its leaving; nor is what this process has no room for.
     """
-    if request.own_deadline and isinstance(error, GatewayTimeout):
+    if not (isinstance(error, GatewayError) and request.reserved) or isinstance(error, Overloaded):
         return None
-    return codec.pack_error(error)
+    is_late = request.own_deadline and isinstance(error, GatewayTimeout)
+    return None if is_late else codec.pack_error(error)
 
 
-def _asked(group: Group) -> str:
+def _address(scope: Scope, call: Call, group: Group) -> bytes:
+    return key(scope, call.route, group.name, call.body, _meaning(group))
+
+
+def _meaning(group: Group) -> str:
     """What a model's name stands for: another configuration may mean something else by it."""
-    return " ".join([group.name, *(deployment.id for deployment in group.deployments)])
+    return " ".join(deployment.id for deployment in group.deployments)
 
 
 def _asks_for_variety(body: dict[str, Any]) -> bool:
@@ -1201,10 +1154,16 @@ def _with_usage(body: dict[str, Any]) -> dict[str, Any]:
     return {**body, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
 
 
-def _is_whole(answer: Answer) -> bool:
-    """Whether every choice came to its own end, and no filter cut it short."""
+def _is_whole(answer: Answer, asked: Mapping[str, Any]) -> bool:
+    """Whether every choice that was asked for is there and came to its own end.
+
+    Reasons that OpenAI does not know are providers' words for what went wrong.
+    """
+    prompts = asked.get("prompt")
+    many = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
+    count = (asked.get("n") or 1) * (len(prompts) if many and prompts else 1)
     ends = [choice.get("finish_reason") for choice in answer.body.get("choices") or ()]
-    return bool(ends) and all(end and end != "content_filter" for end in ends)
+    return len(ends) >= count and all(end in OWN_ENDS for end in ends)
 
 
 def _is_filtered(answer: Answer) -> bool:

@@ -50,8 +50,7 @@ class Place(NamedTuple):
 TOOLS = Place(-1)
 
 
-@dataclass(frozen=True, slots=True)
-class Edge:
+class Edge(NamedTuple):
     """Where a block ends. `place` is None where no mark may stand."""
 
     digest: bytes
@@ -67,6 +66,7 @@ class Edge:
 class Prompt:
     """A prompt's beginnings, shortest first, and what was decided for it, by group.
 
+    `known` is what was sent before of it, by group, when it came.
     `instructions` is the end of its leading system messages and tools, None where there are none.
     `anchor` names those together with the start of what follows: what most of a conversation's
     prompts share. `hinted` says that the caller has marks or a key of its own.
@@ -78,7 +78,7 @@ class Prompt:
     steps: tuple[tuple[bytes, int], ...]
     anchor: bytes
     hinted: bool
-    decided: dict[str, Any] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)
 
 
 class _Block(NamedTuple):
@@ -92,7 +92,8 @@ def read(
 ) -> Prompt | None:
     """The beginnings of a request's prompt; None where it is shorter than `least_bytes`.
 
-    `steps`: those at fixed lengths too. A body that is no request of the route gives None.
+    Those that are shorter have no edge. `steps`: those at fixed lengths too. A body that is no
+    request of the route gives None.
     """
     if route == "embedding" or _is_short(body, least_bytes):
         return None
@@ -109,6 +110,8 @@ def read(
             chain.anchor(block.data)
         if not chain.add(block.data):
             break
+        if chain.size_bytes < least_bytes:
+            continue
         if number >= tail or number == leading or block.place == TOOLS:
             edges.append(Edge(chain.digest(), chain.size_bytes, block.place))
             if number == leading:
@@ -168,9 +171,10 @@ def _is_short(body: Mapping[str, Any], least_bytes: int) -> bool:
         return False
     size = 0
     for message in body["messages"]:
-        if not isinstance(message.get("content"), str) or len(message) > 2:
+        content = message.get("content")
+        if not isinstance(content, str) or len(message) > 2:
             return False
-        size += 4 * len(message["content"]) + 32  # at most four bytes a character
+        size += len(content) * (1 if content.isascii() else 4) + 32
         if size >= least_bytes:
             return False
     return True
@@ -193,6 +197,11 @@ def _blocks(body: Mapping[str, Any]) -> Iterator[_Block]:
     for number, message in enumerate(messages):
         role, content = message["role"], message.get("content")
         leading = leading and role in _INSTRUCTS
+        if len(message) == 2 and type(content) is str:  # nearly all are
+            is_text = content != "" and not content.isspace()
+            place = Place(number) if straight and is_text and role in _MARKABLE else None
+            yield _Block(b"\0" + role.encode() + b"\0" + _bytes(content), place, leading)
+            continue
         markable = straight and role in _MARKABLE and not message.get("tool_calls")
         rest = {k: v for k, v in message.items() if k not in _NOT_REST and v is not None}
         head = b"\0" + role.encode() + b"\0" + (_bytes(rest) if rest else b"")

@@ -34,8 +34,9 @@ def chunks(route: str, answer: Answer, told: Answer | None = None) -> Iterator[d
         if not said.get("finish_reason"):
             end: dict[str, Any] = {"delta": {}} if route == "chat" else {"text": ""}
             end["finish_reason"] = choice.get("finish_reason")
-            if choice.get("logprobs") and not said:
-                end["logprobs"] = choice["logprobs"]
+            logprobs = _rest(choice.get("logprobs") or {}, said.get("logprobs") or {})
+            if logprobs:
+                end["logprobs"] = logprobs
             yield {**head, "choices": [{"index": index, **end}]}
     if answer.usage and (told is None or told.estimated):
         yield {**head, "choices": [], "usage": answer.usage}
@@ -57,11 +58,17 @@ def _text(choice: dict[str, Any], said: dict[str, Any]) -> Iterator[dict[str, An
 def _chat(choice: dict[str, Any], said: dict[str, Any]) -> Iterator[dict[str, Any]]:
     message: dict[str, Any] = choice.get("message") or {}
     before: dict[str, Any] = said.get("message") or {}
+    own = (*_TEXTS, "role", "tool_calls", "function_call")
+    extra = {
+        name: value
+        for name, value in message.items()
+        if name not in own and before.get(name) != value
+    }
     if not before:
-        own = (*_TEXTS, "role", "tool_calls", "function_call")
-        extra = {name: message[name] for name in message if name not in own}
         role, content = message.get("role") or "assistant", message.get("content")
         yield {"delta": {"role": role, "content": None if content is None else "", **extra}}
+    elif extra:
+        yield {"delta": extra}
     for name in _TEXTS:
         for piece in _pieces(message.get(name), before.get(name)):
             yield {"delta": {name: piece}}
@@ -91,6 +98,12 @@ def _call(call: dict[str, Any], said: dict[str, Any] | None) -> Iterator[dict[st
         yield {**head, field: {**fixed, text: ""}}
     for piece in _pieces(function.get(text), ((said or {}).get(field) or {}).get(text)):
         yield {field: {text: piece}}
+
+
+def _rest(whole: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """What is left of lists by name, such as log probabilities are."""
+    rest = {name: value[len(said.get(name) or ()) :] for name, value in whole.items() if value}
+    return {name: value for name, value in rest.items() if value}
 
 
 def _pieces(whole: str | None, said: str | None) -> list[str]:

@@ -632,6 +632,10 @@ ROUTES: Mapping[str, Any] = {
 }
 _EXTRAS = TypeAdapter(Extras)
 _ADAPTERS = {route: TypeAdapter(shape) for route, shape in ROUTES.items()}
+_UNDERSTOOD = {
+    route: frozenset(shape.__annotations__) | frozenset(Extras.__annotations__)
+    for route, shape in ROUTES.items()
+}
 _PARAMETERS = {route: frozenset(shape.__annotations__) for route, shape in ROUTES.items()}
 
 
@@ -641,6 +645,14 @@ _PARAMETERS = {route: frozenset(shape.__annotations__) for route, shape in ROUTE
 def parameters(route: str) -> frozenset[str]:
     """The parameters of `route`: "chat", "completion" or "embedding"."""
     return _PARAMETERS[route]
+
+
+def understands(route: str, body: Mapping[str, Any]) -> bool:
+    """Whether it is known here what every parameter of a checked `body` means.
+
+    What `allowed_params` lets through beside that may mean anything: a session, a side effect.
+    """
+    return body.keys() <= _UNDERSTOOD[route]
 
 
 def check(route: str, body: dict[str, Any], allowed: Collection[str] = ()) -> None:

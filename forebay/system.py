@@ -23,6 +23,7 @@ from actors.batcher.owner import Batcher
 from actors.batcher.policy import Caps, Lane, Paid, Text, Vectors
 from actors.cache.desk import CacheDesk
 from actors.cache.owner import Cache
+from actors.cache.tallies import NOW, TallyDesk
 from actors.circuit_breaker.desk import CircuitBreakerDesk
 from actors.circuit_breaker.owner import CircuitBreaker
 from actors.circuit_breaker.policy import CLEAN, Rules, State, Verdict
@@ -60,10 +61,10 @@ from forebay.errors import (
     Overloaded,
     ProviderError,
 )
-from forebay.kv_cache import KVCacheManager
-from forebay.metrics import Meter
+from forebay.health import is_cache
+from forebay.kv_cache import Figures, KVCacheManager, Reading
+from forebay.metrics import Meter, PromptCache
 from forebay.pipeline import Pipeline
-from forebay.prefixes import Prompt
 from forebay.probing import Prober
 from forebay.providers.base import NO_BASE64, STALLED, Provider, verdict_of
 from forebay.providers.litellm import LiteLLMProvider
@@ -79,6 +80,7 @@ NAMESPACE = "forebay"
 LIMITER = "rate-limiter-"
 LIMITER_SHARDS_MAX = 64
 LIMITER_PACE_S = (0.01, 0.05)  # a tenant that nobody saw lately waits so long at most, under load
+CACHE_SHARDS_MAX = 64
 STARTED_LATER = frozenset({"batcher"})
 STATS_TIMEOUT_S = 2.0
 ATTACH_TIMEOUT_S = 30.0
@@ -98,6 +100,7 @@ class Boot:
     registry_path: str | None = None
     ledger_path: str | None = None
     limiter_shards: int = 1
+    cache_shards: int = 1
     cache_bytes_max: int = 256 * 1024 * 1024
     cache_url: str | None = None
     cache_namespace: str = "forebay"
@@ -121,6 +124,7 @@ class Boot:
             registry_path=str(data_dir / "registry.db") if durable else None,
             ledger_path=None if ledger is None else str(ledger),
             limiter_shards=config.server.limiter_shards,
+            cache_shards=config.server.cache_shards,
             cache_bytes_max=cache.max_bytes,
             cache_url=url,
             cache_namespace=cache.namespace,
@@ -168,10 +172,21 @@ def owners(boot: Boot) -> dict[str, tuple[type, dict[str, Any]]]:
         **{f"{LIMITER}{shard}": limiter(shard, layout) for shard in range(layout.shards)},
         "registry": (Registry, {"path": boot.registry_path}),
         "circuit-breaker": (CircuitBreaker, {}),
-        "cache": (Cache, {"max_bytes": boot.cache_bytes_max, "places": _cache_place(boot)}),
+        **{name: _cache(boot) for name in cache_names(boot.cache_shards)},
         "batcher": (Batcher, {"factory": BatcherCalls(boot)}),
         "ledger": (Ledger, {"path": boot.ledger_path}),
     }
+
+
+def cache_names(shards: int) -> list[str]:
+    """The cache's owners, in the order that their keys are shared in. Only one has no number, so
+    that those of another number of shards are never taken for these."""
+    return ["cache"] if shards == 1 else [f"cache-{shard}" for shard in range(shards)]
+
+
+def _cache(boot: Boot) -> tuple[type, dict[str, Any]]:
+    max_bytes = boot.cache_bytes_max // boot.cache_shards
+    return Cache, {"max_bytes": max_bytes, "places": _cache_place(boot)}
 
 
 def _cache_place(boot: Boot) -> RegisteredPlace | None:
@@ -228,7 +243,8 @@ class System:
         self._relaying: asyncio.Task[None] | None = None
         self._deaths = DeathWatch(self.limiter, holder, self._nodes_alive)
         self.breaker = CircuitBreakerDesk(refs["circuit-breaker"], holder, clock)
-        self.cache = CacheDesk(refs["cache"], holder, clock)
+        caches = [name for name in refs if is_cache(name)]
+        self.cache = CacheDesk([refs[name] for name in caches], holder, clock)
         self.batcher = BatcherDesk(refs["batcher"], holder)
         own_batcher = InlineRef("own-batcher", Batcher(factory=lambda: self.embed_call))
         self._own_batcher = BatcherDesk(own_batcher, holder)
@@ -238,8 +254,15 @@ class System:
         self.bounds = Reckoner(self.provider, self._candidates)
         self.router = Router(self.rng, clock, self._usual_price)
         self.kv_cache = KVCacheManager(
-            clock=clock, price_of=self._price_of, secret_of=self._credential
+            clock=clock,
+            price_of=self._price_of,
+            caching_of=lambda deployment: self.provider.prompt_caching(deployment),
+            secret_of=self._credential,
+            changed=lambda: self.tallies.changed(),
         )
+        self.tallies = TallyDesk(refs[caches[0]], holder, self._tally)
+        self.meter.looked_up = self.tallies.changed
+        self.meter.registry.register(PromptCache(self.kv_cache.stats))
         self.stalls = StallWatch(clock)
         self.pipeline = Pipeline(self)
         self.prober = Prober(self)
@@ -377,7 +400,7 @@ class System:
 
     # ------------------------------------------------------------------------------ routing
 
-    def order(self, group: str, prompt: Prompt | None = None) -> list[Deployment]:
+    def order(self, group: str, prompt: Reading | None = None) -> list[Deployment]:
         """The group's deployments in the order to try them now, for this prompt."""
         affinity = self.kv_cache.affinity(prompt, group)
         return self.router.order(self.table.group(group), self.breaker.standing, affinity)
@@ -557,13 +580,29 @@ class System:
             self.registry,
             self.breaker,
             self.limiter,
-            self.cache,
             self.batcher,
             self._own_batcher,
             self._ledger,
+            self.tallies,
             self._deaths,
             self.prober,
+            self.cache,  # closed first: the streams that it carries settle holds and entries
         ]
+
+    def _tally(self) -> Figures:
+        """What this process has counted since it began, for the sums of all processes."""
+        held = self.cache.held()
+        return {**self.kv_cache.figures(), "cache": self.meter.lookups(), f"{NOW}cache": held}
+
+    async def measure(self) -> None:
+        """Ask owners for what only they know, for the next `metrics`."""
+        here = [one for one in await self.cache_owners() if one["reachable"]]
+        self.meter.stored(health.stored_in(here) if here else None)
+
+    async def cache_owners(self) -> list[dict[str, Any]]:
+        """The figures of each of the cache's owners; of one that is away, why."""
+        names = [name for name in self._refs if is_cache(name)]
+        return await asyncio.gather(*(self._stats_of(name) for name in names))
 
     async def health(self) -> dict[str, Any]:
         """Who answers, how each deployment stands, what each desk holds, and what is wrong.
@@ -803,9 +842,10 @@ def remove_owners(boot: Boot) -> None:
     """End this system's owners for good and forget it. What is durable stays on disk. Blocking."""
     from actors import spawn
 
-    # There may be more of the limiter's than at the start, or there may have been.
-    widest = replace(boot, limiter_shards=LIMITER_SHARDS_MAX)
-    for name, made in owners(widest).items():
+    # There may be more of the limiter's than at the start, or there may have been; and of the
+    # cache's, if an earlier start was told of another number.
+    widest = replace(boot, limiter_shards=LIMITER_SHARDS_MAX, cache_shards=CACHE_SHARDS_MAX)
+    for name, made in {**owners(widest), "cache": _cache(boot)}.items():
         spawn.remove(spawn.OwnerSpec(name, *made), boot.namespace)
     spawn.erase_boot(boot.namespace)
 

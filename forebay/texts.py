@@ -1,4 +1,5 @@
 """Texts to embed, one by one: what is known already, what others are getting, what is to be sent.
+A text is words or token ids.
 
 Rule 1: each distinct text has one row, however often it stands in the list.
 Rule 2: what we lead is landed before we wait for anybody, so no two lists wait for each other.
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.batcher.policy import split
+from actors.batcher.policy import Text, split
 from actors.cache.desk import CacheDesk, Follow, Hit, Lead
 from actors.cache.policy import Scope
 from forebay import codec
@@ -38,14 +39,14 @@ class Texts:
     """
 
     def __init__(
-        self, desk: CacheDesk, scope: Scope, texts: Sequence[str], keys: Sequence[bytes]
+        self, desk: CacheDesk, scope: Scope, texts: Sequence[Text], keys: Sequence[bytes]
     ) -> None:
         self._desk = desk
         self._scope = scope
         rows = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         self._keys = list(rows)
         self._rows = [rows[key] for key in keys]
-        self._texts = [""] * len(rows)
+        self._texts: list[Text] = [""] * len(rows)
         for row, text in zip(self._rows, texts, strict=True):
             self._texts[row] = text
         self._vectors: list[Vector | None] = [None] * len(rows)
@@ -57,9 +58,10 @@ class Texts:
         self._evened = False
 
     @property
-    def to_send(self) -> list[str]:
-        """The texts that are ours to get."""
-        return [self._texts[row] for row in self._leads]
+    def to_send(self) -> list[str | list[int]]:
+        """The texts that are ours to get, as a body holds them."""
+        texts = (self._texts[row] for row in self._leads)
+        return [text if isinstance(text, str) else list(text) for text in texts]
 
     @property
     def awaited(self) -> bool:
@@ -105,7 +107,7 @@ class Texts:
         """The answer to what `to_send` was: kept for `ttl_s` seconds, if at all, and handed on."""
         array, usage = answer.array, answer.usage or {}
         assert array is not None, "an embedding answer carries vectors"
-        weights = [len(self._texts[row].encode("utf-8", "surrogatepass")) for row in self._leads]
+        weights = [_weight(self._texts[row]) for row in self._leads]
         tokens = split(int(usage.get("prompt_tokens") or 0), weights)
         for (row, lead), one, part in zip(self._leads.items(), array, tokens, strict=True):
             vector = Vector(one, part, answer.model, answer.estimated)
@@ -171,3 +173,7 @@ class Texts:
                 self._flights[row] = one.flight
             else:
                 self._leads[row] = one
+
+
+def _weight(text: Text) -> int:
+    return len(text if isinstance(text, tuple) else text.encode("utf-8", "surrogatepass"))

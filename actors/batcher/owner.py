@@ -8,7 +8,7 @@ import inspect
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -67,6 +67,7 @@ class _Call:
     waiters: int = 0
     parts_left: int = 0
     parts: list[_Part] = field(default_factory=list)
+    debts: list[Paid] = field(default_factory=list)  # for provider calls that brought nothing
     error: Exception | None = None
     claimed: bool = False
 
@@ -103,7 +104,8 @@ class Batcher:
     Failure behaviour: nothing survives a restart. Callers' desks send again what had no answer, so
     a call that was on its way is paid for twice. A caller that leaves before its texts are sent
     costs nothing; one that leaves later does not disturb the others, and its part of the price is
-    counted as unclaimed, its spare only where that is no estimate.
+    counted as unclaimed, its spare only where that is no estimate. A provider call that fails and
+    costs all the same (`paid` on its exception) is paid by its callers in the same parts.
     """
 
     PROTOCOL = 3
@@ -248,8 +250,7 @@ class Batcher:
         call.claimed = True
         error = call.done.exception()
         cost = call.done.result() if error is None else getattr(error, "paid", None)
-        if cost is not None:
-            self._unclaimed(cost)
+        self._unclaimed(cost)
 
     def _finish(self, call: _Call, result: Share | Exception) -> None:
         """The call's one end. What it has been brought and cannot be handed on is unclaimed."""
@@ -264,9 +265,11 @@ class Batcher:
             call.done.set_exception(result)
             call.done.exception()  # retrieved: it may be that nobody waits
             if getattr(result, "paid", None) is None:
-                for part in call.parts:
+                owed: list[_Part | Paid] = [*call.parts, *call.debts]
+                for part in owed:
                     self._unclaimed(part)
         call.parts.clear()
+        call.debts.clear()
         self._finished.append((call.id, size))
         self._finished_bytes += size
         while len(self._finished) > FINISHED_MAX or self._finished_bytes > FINISHED_BYTES_MAX:
@@ -274,7 +277,9 @@ class Batcher:
             self._finished_bytes -= size
             del self._calls[call_id]
 
-    def _unclaimed(self, part: _Part | Share | Paid | Vectors) -> None:
+    def _unclaimed(self, part: _Part | Share | Paid | Vectors | None) -> None:
+        if part is None:
+            return
         self._counts["unclaimed_tokens"] += part.prompt_tokens
         self._counts["unclaimed_nano"] += part.cost_nano or 0
         if isinstance(part, _Part | Share):
@@ -329,6 +334,7 @@ class Batcher:
             # It is the callers', whatever it is: each of them gets it, or another try without the
             # others.
             self._counts["failures"] += 1
+            self._owe(batch, takers, getattr(error, "paid", None))
             if len(takers) > 1 and getattr(error, "upstream_status", None) in BAD_INPUT:
                 self._send_halves(lane, caps, batch, calls)
                 return
@@ -399,14 +405,15 @@ class Batcher:
             if not any(map(_is_good, copies)):
                 await asyncio.wait(copies)
             if not _is_good(first) and not _is_good(second):
+                self._unclaimed(_cost_of(second))
                 return await first, None
             winner, loser = (first, second) if _is_good(first) else (second, first)
             self._counts["hedges_won"] += winner is second
             return winner.result(), _spare(winner.result(), loser)
         except asyncio.CancelledError:
             # The deadline, or a caller who leaves, may come a tick after the answer.
-            for answered in filter(_is_good, copies):
-                self._unclaimed(answered.result())
+            for one in copies:
+                self._unclaimed(_cost_of(one))
             raise
         finally:
             for one in copies:
@@ -421,6 +428,20 @@ class Batcher:
                 part = regroup([call.texts for call in calls], half)
                 self._spawn(self._send(lane, caps, part, calls))
 
+    def _owe(self, batch: Batch, takers: list[_Call], paid: Paid | None) -> None:
+        """A provider call has brought nothing, and costs: each of its callers pays a part."""
+        if paid is None:
+            return
+        weights = [take.weight for take in batch.takes]
+        tokens = split(paid.prompt_tokens, weights)
+        costs = _split_cost(paid.cost_nano, weights)
+        for call, part, cost in zip(takers, tokens, costs, strict=True):
+            debt = Paid(part, cost, paid.model)
+            if call.done.done():
+                self._unclaimed(debt)
+            else:
+                call.debts.append(debt)
+
     def _hand_out(
         self,
         batch: Batch,
@@ -431,11 +452,7 @@ class Batcher:
     ) -> None:
         weights = [take.weight for take in batch.takes]
         tokens = split(vectors.prompt_tokens, weights)
-        costs: list[int] | list[None] = (
-            [None] * len(weights)
-            if vectors.cost_nano is None
-            else split(vectors.cost_nano, weights)
-        )
+        costs = _split_cost(vectors.cost_nano, weights)
         spares = split_spare(spare, weights)
         for call, take, part_tokens, cost, part_spare in zip(
             takers, batch.takes, tokens, costs, spares, strict=True
@@ -465,7 +482,7 @@ class Batcher:
         """The call failed, and the parts of it that did come back are paid all the same."""
         for part in call.parts:
             self._unclaimed_spare(part.spare)  # `Paid` is what the caller owes, and no more
-        self._finish(call, _with_paid(error, call.parts))
+        self._finish(call, _with_paid(error, call))
 
 
 def _checked(vectors: Vectors, count: int) -> Vectors:
@@ -483,19 +500,31 @@ def _is_good(call: asyncio.Task[Vectors]) -> bool:
     return call.done() and not call.cancelled() and call.exception() is None
 
 
+def _cost_of(call: asyncio.Task[Vectors]) -> Vectors | Paid | None:
+    """What a copy of a call has cost, as far as is known by now."""
+    if not call.done() or call.cancelled():
+        return None
+    error = call.exception()
+    return call.result() if error is None else getattr(error, "paid", None)
+
+
 def _spare(won: Vectors, loser: asyncio.Task[Vectors]) -> Spare | None:
-    """What the copy whose answer is not used has cost; nothing where it failed."""
+    """What the copy whose answer is not used has cost; nothing where it failed for nothing."""
     if not loser.done():
         return Spare(won.prompt_tokens, won.cost_nano, won.model, estimated=True)
-    if not _is_good(loser):
+    lost = _cost_of(loser)
+    if lost is None:
         return None
-    lost = loser.result()
-    return Spare(lost.prompt_tokens, lost.cost_nano, lost.model, lost.estimated)
+    return Spare(lost.prompt_tokens, lost.cost_nano, lost.model, getattr(lost, "estimated", False))
+
+
+def _split_cost(cost_nano: int | None, weights: Sequence[int]) -> list[int] | list[None]:
+    return [None] * len(weights) if cost_nano is None else split(cost_nano, weights)
 
 
 def _share(call: _Call) -> Share:
     first = call.parts[0]
-    paid = _paid(call.parts)
+    paid = _paid(call)
     return Share(
         _assembled(call),
         paid.prompt_tokens,
@@ -538,18 +567,20 @@ def _assembled(call: _Call) -> NDArray[np.float32]:
     return whole
 
 
-def _paid(parts: list[_Part]) -> Paid:
-    costs = [part.cost_nano for part in parts]
+def _paid(call: _Call) -> Paid:
+    """What a caller owes for all that was sent for it, in vain or not."""
+    owed = [Paid(part.prompt_tokens, part.cost_nano, part.vectors.model) for part in call.parts]
+    owed += call.debts
+    costs = [one.cost_nano for one in owed]
     known = [cost for cost in costs if cost is not None]
-    tokens = sum(part.prompt_tokens for part in parts)
-    cost_nano = sum(known) if len(known) == len(costs) else None
-    return Paid(tokens, cost_nano, parts[0].vectors.model)
+    tokens = sum(one.prompt_tokens for one in owed)
+    return Paid(tokens, sum(known) if len(known) == len(costs) else None, owed[0].model)
 
 
-def _with_paid(error: Exception, parts: list[_Part]) -> Exception:
-    """The error, and with it what the caller pays for the parts that did come back."""
-    if not parts:
+def _with_paid(error: Exception, call: _Call) -> Exception:
+    """The error, and with it what its caller pays all the same."""
+    if not (call.parts or call.debts):
         return error
     error = copy.copy(error)  # others may have got the same one
-    error.paid = _paid(parts)  # type: ignore[attr-defined]
+    error.paid = _paid(call)  # type: ignore[attr-defined]
     return error

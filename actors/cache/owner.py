@@ -13,31 +13,49 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.cache.hall import Hall
+from actors.cache.lease import (
+    ALONE_S,
+    MORE_BYTES,
+    RECALL_S,
+    SWEEPS_MAX,
+    Grant,
+    Kept,
+    Lease,
+    Told,
+)
 from actors.cache.policy import (
+    TRAVEL_S,
     Answer,
     Ask,
     Entries,
-    Failed,
     Flights,
     Follow,
     Gone,
+    Hit,
     Landed,
     Landing,
     Lead,
     Miss,
     News,
     Outcome,
+    Scope,
     Searching,
+    Sweep,
+    Swept,
+    jittered,
     leader_of,
 )
 from actors.cache.redis_tier import Found, Place, Places, RedisTier
+from actors.cache.tallies import NOW, Tallies, Tally
 from actors.ref import Clock
 
 BYTES_MAX = 256 * 1024 * 1024
 FOLLOWS_MAX = 8000
 """Most held `follow` messages; who comes beyond that is told Gone."""
-TTL_JITTER = 0.1
-"""A lifetime is cut by up to this share, so that what was stored together does not end together."""
+FREED = "lease over"
+SWEPT = "lease swept"
+RETRY_S = 0.5
+"""How often a desk that waits for the lease is looked at, where only others' flights forbid it."""
 
 
 class Cache:
@@ -49,11 +67,12 @@ class Cache:
     Failure behaviour: a restarted owner knows nothing but where its Redis is. Entries are found
     there or computed anew, leaders on their way land as if nobody had waited, and followers ask
     again, so that one of them leads. A leader that is not heard of for its `silence_s` is lost:
-    exactly one of its followers leads next. A Redis that is slow or away costs a miss the tier's
-    budget at most, and everybody else nothing.
+    exactly one of its followers leads next. An invalidation is forgotten with its owner: what was
+    under way then may land, and what had not been deleted from Redis yet stays there. A Redis that
+    is slow or away costs a miss the tier's budget at most, and everybody else nothing.
     """
 
-    PROTOCOL = 2
+    PROTOCOL = 3
 
     def __init__(
         self,
@@ -68,8 +87,16 @@ class Cache:
         self._random = random
         self._entries = Entries(max_bytes, tenant_share)
         self._flights = Flights()
+        self._swept = Swept()
         self._hall = Hall()
+        self._hearers: Counter[str] = Counter()
+        self._lease = Lease(clock())
+        self._read_s = float("-inf")
+        self._keeper: tuple[str, int] | None = None  # whose entries may still come
+        self._sweeps: dict[int, Sweep] = {}  # those that the holder has not done yet
+        self._sweeps_begun = 0
         self._counts: Counter[str] = Counter()
+        self._tallies = Tallies()
         self._places = places
         self._following: asyncio.Task[None] | None = None
         self._place: Place | None = None
@@ -84,12 +111,16 @@ class Cache:
     def lookup(self, asks: list[Ask]) -> list[Answer | Searching]:
         """One answer per ask, in order. Safe to repeat.
 
-        Hit, Follow, and Lead or Miss where there is nothing more to ask. Where there is, Searching:
-        the flight is the asker's already, and `search` says whether it has to fly.
+        Hit, Follow, and Lead or Miss where there is nothing more to ask. Where there is, Searching,
+        and `search` tells the rest. With a second tier the flight is the asker's already; while
+        somebody has the lease, it is recalled.
         """
         self._wake()
         now = self._clock()
         self._lapse(now)
+        if asks and not self._is_free(asks, now):
+            self._counts["barred"] += len(asks)
+            return [Miss() if self._lease.unanswered else Searching() for _ in asks]
         answers: list[Answer | Searching] = [self._look_up(ask, now) for ask in asks]
         if self._tier is not None and self._tier.up:
             answers = [
@@ -105,15 +136,22 @@ class Cache:
         All of them are one question to Redis. What is found there is a hit here from now on, and
         lands the flight for those who follow it already. Safe to repeat.
         """
+        if not await self._freed():
+            return [Miss()] * len(asks)
+        begun_s = self._clock()
         found: list[Found | None] = [None] * len(asks)
         if self._tier is not None:
             found = await self._tier.find([(ask.scope, ask.key) for ask in asks])
         now = self._clock()
         self._lapse(now)
+        answers: list[Answer] = []
         for ask, one in zip(asks, found, strict=True):
-            if one is not None and self._entries.put(ask.key, ask.scope, one.value, one.ttl_s, now):
-                self._end(ask.flight, Landed(one.value), now)
-        answers = [self._look_up(ask, now) for ask in asks]
+            if one is None or self._swept.forbids(ask.key, ask.scope, begun_s, now):
+                answers.append(self._look_up(ask, now))
+                continue
+            self._entries.put(ask.key, ask.scope, one.value, one.ttl_s, now)
+            self._end(ask.flight, Landed(one.value), now)
+            answers.append(Hit(one.value, 0.0, one.ttl_s))
         self._counts.update(type(answer).__name__.lower() for answer in answers)
         return answers
 
@@ -132,20 +170,55 @@ class Cache:
         """Ends flights and stores what has a lifetime. Safe to repeat.
 
         A value whose flight is not known is stored all the same: it is a whole answer, and only
-        those who would have waited for it are elsewhere.
+        those who would have waited for it are elsewhere. What was begun before it was invalidated
+        is not stored.
         """
         now = self._clock()
         for landing in landings:
-            outcome = _outcome(landing)
+            begun_s = self._begun_s(landing, now)
             if landing.flight is not None:
-                self._end(landing.flight, outcome, now)
+                self._end(landing.flight, landing.outcome, now)
             if landing.value is not None and landing.ttl_s is not None:
-                ttl_s = landing.ttl_s * (1.0 - TTL_JITTER * self._random())
+                if self._swept.forbids(landing.key, landing.scope, begun_s, now):
+                    self._counts["invalidated_under_way"] += 1
+                    continue
+                ttl_s = jittered(landing.ttl_s, self._random())
                 stored = self._entries.put(landing.key, landing.scope, landing.value, ttl_s, now)
                 self._counts["stored" if stored else "not_stored"] += 1
-                if stored and self._tier is not None:
+                if self._tier is not None:
                     self._tier.store(landing.scope, landing.key, landing.value, ttl_s)
         self._lapse(now)
+        if self._lease.holder(now) is not None:
+            self._recall()  # the holder does not know of these
+
+    def _begun_s(self, landing: Landing, now: float) -> float:
+        """When its call began, at the latest sure time before; on the owner's clock."""
+        begun_s = self._flights.begun_s(landing.flight)
+        if begun_s is not None:
+            return begun_s
+        return float("-inf") if landing.age_s is None else now - landing.age_s - TRAVEL_S
+
+    def invalidate(
+        self, scope: Scope | None = None, model: str | None = None, key: bytes | None = None
+    ) -> int:
+        """Forgets the answers of a scope, of a model, under a key, or all of these; None is any.
+
+        `model` and `key` are what `policy.key` was given and returned. Returns how many answers
+        that were in memory. No look-up from now on is served by them, nor by what is under way;
+        who waits for a call already gets its answer, which is not stored. Desks that have just
+        been served may serve it again for one second. What is in Redis is deleted in the
+        background, and not read meanwhile. Safe to repeat.
+        """
+        self._wake()
+        sweep = Sweep.of(scope, model, key)
+        self._swept.add(sweep, self._clock())
+        self._flights.part(sweep)
+        dropped = self._entries.invalidate(sweep)
+        self._have_swept(sweep)
+        if self._tier is not None:
+            self._tier.sweep(sweep)
+        self._counts["invalidated"] += dropped
+        return dropped
 
     def renew(self, flights: list[str]) -> list[str]:
         """The leaders of these flights are alive. Returns those that lead no longer."""
@@ -165,11 +238,23 @@ class Cache:
                 self._hall.tell(flight)
         self._lapse(now)
 
-    async def hear(self, wants: list[tuple[str, int]], timeout_s: float) -> list[News]:
+    async def hear(
+        self, wants: list[tuple[str, int]], timeout_s: float, desk: str = ""
+    ) -> list[News]:
         """Waits for news of any of these flights, each with how many pieces of it are known.
 
         One News per flight, in their order; all are empty after `timeout_s` seconds.
         """
+        self._lease.heard(desk, self._clock())
+        self._hearers[desk] += 1
+        try:
+            return await self._hear(wants, timeout_s)
+        finally:
+            self._hearers[desk] -= 1
+            if not self._hearers[desk]:
+                del self._hearers[desk]
+
+    async def _hear(self, wants: list[tuple[str, int]], timeout_s: float) -> list[News]:
         deadline = self._clock() + timeout_s
         while True:
             now = self._clock()
@@ -195,6 +280,12 @@ class Cache:
                 return heard
             await self._hall.wait([leader], deadline - now)
 
+    def tally(self, desk: str, number: int, tally: Tally) -> dict[str, tuple[int, ...]]:
+        """All that a process has counted since it began; the sums of all. Safe to repeat."""
+        now = self._clock()
+        self._tallies.take(desk, number, tally, now)
+        return self._tallies.sums(now)
+
     def stats(self) -> dict[str, Any]:
         return {
             "entries": len(self._entries),
@@ -203,9 +294,17 @@ class Cache:
             "evicted": self._entries.evicted,
             "flights": len(self._flights),
             "followers": len(self._hall),
+            "leased": self._lease.holder(self._clock()) is not None,
             "redis": self._tier_stats(),
+            **self._held(),
             **self._counts,
         }
+
+    def _held(self) -> dict[str, int]:
+        """What desks keep on leases, as they tell it: in no owner's memory, but of the cache."""
+        numbers = self._tallies.sums(self._clock()).get(f"{NOW}cache", (0, 0, 0))
+        names = ("held_entries", "held_bytes", "held_evicted")
+        return dict(zip(names, numbers, strict=True))
 
     async def close(self) -> None:
         """Lets every follower go, and Redis."""
@@ -237,8 +336,12 @@ class Cache:
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
         self._place = place
+        self._recall()
+        unswept = [] if self._tier is None else self._tier.unswept
         self._tier = None if place is None else RedisTier(place, self._clock)
         if self._tier is not None:
+            for sweep in unswept:  # it may be the same Redis by another URL
+                self._tier.sweep(sweep)
             self._tier.start()
 
     def _tier_stats(self) -> dict[str, Any] | None:
@@ -247,6 +350,165 @@ class Cache:
             return self._tier.stats()
         problem = self._tier_problem
         return None if problem is None else {"state": "degraded", "reason": problem}
+
+    # -------------------------------------------------------------------------------- the lease
+
+    async def lease(self, desk: str, timeout_s: float) -> bool:
+        """Waits until this desk may `take` the key space, for `timeout_s` seconds at the most."""
+        deadline = self._clock() + timeout_s
+        while True:
+            now = self._clock()
+            self._lapse(now)
+            if self._may_take(desk, now):
+                return True
+            if now >= deadline or len(self._hall) >= FOLLOWS_MAX:
+                return False
+            due_in_s = max(RETRY_S, self._lease.due_in_s(desk, now))
+            await self._hall.wait([_name(desk)], min(deadline - now, due_in_s))
+
+    def take(self, desk: str, number: int) -> Grant | None:
+        """The key space, with the flights of this desk, which are in no message now. Safe to
+        repeat."""
+        now = self._clock()
+        held = self._lease.holder(now) == (desk, number)
+        if not held and not (self._may_take(desk, now) and self._lease.take(desk, number, now)):
+            return None
+        if not held:
+            self._sweeps.clear()
+            self._keeper = None
+            self._counts["leases"] += 1
+            for flight in self._flights.aloft():
+                self._flights.let_go(flight)
+        entries = self._entries
+        stores, reads = len(entries) > 0, self._place is None
+        return Grant(entries.bytes_max, entries.scope_share, stores, reads)
+
+    async def hold(self, desk: str, number: int, swept: list[int], timeout_s: float) -> Told | None:
+        """The holder is alive and has made the sweeps `swept`. Held for `timeout_s` seconds, or
+        until there is something to tell. None when the lease is over."""
+        now = self._clock()
+        deadline = now + timeout_s
+        if not self._lease.renew(desk, number, now):
+            return None
+        for done in swept:
+            self._sweeps.pop(done, None)
+        if swept:
+            self._hall.tell(SWEPT)
+        while self._lease.holder(now) == (desk, number):
+            recalled = self._lease.recalled
+            if recalled or self._sweeps or now >= deadline:
+                return Told(recalled, tuple(self._sweeps.items()))
+            await self._hall.wait([_name(desk)], deadline - now)
+            now = self._clock()
+        return None
+
+    def find(
+        self, desk: str, number: int, places: list[tuple[Scope, bytes]]
+    ) -> tuple[list[Hit | None], list[Kept], bool]:
+        """What is stored here for the holder, in the order of `places`; a little of the rest; and
+        whether there is more. It is the holder's from now on."""
+        now = self._clock()
+        found = [self._entries.get(key, scope, now) for scope, key in places]
+        if self._lease.holder(now) != (desk, number):
+            return found, [], True
+        for scope, key in places:
+            self._entries.remove(key, scope)
+        more = self._entries.pop_some(MORE_BYTES, now)
+        return found, more, len(self._entries) > 0
+
+    def give_back(self, desk: str, number: int, asks: list[Ask]) -> bool:
+        """The holder has stopped to answer; these flights it leads. Safe to repeat.
+
+        Whether its entries are welcome.
+        """
+        now = self._clock()
+        for ask in asks:
+            self._flights.join(ask, now)
+        ended = self._lease.end(desk, number)
+        if ended or not self._sweeps_begun:
+            self._keeper = None if self._sweeps else (desk, number)
+        self._hall.tell(FREED)
+        self._hall.tell(SWEPT)
+        return self._keeper == (desk, number)
+
+    def keep(self, desk: str, number: int, entries: list[Kept]) -> bool:
+        """Entries of a holder, or of one that was. The younger one stays. Safe to repeat.
+
+        False when they are not wanted any more.
+        """
+        now = self._clock()
+        holder = self._lease.holder(now)
+        if (desk, number) not in (holder, self._keeper if holder is None else None):
+            return False
+        for key, scope, hit in entries:
+            known = self._entries.get(key, scope, now)
+            if known is None or known.age_s > hit.age_s:
+                self._entries.put(key, scope, hit.value, hit.left_s, now, age_s=hit.age_s)
+        return True
+
+    async def swept(self) -> None:
+        """Waits until the holder of a lease has made every sweep too, or holds it no longer."""
+        now = self._clock()
+        holder, last = self._lease.holder(now), self._sweeps_begun
+        while self._lease.holder(now) == holder is not None and (
+            self._lease.recalled or any(number <= last for number in self._sweeps)
+        ):
+            await self._hall.wait([SWEPT], self._lease.left_s(now))
+            now = self._clock()
+
+    def _have_swept(self, sweep: Sweep) -> None:
+        """The holder of a lease is to make this sweep too; `swept` waits for it."""
+        self._sweeps_begun += 1
+        self._keeper = None
+        holder = self._lease.holder(self._clock())
+        if holder is None:
+            return
+        if len(self._sweeps) >= SWEEPS_MAX:
+            self._recall()
+        else:
+            self._sweeps[self._sweeps_begun] = sweep
+            self._hall.tell(_name(holder[0]))
+
+    def _is_free(self, asks: list[Ask], now: float) -> bool:
+        """Whether these may be answered now. If not, the key space is recalled."""
+        self._lease.heard(leader_of(asks[0].flight), now)
+        if any(ask.read for ask in asks):
+            self._read_s = now
+        if self._lease.holder(now) is None:
+            return True
+        self._recall()
+        return False
+
+    async def _freed(self) -> bool:
+        """Whether the key space is nobody's, after waiting RECALL_S for its holder at the most."""
+        now = self._clock()
+        deadline = now + RECALL_S
+        while (left_s := self._lease.left_s(now)) > 0:
+            self._recall()
+            if now >= deadline:
+                self._lease.unanswered = True
+            if self._lease.unanswered or len(self._hall) >= FOLLOWS_MAX:
+                return False
+            await self._hall.wait([FREED], min(left_s, deadline - now))
+            now = self._clock()
+        return True
+
+    def _recall(self) -> None:
+        holder = self._lease.holder(self._clock())
+        if holder is not None and not self._lease.recalled:
+            self._lease.recalled = True
+            self._counts["recalls"] += 1
+            self._hall.tell(_name(holder[0]))
+
+    def _may_take(self, desk: str, now: float) -> bool:
+        """Whether nobody else is there, by what is known: no ask, no flight, no ear."""
+        if self._lease.due_in_s(desk, now) > 0:
+            return False
+        if self._place is not None and now - self._read_s < ALONE_S:
+            return False  # the second tier is here
+        if any(hearer != desk for hearer in self._hearers):
+            return False
+        return all(leader_of(flight) == desk for flight in self._flights.aloft())
 
     # ------------------------------------------------------------------------------ the flights
 
@@ -260,7 +522,6 @@ class Cache:
             self._hall.tell(flight)
 
 
-def _outcome(landing: Landing) -> Outcome:
-    if landing.value is not None:
-        return Landed(landing.value)
-    return Gone() if landing.error is None else Failed(landing.error)
+def _name(desk: str) -> str:
+    """What a desk's message about the lease waits for."""
+    return f"lease {desk}"

@@ -23,11 +23,24 @@ from typing import Any
 
 import orjson
 
-ENTRY_OVERHEAD_BYTES = 350
+from actors.cache.tinylfu import Entry, Shelf
+
+ENTRY_OVERHEAD_BYTES = 380
 """What an entry costs beside its value: key, record, and its places in the maps (measured)."""
+SHELF_OVERHEAD_BYTES = 1700
+"""What a scope with any entries costs beside them (measured)."""
 ENTRY_SHARE_MAX = 8
 """No entry is larger than the cache divided by this."""
+DIGEST_BYTES = 32
+"""A key's digest; what follows it is the mark of its model."""
+TTL_JITTER = 0.1
+"""A lifetime is cut by up to this share, so that what was stored together does not end together."""
 FLIGHTS_MAX = 100_000
+SWEPT_MAX = 256
+SWEPT_KEPT_S = 900.0
+"""Longer than any call may take: what lands later than this after a sweep was begun after it."""
+TRAVEL_S = 5.0
+"""The longest that a landing is under way."""
 OUTCOMES_MAX = 10_000
 OUTCOMES_BYTES_MAX = 32 * 1024 * 1024
 OUTCOMES_KEPT_S = 10.0
@@ -66,8 +79,53 @@ class Scope:
         """The scope as a string: no tenant's name can make it another's, or everybody's."""
         return "everybody" if self.tenant is None else f"tenant {self.tenant}"
 
+    @classmethod
+    def of(cls, mark: str) -> Scope:
+        """The scope with this mark."""
+        return cls(None if mark == "everybody" else mark.removeprefix("tenant "))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (Scope, (self.tenant,))
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What an invalidation takes: by the mark of its scope, that of its model, its key. None: any.
+
+    Nothing said takes everything.
+    """
+
+    scope: str | None = None
+    model: bytes | None = None
+    key: bytes | None = None
+
+    @classmethod
+    def of(
+        cls, scope: Scope | None = None, model: str | None = None, key: bytes | None = None
+    ) -> Sweep:
+        """`model` and `key` are what `key` was given, and gave."""
+        mark = None if model is None else model_mark(model)
+        return cls(None if scope is None else scope.mark, mark, key)
+
+    def takes(self, mark: str, key: bytes) -> bool:
+        return (
+            (self.scope is None or self.scope == mark)
+            and (self.model is None or self.model == key[DIGEST_BYTES:])
+            and (self.key is None or self.key == key)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Sweep, (self.scope, self.model, self.key))
+
+
+def model_mark(model: str) -> bytes:
+    """The end of every key of a model's answers: 8 bytes."""
+    return blake2b(_bytes(model), digest_size=8, person=b"forebay.model.1").digest()
+
+
+def jittered(ttl_s: float, chance: float) -> float:
+    """A lifetime cut by a share of TTL_JITTER: `chance`, from 0 to 1."""
+    return ttl_s * (1.0 - TTL_JITTER * chance)
 
 
 def leader_of(flight: str) -> str:
@@ -75,44 +133,60 @@ def leader_of(flight: str) -> str:
     return flight.rpartition("-")[0]
 
 
-def key(scope: Scope, route: str, model: str, body: dict[str, Any]) -> bytes:
-    """32 bytes that name the answer to a request: BLAKE2b-256 (RFC 7693) of its canonical form.
+def key(scope: Scope, route: str, model: str, body: dict[str, Any], meaning: str = "") -> bytes:
+    """40 bytes that name the answer to a request: BLAKE2b-256 (RFC 7693) of its canonical form, and
+    the model's mark.
 
-    `model` is what the alias stands for. Bodies that mean the same (field order, 1 and 1.0 and 1e0,
-    a null field and none) share a key, and every difference in meaning splits it. Text is taken as
-    it is: no Unicode normalisation. Raises TypeError or ValueError for what JSON cannot say.
+    `model` is the name that the alias stands for, `meaning` what that is now, in one process and in
+    the next. Bodies that mean the same (field order, 1 and 1.0 and 1e0, a null field and none)
+    share a key, and every difference in meaning splits it. Text is taken as it is: no Unicode
+    normalisation. Raises TypeError or ValueError for what JSON cannot say.
     """
-    digest = _digest(scope, route, model)
+    digest = _digest(scope, route, model, meaning)
     digest.update(canonical(body))
-    return digest.digest()
+    return digest.digest() + model_mark(model)
 
 
 def text_keys(
-    scope: Scope, route: str, model: str, body: dict[str, Any], texts: Sequence[str]
+    scope: Scope,
+    route: str,
+    model: str,
+    body: dict[str, Any],
+    texts: Sequence[str | tuple[int, ...]],
+    meaning: str = "",
 ) -> list[bytes]:
-    """One key for each of the texts that share `body`, which does not hold them.
+    """One key for each of the texts, or token ids, that share `body`, which does not hold them.
 
-    Made like `key`; no key of one kind is a key of the other.
+    Made like `key`; no key of one kind is a key of another.
     """
-    stem = _digest(scope, f"{route}/text", model)
+    stems: dict[type, blake2b] = {
+        kind: _digest(scope, f"{route}/{name}", model, meaning)
+        for kind, name in ((str, "text"), (tuple, "tokens"))
+    }
     shared = canonical(body)
-    stem.update(len(shared).to_bytes(8, "big"))
-    stem.update(shared)
+    for stem in stems.values():
+        stem.update(len(shared).to_bytes(8, "big"))
+        stem.update(shared)
+    mark = model_mark(model)
     keys = []
     for text in texts:
-        digest = stem.copy()
-        digest.update(text.encode("utf-8", "surrogatepass"))
-        keys.append(digest.digest())
+        digest = stems[type(text)].copy()
+        digest.update(_bytes(text if isinstance(text, str) else ",".join(map(str, text))))
+        keys.append(digest.digest() + mark)
     return keys
 
 
-def _digest(scope: Scope, route: str, model: str) -> blake2b:
-    digest = blake2b(digest_size=32, person=b"forebay.cache.1")
-    for text in (scope.mark, route, model):
-        field = text.encode("utf-8", "surrogatepass")
+def _digest(scope: Scope, route: str, model: str, meaning: str) -> blake2b:
+    digest = blake2b(digest_size=DIGEST_BYTES, person=b"forebay.cache.2")
+    for text in (scope.mark, route, model, meaning):
+        field = _bytes(text)
         digest.update(len(field).to_bytes(8, "big"))
         digest.update(field)
     return digest
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def canonical(body: dict[str, Any]) -> bytes:
@@ -181,11 +255,15 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """Compute it, and land it whatever happens. Without a flight nobody waits for the outcome."""
+    """Compute it, and land it whatever happens. Without a flight nobody waits for the outcome.
+
+    It was handed out at `begun_s`, on the clock of the process that it was handed out in.
+    """
 
     key: bytes
     scope: Scope
     flight: str | None
+    begun_s: float | None = field(default=None, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Lead, (self.key, self.scope, self.flight))
@@ -210,7 +288,10 @@ class Searching:
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """The end of a flight. A value is stored if it has a `ttl_s`; neither value nor error: lost."""
+    """The end of a flight. A value is stored if it has a `ttl_s`; neither value nor error: lost.
+
+    The call began `age_s` seconds before this was sent; None where that is not known.
+    """
 
     key: bytes
     scope: Scope
@@ -218,10 +299,18 @@ class Landing:
     value: bytes | None
     error: bytes | None
     ttl_s: float | None
+    age_s: float | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = (self.key, self.scope, self.flight, self.value, self.error, self.ttl_s)
-        return (Landing, fields)
+        end = (self.value, self.error, self.ttl_s, self.age_s)
+        return (Landing, (self.key, self.scope, self.flight, *end))
+
+    @property
+    def outcome(self) -> Outcome:
+        """What those are told who wait for it."""
+        if self.value is not None:
+            return Landed(self.value)
+        return Gone() if self.error is None else Failed(self.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,26 +350,8 @@ class News:
         return (News, (self.pieces, self.outcome))
 
 
-@dataclass(slots=True)
-class _Stored:
-    value: bytes
-    stored_s: float
-    expires_s: float
-    bytes: int
-
-
-class _Shelf:
-    """One scope's entries, least recently used first."""
-
-    __slots__ = ("bytes", "entries")
-
-    def __init__(self) -> None:
-        self.entries: OrderedDict[bytes, _Stored] = OrderedDict()
-        self.bytes = 0
-
-
 class Entries:
-    """Owns stored answers: one shelf per scope, each with least-recently-used order.
+    """Owns stored answers: one shelf per scope, each with W-TinyLFU's order (see `tinylfu.py`).
 
     Bounded by `bytes_max`, overhead included, and a scope by `scope_share` of it. A scope over its
     own bound evicts its own entries. When the whole is full, the largest shelf gives way: a scope
@@ -289,31 +360,38 @@ class Entries:
 
     def __init__(self, bytes_max: int, scope_share: float = 1.0) -> None:
         self.bytes_max = bytes_max
+        self.scope_share = scope_share
         self.bytes = 0
         self.evicted = 0
+        self._count = 0
         self._shelf_bytes_max = int(bytes_max * scope_share)
-        self._shelves: dict[str, _Shelf] = {}
+        room = self._shelf_bytes_max - SHELF_OVERHEAD_BYTES
+        self._entry_bytes_max = min(bytes_max // ENTRY_SHARE_MAX, room)
+        self._shelves: dict[str, Shelf] = {}
         # Shelves by size, largest first; each growth adds a record, stale ones are put right when
         # they come up.
         self._largest: list[tuple[int, str]] = []
 
     def __len__(self) -> int:
-        return sum(len(shelf.entries) for shelf in self._shelves.values())
+        return self._count
 
     def scope_bytes(self, scope: Scope) -> int:
         shelf = self._shelves.get(scope.mark)
         return 0 if shelf is None else shelf.bytes
 
     def get(self, key: bytes, scope: Scope, now: float) -> Hit | None:
-        shelf = self._shelves.get(scope.mark)
-        stored = None if shelf is None else shelf.entries.get(key)
-        if shelf is None or stored is None:
+        mark = scope.mark
+        shelf = self._shelves.get(mark)
+        if shelf is None:
             return None
-        if now >= stored.expires_s:
-            self._drop(scope.mark, shelf, key)
+        entry = shelf.entries.get(key)
+        if entry is None:
             return None
-        shelf.entries.move_to_end(key)
-        return Hit(stored.value, now - stored.stored_s, stored.expires_s - now)
+        if now >= entry.expires_s:
+            self._drop(mark, shelf, entry)
+            return None
+        shelf.used(entry)
+        return Hit(entry.value, now - entry.stored_s, entry.expires_s - now)
 
     def put(
         self,
@@ -325,49 +403,98 @@ class Entries:
         *,
         age_s: float = 0.0,
     ) -> bool:
-        """False, and nothing is kept under the key, when the value is too large or dead already.
+        """Whether it is kept. Not kept is what is dead already, what is larger than one entry may
+        be, and what is larger than the window and was asked for less often than all that would
+        have to go for it. Nothing is kept under the key then.
 
         `age_s` is how old it is.
         """
+        mark = scope.mark
         size = len(value) + ENTRY_OVERHEAD_BYTES
         self.remove(key, scope)
-        too_large = size > min(self.bytes_max // ENTRY_SHARE_MAX, self._shelf_bytes_max)
-        if too_large or ttl_s <= 0:
+        if size > self._entry_bytes_max or ttl_s <= 0:
             return False
-        while self._shelf_bytes(scope.mark) + size > self._shelf_bytes_max:
-            self._evict(scope.mark)
-        while self.bytes + size > self.bytes_max:
-            self._evict(self._largest_shelf())
-        shelf = self._shelves.setdefault(scope.mark, _Shelf())
-        shelf.entries[key] = _Stored(value, now - age_s, now + ttl_s, size)
-        shelf.bytes += size
+        shelf = self._shelves.get(mark)
+        if shelf is None:
+            shelf = self._shelves[mark] = Shelf()
+            shelf.bytes = SHELF_OVERHEAD_BYTES
+            self.bytes += SHELF_OVERHEAD_BYTES
+        entry = Entry(key, value, now - age_s, now + ttl_s, size)
+        shelf.add(entry)
+        self._count += 1
         self.bytes += size
-        self._note_growth(scope.mark, shelf)
-        return True
+        while shelf.bytes > self._shelf_bytes_max:
+            self._evict(mark, now)
+        self._note_growth(mark, shelf)
+        while self.bytes > self.bytes_max:
+            self._evict(self._largest_shelf(), now)
+        shelf.settle()
+        return shelf.entries.get(key) is entry
 
     def remove(self, key: bytes, scope: Scope) -> None:
         """Keep nothing under the key."""
-        shelf = self._shelves.get(scope.mark)
-        if shelf is not None and key in shelf.entries:
-            self._drop(scope.mark, shelf, key)
-
-    def _shelf_bytes(self, mark: str) -> int:
+        mark = scope.mark
         shelf = self._shelves.get(mark)
-        return 0 if shelf is None else shelf.bytes
+        entry = None if shelf is None else shelf.entries.get(key)
+        if shelf is not None and entry is not None:
+            self._drop(mark, shelf, entry)
 
-    def _evict(self, mark: str) -> None:
+    def invalidate(self, sweep: Sweep) -> int:
+        """Drops what the sweep takes, and says how many entries those are.
+
+        Looks at every entry of the scopes that it may be in, unless it names a key, or no model.
+        """
+        marks = [sweep.scope] if sweep.scope is not None else list(self._shelves)
+        dropped = 0
+        for mark in marks:
+            shelf = self._shelves.get(mark)
+            if shelf is None:
+                continue
+            if sweep.key is None and sweep.model is None:
+                dropped += self._clear(mark, shelf)
+                continue
+            keys = shelf.entries if sweep.key is None else (sweep.key,)
+            taken = [shelf.entries[k] for k in keys if k in shelf.entries and sweep.takes(mark, k)]
+            for entry in taken:
+                self._drop(mark, shelf, entry)
+            dropped += len(taken)
+        return dropped
+
+    def pop_some(self, bytes_max: int, now: float) -> list[tuple[bytes, Scope, Hit]]:
+        """Takes out what fits into `bytes_max`, and one at least if there are any that live."""
+        popped: list[tuple[bytes, Scope, Hit]] = []
+        size = 0
+        while self._shelves:
+            mark, shelf = next(iter(self._shelves.items()))
+            entry = next(iter(shelf.entries.values()))
+            if entry.expires_s > now:
+                size += entry.bytes
+                if popped and size > bytes_max:
+                    break
+                hit = Hit(entry.value, now - entry.stored_s, entry.expires_s - now)
+                popped.append((entry.key, Scope.of(mark), hit))
+            self._drop(mark, shelf, entry)
+        return popped
+
+    def _clear(self, mark: str, shelf: Shelf) -> int:
+        del self._shelves[mark]
+        self.bytes -= shelf.bytes
+        self._count -= len(shelf.entries)
+        return len(shelf.entries)
+
+    def _evict(self, mark: str, now: float) -> None:
         shelf = self._shelves[mark]
-        self._drop(mark, shelf, next(iter(shelf.entries)))
+        self._drop(mark, shelf, shelf.worst(now))
         self.evicted += 1
 
-    def _drop(self, mark: str, shelf: _Shelf, key: bytes) -> None:
-        stored = shelf.entries.pop(key)
-        shelf.bytes -= stored.bytes
-        self.bytes -= stored.bytes
+    def _drop(self, mark: str, shelf: Shelf, entry: Entry) -> None:
+        shelf.remove(entry)
+        self.bytes -= entry.bytes
+        self._count -= 1
         if not shelf.entries:
-            del self._shelves[mark]
+            self._clear(mark, shelf)
 
-    def _note_growth(self, mark: str, shelf: _Shelf) -> None:
+    def _note_growth(self, mark: str, shelf: Shelf) -> None:
         if len(self._largest) > 2 * len(self._shelves) + 64:
             self._largest = [(-one.bytes, name) for name, one in self._shelves.items()]
             heapq.heapify(self._largest)
@@ -386,10 +513,47 @@ class Entries:
                 return mark
 
 
+class Swept:
+    """Owns which sweeps there were of late, so that no answer from before one is kept after it.
+
+    Bounded by SWEPT_MAX and SWEPT_KEPT_S. When there are too many they are taken for one sweep of
+    everything: what was begun before is not kept then, and nothing else is lost.
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[Sweep, float] = {}  # oldest first
+
+    def add(self, sweep: Sweep, now: float) -> None:
+        self._times.pop(sweep, None)
+        if len(self._times) >= SWEPT_MAX:
+            self._forget(now)
+        if len(self._times) >= SWEPT_MAX:
+            self._times = {Sweep(): now}
+        self._times[sweep] = now
+
+    def forbids(self, key: bytes, scope: Scope, begun_s: float, now: float) -> bool:
+        """Whether what was begun then must not be kept."""
+        if not self._times:
+            return False
+        self._forget(now)
+        mark = scope.mark
+        return any(
+            swept_s >= begun_s and sweep.takes(mark, key) for sweep, swept_s in self._times.items()
+        )
+
+    def _forget(self, now: float) -> None:
+        while self._times:
+            sweep = next(iter(self._times))
+            if now - self._times[sweep] < SWEPT_KEPT_S:
+                return
+            del self._times[sweep]
+
+
 @dataclass(slots=True)
 class _Flight:
     id: str
     place: tuple[str, bytes]
+    begun_s: float
     silence_s: float
     silent_at_s: float
     streams: bool
@@ -436,11 +600,39 @@ class Flights:
         # An id that has landed is not opened again: it is an old message that comes twice.
         if len(self._by_id) >= FLIGHTS_MAX or ask.flight in self._outcomes:
             return Miss()
-        flight = _Flight(ask.flight, place, ask.silence_s, now + ask.silence_s, ask.stream)
+        flight = _Flight(ask.flight, place, now, ask.silence_s, now + ask.silence_s, ask.stream)
         self._by_place[place] = flight
         self._by_id[flight.id] = flight
         heapq.heappush(self._silences, (flight.silent_at_s, flight.id))
         return Lead(ask.key, ask.scope, ask.flight)
+
+    def begun_s(self, flight: str | None) -> float | None:
+        """When this flight began; None when it is not in the air."""
+        running = None if flight is None else self._by_id.get(flight)
+        return None if running is None else running.begun_s
+
+    def part(self, sweep: Sweep) -> int:
+        """Whoever asks from now on leads anew; those who follow already get what they waited for.
+
+        Returns how many flights that concerns.
+        """
+        parted = [place for place in self._by_place if sweep.takes(*place)]
+        for place in parted:
+            del self._by_place[place]
+        return len(parted)
+
+    def aloft(self) -> list[str]:
+        """The flights in the air."""
+        return list(self._by_id)
+
+    def leads(self, flight: str) -> bool:
+        """Whether those who ask now follow this flight."""
+        running = self._by_id.get(flight)
+        return running is not None and self._by_place.get(running.place) is running
+
+    def let_go(self, flight: str) -> None:
+        """It goes on elsewhere, and may come back."""
+        self._close(flight)
 
     def renew(self, flight: str, now: float) -> bool:
         """The leader is alive. False when it leads no longer."""
@@ -488,15 +680,9 @@ class Flights:
 
     def land(self, flight: str, outcome: Outcome, now: float) -> bool:
         """Ends a flight. False when it was over already or never known here."""
-        running = self._by_id.pop(flight, None)
+        running = self._close(flight)
         if running is None:
             return False
-        del self._by_place[running.place]
-        self._speech_bytes -= running.piece_bytes
-        leader = leader_of(flight)
-        heard = self._heard.get(leader, {})
-        if heard.pop(flight, 0) is None and not heard:
-            del self._heard[leader]
         size = ENTRY_OVERHEAD_BYTES
         if not running.followed:
             outcome = Gone()  # nobody was told to come for it; the id is all there is to remember
@@ -508,6 +694,19 @@ class Flights:
         self._outcome_bytes += size
         self._forget(now)
         return True
+
+    def _close(self, flight: str) -> _Flight | None:
+        running = self._by_id.pop(flight, None)
+        if running is None:
+            return None
+        if self._by_place.get(running.place) is running:
+            del self._by_place[running.place]
+        self._speech_bytes -= running.piece_bytes
+        leader = leader_of(flight)
+        heard = self._heard.get(leader, {})
+        if heard.pop(flight, 0) is None and not heard:
+            del self._heard[leader]
+        return running
 
     def lapse(self, now: float) -> list[str]:
         """Ends the flights whose leaders are silent, and names them."""

@@ -5,12 +5,14 @@ Rule 1: it only ever helps. A look-up takes BUDGET_S at most, stores go in the b
 Rule 2: a search is never cut short in the middle of a reply. It is left to end by itself, within
         OPERATION_S, while the look-up goes on without it.
 Rule 3: what comes back is believed only if it names the version, the scope and the key asked for.
-Rule 4: the URL may hold a password: it is in no argument of an actor, no reason and no repr.
+Rule 4: what is swept is not found from that moment on, whether or not it is deleted yet.
+Rule 5: the URL may hold a password: it is in no argument of an actor, no reason and no repr.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,7 +21,7 @@ from hashlib import blake2b
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from actors.cache.policy import Scope
+from actors.cache.policy import DIGEST_BYTES, Scope, Sweep
 from actors.ref import Clock
 
 BUDGET_S = 0.020
@@ -38,6 +40,12 @@ STORE_BYTES_MAX = 16 * 1024 * 1024
 """Most stores, and bytes of them, that wait; what comes beyond that is not kept here."""
 BATCH_MAX = 64
 BATCH_BYTES_MAX = 1024 * 1024
+SWEEPS_MAX = 64
+"""Most sweeps that wait; beyond, they are one sweep of everything."""
+SCAN_COUNT = 500
+"""Names that are looked at in one step of a sweep: less than a millisecond of Redis's time."""
+SWEEP_PAUSE_S = 1.0
+"""After a step that was refused."""
 FAILURES_MAX = 5
 """So many failed or late commands in a row, and nothing is asked until a probe succeeds."""
 BACK_OFF_S = (0.1, 2.0)
@@ -45,10 +53,9 @@ STEADY_S = 10.0
 """Who fails again sooner than this is probed ever more rarely, up to the longer back-off."""
 REASON_MAX = 200
 
-_FORMAT = b"forebay.cache.1\n"
+_FORMAT = b"forebay.cache.2\n"
 _MARK_BYTES = 16
-_KEY_BYTES = 32
-_HEADER_BYTES = len(_FORMAT) + _MARK_BYTES + _KEY_BYTES
+_HEADER_BYTES = len(_FORMAT) + _MARK_BYTES + DIGEST_BYTES
 
 SEARCH = """
 local found, bytes = {}, 0
@@ -96,45 +103,77 @@ class Found:
     ttl_s: float
 
 
+@dataclass(slots=True, eq=False)
+class _Sweeping:
+    """A sweep under way, as far as SCAN's cursor has come."""
+
+    sweep: Sweep
+    cursor: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Store:
+    scope: Scope
+    key: bytes
     name: bytes
     value: bytes
     ttl_ms: int
 
 
 def name_of(namespace: str, scope: Scope, key: bytes) -> bytes:
-    """What an answer is called there. A scope's names share a beginning that no other has."""
-    return b"%s:1:%s:%s" % (namespace.encode(), _mark(scope).hex().encode(), key.hex().encode())
+    """What an answer is called there: namespace, format, scope, model, digest, between colons."""
+    return _name(namespace.encode(), _mark(scope.mark), key[DIGEST_BYTES:], key[:DIGEST_BYTES])
+
+
+def pattern_of(namespace: str, sweep: Sweep) -> bytes:
+    """Redis's glob of the names of all that the sweep takes, and of no others."""
+    literal = re.sub(rb"([*?\[\]\\])", rb"\\\1", namespace.encode())
+    scope = None if sweep.scope is None else _mark(sweep.scope)
+    if sweep.key is None:
+        return _name(literal, scope, sweep.model, None)
+    # A key says its model too; one that contradicts the sweep's takes nothing.
+    model = sweep.key[DIGEST_BYTES:]
+    if sweep.model is not None and sweep.model != model:
+        model = sweep.model
+    return _name(literal, scope, model, sweep.key[:DIGEST_BYTES])
+
+
+def _name(
+    namespace: bytes, scope: bytes | None, model: bytes | None, digest: bytes | None
+) -> bytes:
+    parts = (b"*" if part is None else part.hex().encode() for part in (scope, model, digest))
+    return b":".join((namespace, b"2", *parts))
 
 
 def wrap(scope: Scope, key: bytes, value: bytes) -> bytes:
     """A value as it is stored: it says what it is, whose, and the answer to what."""
-    return _FORMAT + _mark(scope) + key + value
+    return _FORMAT + _mark(scope.mark) + key[:DIGEST_BYTES] + value
 
 
 def unwrap(scope: Scope, key: bytes, stored: bytes) -> bytes | None:
     """The inverse of `wrap`; None for what is of another format, or somebody else's."""
-    if len(key) != _KEY_BYTES or stored[:_HEADER_BYTES] != _FORMAT + _mark(scope) + key:
+    if stored[:_HEADER_BYTES] != _FORMAT + _mark(scope.mark) + key[:DIGEST_BYTES]:
         return None
     return stored[_HEADER_BYTES:]
 
 
-def _mark(scope: Scope) -> bytes:
-    mark = scope.mark.encode("utf-8", "surrogatepass")
-    return blake2b(mark, digest_size=_MARK_BYTES, person=b"forebay.scope.1").digest()
+def _mark(mark: str) -> bytes:
+    whole = mark.encode("utf-8", "surrogatepass")
+    return blake2b(whole, digest_size=_MARK_BYTES, person=b"forebay.scope.1").digest()
 
 
 class RedisTier:
-    """Owns the connections to one Redis, the searches under way and the stores that wait.
+    """Owns the connections to one Redis, the searches under way, the stores and sweeps that wait.
 
     Bounded by SEARCHES_MAX, STORES_MAX and STORE_BYTES_MAX; beyond them nothing is asked, and
-    nothing kept. Connections are as many as searches, and one for stores.
+    nothing kept; and by SWEEPS_MAX. Connections are as many as searches, and one for stores.
 
     Failure behaviour: never raises, never blocks for more than BUDGET_S. After FAILURES_MAX failed
     or late commands in a row it is down: not asked, and what waits to be stored is dropped. It is
     probed in the background, with a pause of 0.1 to 2 s, and comes back when a probe is answered
-    within the budget. A Redis that refuses to store (full, read-only) is still read.
+    within the budget. A Redis that refuses to store (full, read-only) is still read. A sweep waits
+    until it can be done, and what it takes is not found until then; who closes the tier earlier
+    leaves it undone.
     """
 
     def __init__(
@@ -151,11 +190,13 @@ class RedisTier:
         self._searches: set[asyncio.Task[list[Found | None]]] = set()
         self._queue: deque[_Store] = deque()
         self._queue_bytes = 0
-        self._queued = asyncio.Event()
+        self._queued = asyncio.Event()  # there is something to do for the writer
+        self._sweeps: dict[Sweep, _Sweeping] = {}
         self._fell = asyncio.Event()
         self._failures = 0
         self._reason: str | None = "not connected yet"
-        self._refusal: str | None = None
+        self._unstored: str | None = None
+        self._unswept: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._counts: Counter[str] = Counter()
 
@@ -211,19 +252,40 @@ class RedisTier:
             self._counts["not_stored"] += 1
             return
         name = name_of(self._place.namespace, scope, key)
-        self._queue.append(_Store(name, wrap(scope, key, value), int(ttl_s * 1000)))
+        stored = wrap(scope, key, value)
+        self._queue.append(_Store(scope, key, name, stored, int(ttl_s * 1000)))
         self._queue_bytes += size
         self._queued.set()
 
+    def sweep(self, sweep: Sweep) -> None:
+        """Deletes what the sweep takes, in the background, as soon as all is well; until that is
+        done, none of it is found. What is stored while it is under way may be deleted too."""
+        if len(self._sweeps) >= SWEEPS_MAX:
+            self._sweeps.clear()
+            sweep = Sweep()
+        self._sweeps[sweep] = _Sweeping(sweep)
+        self._queue = deque(
+            store for store in self._queue if not sweep.takes(store.scope.mark, store.key)
+        )
+        self._queue_bytes = sum(len(store.value) for store in self._queue)
+        if self.up:
+            self._queued.set()
+
+    @property
+    def unswept(self) -> list[Sweep]:
+        """The sweeps that are not done yet."""
+        return list(self._sweeps)
+
     def stats(self) -> dict[str, Any]:
         """`state` is healthy or degraded, and degraded has a `reason`."""
-        reason = self._reason or self._refusal
+        reason = self._reason or self._unstored or self._unswept
         return {
             "state": "healthy" if reason is None else "degraded",
             "reason": reason,
             "searching": len(self._searches),
             "queued": len(self._queue),
             "queued_bytes": self._queue_bytes,
+            "sweeping": len(self._sweeps),
             **self._counts,
         }
 
@@ -238,7 +300,7 @@ class RedisTier:
             value = unwrap(scope, key, stored)
             if value is None or ttl_ms <= 0:
                 self._counts["not_ours"] += 1
-            else:
+            elif not any(sweep.takes(scope.mark, key) for sweep in self._sweeps):
                 found[place - 1] = Found(value, ttl_ms / 1000)
         return found
 
@@ -251,23 +313,56 @@ class RedisTier:
     # ---------------------------------------------------------------------------------- storing
 
     async def _write(self) -> None:
+        """Stores and sweeps, turn about: a batch of these, a step of those."""
         while True:
             await self._queued.wait()
             batch = self._next_batch()
-            try:
-                async with self._client.pipeline(transaction=False) as pipe:
-                    for store in batch:
-                        pipe.set(store.name, store.value, px=store.ttl_ms)
-                    replies = await pipe.execute(raise_on_error=False)
-            except Exception as error:  # noqa: BLE001
-                # Whatever it is, answers are kept in memory all the same.
-                self._counts["not_stored"] += len(batch)
+            if batch:
+                await self._write_batch(batch)
+            if self._sweeps and self.up:
+                await self._sweep_on(next(iter(self._sweeps.values())))
+
+    async def _write_batch(self, batch: list[_Store]) -> None:
+        try:
+            async with self._client.pipeline(transaction=False) as pipe:
+                for store in batch:
+                    pipe.set(store.name, store.value, px=store.ttl_ms)
+                replies = await pipe.execute(raise_on_error=False)
+        except Exception as error:  # noqa: BLE001
+            # Whatever it is, answers are kept in memory all the same.
+            self._counts["not_stored"] += len(batch)
+            self._failed(self._told(error))
+            return
+        refused = [reply for reply in replies if isinstance(reply, Exception)]
+        self._unstored = f"does not store: {self._told(refused[0])}" if refused else None
+        self._counts["stored"] += len(batch) - len(refused)
+        self._counts["not_stored"] += len(refused)
+
+    async def _sweep_on(self, sweeping: _Sweeping) -> None:
+        """One step: a page of names, and those of them gone that are meant."""
+        sweep, client = sweeping.sweep, self._client
+        pattern = pattern_of(self._place.namespace, sweep)
+        try:
+            cursor, names = await client.scan(sweeping.cursor, match=pattern, count=SCAN_COUNT)
+            if names:
+                self._counts["swept"] += await client.unlink(*names)
+        except Exception as error:  # noqa: BLE001
+            # Whatever it is, what is swept is not found; it is tried again, from the beginning.
+            sweeping.cursor = 0
+            self._unswept = f"does not forget: {self._told(error)}"
+            if not _is_refusal(error):
                 self._failed(self._told(error))
-                continue
-            refused = [reply for reply in replies if isinstance(reply, Exception)]
-            self._refusal = f"does not store: {self._told(refused[0])}" if refused else None
-            self._counts["stored"] += len(batch) - len(refused)
-            self._counts["not_stored"] += len(refused)
+            await self._pause(SWEEP_PAUSE_S)
+            return
+        self._unswept = None
+        sweeping.cursor = cursor
+        if cursor == 0 and self._sweeps.get(sweep) is sweeping:
+            del self._sweeps[sweep]
+            self._rest()
+
+    def _rest(self) -> None:
+        if not self._queue and not self._sweeps:
+            self._queued.clear()
 
     def _next_batch(self) -> list[_Store]:
         batch: list[_Store] = []
@@ -277,8 +372,7 @@ class RedisTier:
             size += len(store.value)
             batch.append(store)
         self._queue_bytes -= size
-        if not self._queue:
-            self._queued.clear()
+        self._rest()
         return batch
 
     # ------------------------------------------------------------------------------ up and down
@@ -305,6 +399,8 @@ class RedisTier:
                 self._failures = 0
                 self._fell.clear()
                 self.up = True
+                if self._sweeps:
+                    self._queued.set()
                 since_s = self._clock()
                 await self._fell.wait()
                 if self._clock() - since_s >= STEADY_S:
@@ -337,6 +433,13 @@ class RedisTier:
         text = next(iter(str(error).splitlines()), "")[:REASON_MAX]
         hide = not text or any(secret in str(error) for secret in _secrets_in(self._place.url))
         return type(error).__name__ if hide else f"{type(error).__name__}: {text}"
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Redis is there, and says no."""
+    from redis.exceptions import ResponseError
+
+    return isinstance(error, ResponseError)
 
 
 def _secrets_in(url: str) -> list[str]:

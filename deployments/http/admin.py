@@ -1,4 +1,4 @@
-"""What an admin changes in a running system: keys, the configuration and breakers.
+"""What an admin changes in a running system: keys, the configuration, breakers and the cache.
 
 Rule 1: the caller must be an admin before anything else is read.
 Rule 2: a key is told once, in the answer that makes it; lists name keys and never tell one.
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast, get_args
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import orjson
 
@@ -29,6 +29,9 @@ KEY_FIELDS: Mapping[str, type] = {
 }
 LISTED = ("id", "tenant", "admin", "source", "created")
 KINDS = {str: "a string", bool: "a boolean", dict: "an object", list: "an array of strings"}
+
+FILTERS = ("tenant", "model", "key")
+"""What is cleared from the cache, as far as they are given."""
 
 NO_STORE: Header = (b"cache-control", b"no-store")
 
@@ -98,6 +101,32 @@ async def set_breaker(exchange: Exchange) -> None:
     await exchange.send_json(await exchange.service.set_breaker(deployment, state))
 
 
+async def read_cache(exchange: Exchange) -> None:
+    """GET /admin/cache: what is stored, and what look-ups and providers' own caches came to."""
+    _require_admin(exchange)
+    await exchange.send_json(await exchange.service.cache())
+
+
+async def clear_cache(exchange: Exchange) -> None:
+    """DELETE /admin/cache, with ?tenant=, ?model= and ?key=; without any of them, all of it."""
+    _require_admin(exchange)
+    given = _filters(exchange)
+    count = await exchange.service.clear_cache(**{name: given.get(name) for name in FILTERS})
+    await exchange.send_json({"invalidated": count, **given})
+
+
+def _filters(exchange: Exchange) -> dict[str, str]:
+    """What the query names, each once and not empty: a slip must not clear everything."""
+    query = exchange.scope["query_string"].decode("latin-1")
+    given: dict[str, str] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name in given or (name in FILTERS and not value):
+            words = "is given twice" if name in given else "must not be empty"
+            raise InvalidRequest.about(name, f"{name!r} {words}.", code="invalid_value")
+        given[name] = value
+    return {name: str(value) for name, value in _given(given, FILTERS).items()}
+
+
 def _require_admin(exchange: Exchange) -> None:
     """An admin. Where no key is needed, a page of another site in a browser here is none."""
     exchange.admin()
@@ -132,7 +161,9 @@ def _breaker_order(body: dict[str, Any]) -> BreakerOrder:
     return cast("BreakerOrder", state)
 
 
-def _given(body: dict[str, Any], fields: Collection[str], required: str) -> dict[str, Any]:
+def _given(
+    body: Mapping[str, Any], fields: Collection[str], required: str | None = None
+) -> dict[str, Any]:
     """The fields that are given, all of them known; null is as if a field were not."""
     for name in body.keys() - set(fields):
         close = nearest(name, fields)
@@ -141,7 +172,7 @@ def _given(body: dict[str, Any], fields: Collection[str], required: str) -> dict
             name[:64], f"Unknown parameter: {name[:64]!r}; {hint}", code="unknown_parameter"
         )
     asked = {name: value for name, value in body.items() if value is not None}
-    if required not in asked:
+    if required is not None and required not in asked:
         raise InvalidRequest.about(
             required,
             f"Missing required parameter: {required!r}.",

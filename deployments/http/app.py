@@ -43,6 +43,7 @@ PATHS: Mapping[str, Mapping[str, Handler]] = {
     "/admin/config": {"GET": admin.read_config, "PUT": admin.write_config},
     "/admin/breakers": {"GET": admin.list_breakers},
     "/admin/breakers/{id:path}": {"POST": admin.set_breaker},
+    "/admin/cache": {"GET": admin.read_cache, "DELETE": admin.clear_cache},
     "/openapi.json": {"GET": ops.openapi},
 }
 NATIVE = "/api/v1/gateway/"

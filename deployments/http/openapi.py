@@ -17,6 +17,7 @@ Schema = dict[str, Any]
 _REF = "#/components/schemas/"
 _JSON = "application/json"
 _OPEN: list[dict[str, list[str]]] = []
+_HEX: dict[str, Any] = {"pattern": "^[0-9a-f]{80}$"}
 _KEY: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
 
 
@@ -177,6 +178,15 @@ def _admin_paths() -> dict[str, Any]:
                 ),
                 "requestBody": _request("BreakerOrder"),
             }
+        },
+        "/admin/cache": {
+            "get": _get("readCache", "What is stored, and what it saves", _ref("CacheFigures")),
+            "delete": _get(
+                "clearCache",
+                "What is a tenant's, a model's and a key's is forgotten; with none of them, all",
+                _ref("Cleared"),
+                [tenant, _parameter("model", "query"), _parameter("key", "query", _HEX)],
+            ),
         },
     }
 
@@ -413,6 +423,10 @@ def _admin_schemas() -> dict[str, Schema]:
             "description": "Forced closed, forced open, or left to judge for itself again.",
         },
         "BreakerState": _object(("deployment", "state"), **standing),
+        "CacheFigures": _object(("responses", "prompts"), responses=free, prompts=free),
+        "Cleared": _object(
+            ("invalidated",), invalidated=version, tenant=string, model=string, key=string
+        ),
         "BreakerList": _object(
             ("data", "source"),
             object=string,

@@ -193,6 +193,17 @@ class Service(Protocol):
         `source` is `owner`, or `replica` while the owner is away: then it is what was last heard.
         """
 
+    async def cache(self) -> dict[str, Any]:
+        """`{responses, prompts}`: what is stored, and what providers' own caches were worth."""
+
+    async def clear_cache(self, *, tenant: str | None, model: str | None, key: str | None) -> int:
+        """Forget a tenant's, a model's and a key's answers, None being any; how many there were.
+
+        Raises:
+            InvalidRequest: 404 (`unknown_tenant`), or 400: the key is none.
+            ModelNotFound: there is no such model.
+        """
+
     async def set_breaker(self, deployment: str, state: BreakerOrder) -> dict[str, Any]:
         """Have every process obey: `{deployment, state, reason, retry_after_s}`.
 

@@ -23,12 +23,13 @@ from forebay.errors import (
 
 if TYPE_CHECKING:
     from actors.batcher.policy import Text, Vectors
-    from forebay.providers.prices import PriceBound
+    from forebay.providers.prices import PriceBound, PromptCaching
     from forebay.routing import Deployment
 
 __all__ = [
     "MODEL_REFUSED",
     "NO_BASE64",
+    "NO_HINTS",
     "STALLED",
     "STALL_S",
     "Answer",
@@ -49,6 +50,7 @@ STALL_S = 30.0
 STALLED = "stream_stalled"
 MODEL_REFUSED = "provider_refused_model"
 NO_BASE64 = "encoding_not_supported"
+NO_HINTS = "cache_hints_not_supported"
 
 
 class Chunks(Protocol):
@@ -142,6 +144,10 @@ class Provider(Protocol):
         """The most that the deployment charges per token; None when no price is known."""
         ...
 
+    def prompt_caching(self, deployment: Deployment) -> PromptCaching | None:
+        """How the provider caches the beginnings of prompts; None while nobody can tell."""
+        ...
+
     def count_tokens(self, deployment: Deployment, text: str) -> int | None:
         """An upper bound of the tokens of a text; None where nothing but its size is known."""
         ...
@@ -163,7 +169,7 @@ def verdict_of(error: BaseException | None) -> Verdict:
         # A limit of ours says nothing about the provider.
         return Verdict.IGNORED if error.upstream_status is None else Verdict.THROTTLED
     if isinstance(error, ProviderError):
-        if error.code == NO_BASE64:
+        if error.code in (NO_BASE64, NO_HINTS):
             return Verdict.SUCCESS  # it has answered; the next attempt asks it in other words
         # All names that a pattern takes share one circuit: one that is forbidden does not take
         # the others out.

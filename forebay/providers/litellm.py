@@ -28,7 +28,7 @@ from forebay.providers import shapes
 from forebay.providers.base import NO_BASE64, STALL_S, Answer, Resolve
 from forebay.providers.calls import Call
 from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
-from forebay.providers.prices import PriceBound, Prices
+from forebay.providers.prices import PriceBound, Prices, PromptCaching
 from forebay.providers.streams import LiteLLMChunks, Opened
 from forebay.providers.tokenizers import Tokenizers
 from forebay.providers.vectors import decoded
@@ -213,6 +213,10 @@ class LiteLLMProvider:
         LiteLLM's list is known after `warm` only.
         """
         return self._prices.bound(deployment)
+
+    def prompt_caching(self, deployment: Deployment) -> PromptCaching | None:
+        """What LiteLLM's list says of the model's prompt cache; None before `warm`."""
+        return self._prices.prompt_caching(deployment)
 
     def count_tokens(self, deployment: Deployment, text: str) -> int | None:
         """An upper bound of the tokens of a text; None before `warm`, and for embedded models."""

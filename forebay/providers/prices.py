@@ -8,6 +8,7 @@ Rule 3: a deployment's own prices never reach LiteLLM, which would change its li
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal, InvalidOperation
@@ -62,6 +63,17 @@ class PriceBound:
     def rate(self, prompt: int, is_plain: bool) -> Rate:
         """The rate of a request with so many prompt tokens."""
         return self.plain if is_plain and prompt <= LONG_PROMPT_TOKENS else self.dearest
+
+
+class PromptCaching(NamedTuple):
+    """How a provider caches the beginnings of a model's prompts.
+
+    `pays`: cached tokens are cheaper; None where the list does not have the model. `tokens_min`:
+    shorter beginnings are not cached.
+    """
+
+    pays: bool | None
+    tokens_min: int
 
 
 def dearest(bounds: Iterable[PriceBound | None]) -> PriceBound | None:
@@ -142,6 +154,21 @@ class Prices:
                 self._bounds.clear()
             self._bounds[name] = self._listed_bound(name)
         return self._bounds[name]
+
+    def prompt_caching(self, deployment: Deployment) -> PromptCaching | None:
+        """What LiteLLM's list says of the model's prompt cache; None while there is no list."""
+        if self.litellm is None:
+            return None
+        name, pays = self._name(deployment), None
+        with contextlib.suppress(Exception):  # "not mapped", in many ways
+            listed = self.litellm.get_model_info(name)
+            pays = bool(listed.get("supports_prompt_caching")) and self._reads_are_cheaper(name)
+        return PromptCaching(pays, self.litellm.utils.get_prompt_cache_min_tokens(name))
+
+    def _reads_are_cheaper(self, name: str) -> bool:
+        plain = {"prompt_tokens": PROBE_TOKENS, "completion_tokens": 0}
+        read = {**plain, "prompt_tokens_details": {"cached_tokens": PROBE_TOKENS}}
+        return (self._from_list(name, read) or 0) < (self._from_list(name, plain) or 0)
 
     def _listed_bound(self, name: str) -> PriceBound | None:
         """Asked of LiteLLM by example: prompts of several lengths, and every kind of token."""

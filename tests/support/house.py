@@ -13,13 +13,14 @@ import numpy as np
 from actors.batcher.policy import Text, Vectors
 from actors.circuit_breaker.policy import State
 from actors.ledger.policy import Entry
+from forebay import replay
 from forebay.call import Call
 from forebay.codec import Answer
 from forebay.config import SystemConfig
 from forebay.errors import GatewayError
 from forebay.pipeline import Pipeline
 from forebay.providers.base import Chunks, Resolve
-from forebay.providers.prices import PriceBound, Rate
+from forebay.providers.prices import PriceBound, PromptCaching, Rate
 from forebay.reckoning import Reckoner
 from forebay.routing import Deployment
 from forebay.system import System, open_inline
@@ -56,6 +57,7 @@ class Scripted:
         self.token_nano: int | None = 1000
         self.usage: dict[str, int] | None = USAGE
         self.finish_reason: str | None = "stop"
+        self.choices: list[dict[str, Any]] | None = None  # whole, in place of what is above
         self.words: tuple[str, ...] = ("one", "two")
         self.gates: list[asyncio.Event] = []
         self.steps: dict[str, list[Step]] = {}
@@ -75,7 +77,8 @@ class Scripted:
         await self._step(deployment)
         message = {"role": "assistant", "content": "fine"}
         choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
-        whole = {"id": "1", "object": "chat.completion", "choices": [choice], "usage": self.usage}
+        choices = [choice] if self.choices is None else self.choices
+        whole = {"id": "1", "object": "chat.completion", "choices": choices, "usage": self.usage}
         return Answer(whole, self.usage, self.cost_nano, deployment.model)
 
     completion = chat
@@ -84,6 +87,11 @@ class Scripted:
         self.streams_open += 1
         try:
             await self._step(deployment)
+            if self.choices is not None:
+                whole = {"id": "1", "choices": self.choices}
+                for chunk in replay.chunks("chat", Answer(whole, USAGE, 7, deployment.model)):
+                    yield chunk
+                return
             for number, word in enumerate(self.words):
                 if number < len(self.gates):
                     await self.gates[number].wait()
@@ -135,6 +143,9 @@ class Scripted:
         model: str | None = None,
     ) -> int | None:
         return self.cost_nano
+
+    def prompt_caching(self, deployment: Deployment) -> PromptCaching | None:
+        return PromptCaching(None, 1024)
 
     def price_bound(self, deployment: Deployment) -> PriceBound | None:
         if self.token_nano is None:

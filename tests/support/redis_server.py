@@ -48,7 +48,7 @@ class RedisServer:
 
     def __init__(self, directory: Path, *options: str) -> None:
         self.path = binary()
-        self.port = _free_port()
+        self.port = free_port()
         self.socket = directory / "redis.sock"
         self._directory = directory
         self._options = options
@@ -58,14 +58,14 @@ class RedisServer:
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        """Start, or start again on the same port; returns once it answers."""
+    def start(self, *options: str) -> None:
+        """Start, or start again on the same port, with more `options`; returns once it answers."""
         log = (self._directory / "redis.log").open("ab")
         self._process = subprocess.Popen(
             [
                 self.path, "--port", str(self.port), "--bind", "127.0.0.1",
                 "--unixsocket", str(self.socket), "--dir", str(self._directory),
-                "--save", "", "--appendonly", "no", *self._options,
+                "--save", "", "--appendonly", "no", *self._options, *options,
             ],
             stdout=log,
             stderr=log,
@@ -102,7 +102,8 @@ def redis_server(directory: Path, *options: str) -> Iterator[RedisServer]:
         server.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

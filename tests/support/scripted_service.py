@@ -225,6 +225,14 @@ class ScriptedService:
         self.orders.append((deployment, state))
         return {"deployment": deployment, "state": f"forced_{state}"}
 
+    async def cache(self) -> dict[str, Any]:
+        return {"responses": {"entries": 3}, "prompts": {"hits": 1}}
+
+    async def clear_cache(self, **query: Any) -> int:
+        self._refuse()
+        self.queries.append(query)
+        return 3
+
     async def read_config(self) -> dict[str, Any]:
         return {"version": self.config_version, "config": {"gateway": {"timeout": 60}}}
 

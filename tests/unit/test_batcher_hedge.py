@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from actors.batcher import hedge as hedge_module
 from actors.batcher.hedge import CALLS_KEPT, CALLS_MIN, HEDGES_SAVED_MAX, Hedging, kind_of
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import BadVectors, Caps, Lane, Share, Spare, Vectors, split_spare
+from actors.batcher.policy import BadVectors, Caps, Lane, Paid, Share, Spare, Vectors, split_spare
 
 LANE = Lane("d1")
 KIND = kind_of(LANE, 100)
@@ -273,6 +273,41 @@ async def test_when_both_copies_fail_the_first_ones_failure_is_the_callers() -> 
     with pytest.raises(ConnectionError):
         await task
     assert batcher.stats()["failures"] == 1
+
+
+def costly(tokens: int) -> ConnectionError:
+    error = ConnectionError("in vain")
+    error.paid = Paid(tokens, 7 * tokens, "m")  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+async def test_a_copy_that_fails_and_costs_all_the_same_is_spare(fails: int) -> None:
+    upstream = Upstream()
+    batcher = await used_to(upstream)
+    task = start(batcher, "a")
+    await upstream.calls(2)
+    upstream.tell(fails, costly(4))
+    await settle()
+    upstream.tell(1 - fails)
+
+    assert (await task).spare == Spare(4, 28, "m", estimated=False)
+
+
+async def test_two_copies_that_fail_and_cost_are_both_somebodys() -> None:
+    upstream = Upstream()
+    batcher = await used_to(upstream)
+    task = start(batcher, "a")
+    await upstream.calls(2)
+    upstream.tell(1, costly(4))
+    await settle()
+    upstream.tell(0, costly(3))
+    with pytest.raises(ConnectionError) as caught:
+        await task
+
+    assert caught.value.paid == Paid(3, 21, "m")  # type: ignore[attr-defined]
+    stats = batcher.stats()
+    assert (stats["unclaimed_tokens"], stats["unclaimed_nano"]) == (4, 28)
 
 
 async def test_a_call_that_fails_in_time_is_not_made_again() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from actors.batcher import owner as owner_module
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import BadVectors, BatcherFull, Caps, Lane, Share, Vectors
+from actors.batcher.policy import BadVectors, BatcherFull, Caps, Lane, Paid, Share, Vectors
 
 LANE = Lane("d1")
 
@@ -40,6 +40,7 @@ class Provider:
         self.cost_nano = 0
         self.opened = 0
         self.closed = False
+        self.refusal_costs = 0  # tokens
 
     def __call__(self) -> Any:
         self.opened += 1
@@ -50,7 +51,13 @@ class Provider:
         self.timeouts_s.append(timeout_s)
         await self.gate.wait()
         if self.poison in texts:
-            raise Refused(self.status)
+            refused = Refused(self.status)
+            if self.refusal_costs:
+                self.tokens += self.refusal_costs
+                self.cost_nano += 7 * self.refusal_costs
+                paid = Paid(self.refusal_costs, 7 * self.refusal_costs, "model")
+                refused.paid = paid  # type: ignore[attr-defined]
+            raise refused
         tokens = sum(len(text) + 1 for text in texts)
         self.tokens += tokens
         self.cost_nano += 7 * tokens
@@ -214,6 +221,55 @@ async def test_a_list_that_fails_in_part_says_what_it_has_cost() -> None:
         await embed(make(provider), ["a", "b", "poison"], caps=Caps(items_max=2))
     assert caught.value.paid.prompt_tokens == provider.tokens == 4  # type: ignore[attr-defined]
     assert caught.value.paid.cost_nano == provider.cost_nano  # type: ignore[attr-defined]
+
+
+async def test_a_call_in_vain_that_costs_is_paid_in_parts_by_all_whom_it_failed() -> None:
+    provider = Provider(status=429)
+    provider.refusal_costs = 10
+    batcher = make(provider)
+    lists = [["poison"], ["a"], ["bbb", "ccc"]]
+    errors = await asyncio.gather(*(embed(batcher, t) for t in lists), return_exceptions=True)
+    paid: list[Paid] = [error.paid for error in errors]  # type: ignore[union-attr]
+
+    assert len(provider.sent) == 1
+    assert [(one.prompt_tokens, one.cost_nano) for one in paid] == [(5, 32), (1, 6), (4, 32)]
+    assert len({error.beat for error in errors}) == 1  # type: ignore[union-attr]
+
+
+async def test_what_a_call_in_vain_has_cost_is_in_the_price_of_the_next() -> None:
+    provider = Provider()
+    provider.refusal_costs = 8
+    batcher = make(provider)
+    answers = await asyncio.gather(
+        *(embed(batcher, t) for t in (["poison"], ["aa"])), return_exceptions=True
+    )
+
+    refused, share = answers
+    assert provider.sent == [["poison", "aa"], ["poison"], ["aa"]]
+    assert isinstance(refused, Refused)
+    assert isinstance(share, Share)
+    assert refused.paid.prompt_tokens == 6 + 8  # type: ignore[attr-defined]
+    assert share.prompt_tokens == 2 + 3
+    assert share.cost_nano == 7 * 5
+
+
+async def test_who_has_left_before_a_call_in_vain_comes_back_leaves_its_part_unclaimed() -> None:
+    provider = Provider(status=429)
+    provider.refusal_costs = 10
+    provider.gate.clear()
+    batcher = make(provider)
+    stays, leaves = (asyncio.create_task(embed(batcher, t)) for t in (["poison"], ["aaaaaa"]))
+    while not provider.sent:
+        await asyncio.sleep(0)
+    leaves.cancel()
+    await asyncio.wait([leaves])
+    provider.gate.set()
+    with pytest.raises(Refused) as caught:
+        await stays
+
+    assert caught.value.paid == Paid(5, 35, "model")  # type: ignore[attr-defined]
+    stats = batcher.stats()
+    assert (stats["unclaimed_tokens"], stats["unclaimed_nano"]) == (5, 35)
 
 
 async def test_a_caller_that_has_left_is_not_sent_again() -> None:
@@ -430,6 +486,7 @@ def test_whoever_fails_leaves_or_shares_the_tokens_add_up(
     async def session() -> None:
         dice = random.Random(seed)
         provider = Provider(status=dice.choice([400, 429]))
+        provider.refusal_costs = dice.choice([0, 0, 7])
         batcher = make(provider)
         tasks = []
         for texts in lists:

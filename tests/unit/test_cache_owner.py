@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from actors.cache import owner as owner_module
+from actors.cache import policy
 from actors.cache.owner import Cache
 from actors.cache.policy import (
     ENTRY_OVERHEAD_BYTES,
+    SHELF_OVERHEAD_BYTES,
+    TRAVEL_S,
     Ask,
     Failed,
     Follow,
@@ -101,7 +105,8 @@ def test_a_message_that_comes_twice_changes_nothing(cache: Cache) -> None:
     cache.land([landing("a")])
     stats = cache.stats()
     cache.land([landing("a")])
-    assert (stats["entries"], stats["bytes"]) == (1, ENTRY_OVERHEAD_BYTES + 1)
+    assert stats["entries"] == 1
+    assert stats["bytes"] == ENTRY_OVERHEAD_BYTES + SHELF_OVERHEAD_BYTES + 1
     assert cache.stats()["bytes"] == stats["bytes"]
 
 
@@ -186,7 +191,82 @@ def test_an_owner_that_was_restarted_stores_what_lands_from_before(cache: Cache)
 
 
 def test_a_cache_is_made_without_an_event_loop() -> None:
-    assert Cache().protocol() == 2
+    assert Cache().protocol() == Cache.PROTOCOL
+
+
+# ------------------------------------------------------------------------------- invalidation
+
+
+def of(scope: Scope, model: str, number: int = 0) -> bytes:
+    return policy.key(scope, "chat", model, {"seed": number})
+
+
+def keep(cache: Cache, scope: Scope, model: str, number: int = 0) -> None:
+    cache.land([Landing(of(scope, model, number), scope, None, b"v", None, 60, 0.0)])
+
+
+@pytest.mark.parametrize(
+    ("named", "left"),
+    [
+        ({"scope": ACME}, {("other", "m"), ("other", "n")}),
+        ({"model": "m"}, {("acme", "n"), ("other", "n")}),
+        ({"scope": ACME, "model": "m"}, {("acme", "n"), ("other", "m"), ("other", "n")}),
+        ({"key": of(ACME, "m")}, {("acme", "n"), ("other", "m"), ("other", "n")}),
+        ({"model": "unknown"}, {("acme", "m"), ("acme", "n"), ("other", "m"), ("other", "n")}),
+        ({}, set()),
+    ],
+)
+def test_what_is_named_is_forgotten_and_nothing_else(
+    cache: Cache, named: dict[str, Any], left: set[tuple[str, str]]
+) -> None:
+    all_of_them = {(tenant, model) for tenant in ("acme", "other") for model in "mn"}
+    for tenant, model in all_of_them:
+        keep(cache, Scope(tenant), model)
+    assert cache.invalidate(**named) == 4 - len(left)
+    assert cache.invalidate(**named) == 0
+    for tenant, model in all_of_them:
+        asked = Ask(of(Scope(tenant), model), Scope(tenant), "f", True, False, 2.0)
+        assert isinstance(cache.lookup([asked])[0], Hit) == ((tenant, model) in left)
+    assert cache.stats()["invalidated"] == 4 - len(left)
+
+
+async def test_what_is_under_way_when_it_is_invalidated_is_not_stored(
+    cache: Cache, now: Now
+) -> None:
+    cache.lookup([ask("a"), ask("b")])
+    cache.invalidate(ACME)
+    now.s = 1
+    assert cache.lookup([ask("c")]) == [Lead(KEY, ACME, "c")]
+    cache.land([landing("a", b"old")])
+    assert await follow(cache, "a", 60) == Landed(b"old")
+    assert cache.lookup([ask("d")]) == [Follow("c")]
+    cache.land([landing("a", b"old")])  # and once more, by a line that repeats itself
+    cache.land([landing("c", b"new")])
+    assert cache.lookup([ask("e")]) == [Hit(b"new", 0)]
+    assert cache.stats()["invalidated_under_way"] == 2
+
+
+def test_what_lands_without_a_flight_is_judged_by_its_age(cache: Cache, now: Now) -> None:
+    now.s = 100
+    cache.invalidate(ACME)
+
+    def stored(age_s: float | None) -> bool:
+        cache.land([Landing(KEY, ACME, None, b"v", None, 60, age_s)])
+        return isinstance(cache.lookup([ask("x", join=False)])[0], Hit)
+
+    now.s = 110
+    assert not stored(None)
+    assert not stored(10.5)
+    assert not stored(10.0 - TRAVEL_S / 2)  # it may have been under way for so long
+    assert stored(9.5 - TRAVEL_S)
+
+
+def test_an_invalidation_concerns_nobody_else_who_is_under_way(cache: Cache) -> None:
+    cache.lookup([ask("a")])
+    cache.invalidate(Scope("other"))
+    assert cache.lookup([ask("b")]) == [Follow("a")]
+    cache.land([landing("a")])
+    assert cache.lookup([ask("c")]) == [Hit(b"v", 0)]
 
 
 # ------------------------------------------------------------------------------------ streams

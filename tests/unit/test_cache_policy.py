@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from actors.cache import policy
 from actors.cache.policy import (
     ENTRY_OVERHEAD_BYTES,
+    SHELF_OVERHEAD_BYTES,
     Ask,
     Entries,
     Failed,
@@ -23,8 +24,11 @@ from actors.cache.policy import (
     Lead,
     Miss,
     Scope,
+    Sweep,
+    Swept,
     key,
 )
+from actors.cache.tinylfu import Segment
 
 ACME = Scope("acme")
 BODY = {
@@ -139,7 +143,8 @@ def test_route_and_model_split_the_key() -> None:
     assert key(ACME, "completion", "m", BODY) != whole
     assert key(ACME, "chat", "n", BODY) != whole
     assert key(ACME, "cha", "tm", BODY) != whole
-    assert len(whole) == 32
+    assert key(ACME, "chat", "m", BODY, "deployment one") != whole
+    assert len(whole) == 40
 
 
 @pytest.mark.parametrize(
@@ -182,6 +187,21 @@ def test_a_body_parsed_from_json_keys_like_one_made_in_python() -> None:
 # ------------------------------------------------------------------------------------------ entries
 
 
+def in_order(segment: Segment) -> list[bytes]:
+    """The keys of a segment, by its links in both directions."""
+    there, back = [], []
+    entry = segment.after
+    while entry is not segment:
+        there.append(entry.key)
+        entry = entry.after
+    entry = segment.before
+    while entry is not segment:
+        back.append(entry.key)
+        entry = entry.before
+    assert there == back[::-1]
+    return there
+
+
 class Shelves(RuleBasedStateMachine):
     """Many tenants put, read and wait, in a cache that is far too small for them."""
 
@@ -194,7 +214,11 @@ class Shelves(RuleBasedStateMachine):
         self.truth: dict[tuple[str | None, bytes], tuple[bytes, float]] = {}
 
     scopes = st.sampled_from([None, "a", "b", "a:b", "everybody"]).map(Scope)
-    keys = st.integers(0, 40).map(lambda n: n.to_bytes(32, "big"))
+    keys = st.builds(
+        lambda n, model: n.to_bytes(32, "big") + policy.model_mark(model),
+        st.integers(0, 40),
+        st.sampled_from(["one", "other"]),
+    )
 
     @rule(scope=scopes, key=keys, size=st.integers(0, 9000), ttl_s=st.integers(-1, 50))
     def put(self, scope: Scope, key: bytes, size: int, ttl_s: int) -> None:
@@ -203,7 +227,12 @@ class Shelves(RuleBasedStateMachine):
         self.truth.pop((scope.tenant, key), None)
         if kept:
             self.truth[scope.tenant, key] = (value, self.now + ttl_s)
-        assert kept == (ttl_s > 0 and len(value) + ENTRY_OVERHEAD_BYTES <= self.bytes_max // 8)
+        else:
+            assert self.entries.get(key, scope, self.now) is None
+        if ttl_s <= 0 or len(value) + ENTRY_OVERHEAD_BYTES > self.bytes_max // 8:
+            assert not kept
+        elif size == 0:  # smaller than any window
+            assert kept
 
     @rule(scope=scopes, key=keys)
     def get(self, scope: Scope, key: bytes) -> None:
@@ -212,6 +241,26 @@ class Shelves(RuleBasedStateMachine):
             value, expires_s = self.truth[scope.tenant, key]
             assert hit.value == value
             assert self.now < expires_s
+
+    @rule(
+        scope=st.none() | scopes,
+        model=st.none() | st.sampled_from(["one", "other", "another"]),
+        key=st.none() | keys,
+    )
+    def invalidate(self, scope: Scope | None, model: str | None, key: bytes | None) -> None:
+        before = len(self.entries)
+        sweep = Sweep.of(scope, model, key)
+        dropped = self.entries.invalidate(sweep)
+        assert len(self.entries) == before - dropped
+        assert self.entries.invalidate(sweep) == 0
+        for tenant, known in list(self.truth):
+            meant = (
+                (scope is None or scope.tenant == tenant)
+                and (model is None or known.endswith(policy.model_mark(model)))
+                and key in (None, known)
+            )
+            if meant:
+                del self.truth[tenant, known]  # `get` looks it up: it must not be there
 
     @rule(seconds=st.integers(1, 30))
     def wait(self, seconds: int) -> None:
@@ -223,8 +272,13 @@ class Shelves(RuleBasedStateMachine):
         assert self.entries.bytes <= self.bytes_max
         assert self.entries.bytes == sum(shelf.bytes for shelf in shelves)
         for shelf in shelves:
-            assert shelf.bytes == sum(one.bytes for one in shelf.entries.values())
-            assert 0 < shelf.bytes <= 0.6 * self.bytes_max
+            held = sum(one.bytes for one in shelf.entries.values())
+            assert 0 < held == shelf.bytes - SHELF_OVERHEAD_BYTES
+            assert shelf.bytes <= 0.6 * self.bytes_max
+            segments = (shelf._window, shelf._probation, shelf._protected)
+            assert held == sum(segment.bytes for segment in segments)
+            assert len(shelf.entries) == sum(len(in_order(segment)) for segment in segments)
+        assert len(self.entries) == sum(len(shelf.entries) for shelf in shelves)
         assert len(self.entries._largest) <= 2 * len(self.entries._shelves) + 70
 
 
@@ -236,29 +290,28 @@ def name(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
-def room_for(count: int) -> int:
-    return count * (100 + ENTRY_OVERHEAD_BYTES)
-
-
-def test_the_least_recently_used_entry_goes_first() -> None:
-    entries = Entries(room_for(10))
-    for number in range(10):
-        entries.put(name(number), ACME, b"x" * 100, 60, now=0)
-    assert entries.get(name(0), ACME, now=1) is not None
-    entries.put(name(10), ACME, b"x" * 100, 60, now=1)
-    assert entries.get(name(1), ACME, now=1) is None
-    assert entries.get(name(0), ACME, now=1) is not None
-    assert entries.evicted == 1
+def room_for(count: int, scopes: int = 1) -> int:
+    return count * (100 + ENTRY_OVERHEAD_BYTES) + scopes * SHELF_OVERHEAD_BYTES
 
 
 def test_a_tenant_within_an_equal_share_is_never_evicted_by_others() -> None:
-    entries = Entries(room_for(10))
-    for number in range(3):
-        entries.put(name(number), Scope("small"), b"x" * 100, 60, now=0)
+    entries = Entries(3 * room_for(10))
+    for number in range(10):
+        assert entries.put(name(number), Scope("small"), b"x" * 100, 60, now=0)
     for number in range(1000):
         entries.put(name(number), Scope(f"big {number % 2}"), b"x" * 100, 60, now=1)
-    assert all(entries.get(name(number), Scope("small"), now=2) for number in range(3))
-    assert entries.bytes == room_for(10)
+    assert all(entries.get(name(number), Scope("small"), now=2) for number in range(10))
+    assert entries.bytes == 3 * room_for(10)
+    assert entries.evicted == 980
+
+
+def test_a_scope_over_its_own_bound_evicts_its_own() -> None:
+    entries = Entries(4 * room_for(10), scope_share=0.25)
+    entries.put(name(1), Scope("other"), b"x" * 100, 60, now=0)
+    for number in range(100):
+        entries.put(name(number), ACME, b"x" * 100, 60, now=0)
+    assert entries.scope_bytes(ACME) == room_for(10)
+    assert entries.get(name(1), Scope("other"), now=0)
 
 
 def test_an_entry_is_read_until_its_lifetime_ends_and_says_its_age() -> None:
@@ -526,3 +579,67 @@ def test_a_hit_says_how_long_it_is_good_and_age_can_be_told() -> None:
     entries.remove(name(2), ACME)
     assert entries.get(name(1), ACME, 104.0) is None
     assert entries.bytes == 0
+
+
+# ----------------------------------------------------------------------------------- invalidation
+
+MINE = key(ACME, "chat", "mine", BODY)
+OTHERS = key(Scope("other"), "chat", "mine", BODY)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "mine", "others"),
+    [
+        (Sweep(), True, True),
+        (Sweep.of(ACME), True, False),
+        (Sweep.of(Scope(None)), False, False),
+        (Sweep.of(None, "mine"), True, True),
+        (Sweep.of(None, "min"), False, False),
+        (Sweep.of(ACME, "mine"), True, False),
+        (Sweep.of(ACME, "else"), False, False),
+        (Sweep.of(None, None, MINE), True, False),
+        (Sweep.of(Scope("other"), None, MINE), False, False),
+    ],
+)
+def test_a_sweep_takes_what_all_of_it_names(sweep: Sweep, mine: bool, others: bool) -> None:
+    assert sweep.takes(ACME.mark, MINE) == mine
+    assert sweep.takes(Scope("other").mark, OTHERS) == others
+    assert pickle.loads(pickle.dumps(sweep)) == sweep
+
+
+def test_what_was_begun_before_a_sweep_is_not_kept_and_what_began_after_is() -> None:
+    swept = Swept()
+    assert not swept.forbids(MINE, ACME, 9.0, now=10)
+    swept.add(Sweep.of(ACME), now=10)
+    assert swept.forbids(MINE, ACME, 10.0, now=11)
+    assert not swept.forbids(MINE, ACME, 10.1, now=11)
+    assert not swept.forbids(OTHERS, Scope("other"), 9.0, now=11)
+    swept.add(Sweep.of(ACME), now=20)
+    assert swept.forbids(MINE, ACME, 15.0, now=21)
+    assert not swept.forbids(MINE, ACME, 15.0, now=20 + policy.SWEPT_KEPT_S)
+
+
+def test_too_many_sweeps_are_one_of_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "SWEPT_MAX", 3)
+    swept = Swept()
+    for number in range(3):
+        swept.add(Sweep.of(Scope(f"t{number}")), now=number)
+    assert not swept.forbids(MINE, ACME, 0.0, now=3)
+    swept.add(Sweep.of(Scope("t3")), now=3)
+    assert len(swept._times) <= 3
+    assert swept.forbids(MINE, ACME, 3.0, now=3)
+    assert not swept.forbids(MINE, ACME, 3.5, now=4)
+
+
+def test_who_asks_after_a_sweep_leads_anew_and_who_followed_still_gets_the_answer() -> None:
+    flights = Flights()
+    flights.join(ask("a"), now=0)
+    flights.join(ask("b"), now=0)
+    assert flights.part(Sweep.of(Scope("other"))) == 0
+    assert flights.part(Sweep.of(ACME)) == 1
+    assert flights.part(Sweep.of(ACME)) == 0
+    assert flights.join(ask("c"), now=1) == lead("c")
+    assert flights.land("a", Landed(b"old"), now=2)
+    assert flights.outcome("a") == Landed(b"old")
+    assert flights.join(ask("d"), now=2) == Follow("c")
+    assert (flights.begun_s("c"), flights.begun_s("a"), flights.begun_s(None)) == (1, None, None)

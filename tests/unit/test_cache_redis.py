@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import fnmatch
+import os
+import re
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -9,26 +13,29 @@ from typing import Any
 import pytest
 import redis
 
-from actors.cache import redis_tier
+from actors.cache import policy, redis_tier
 from actors.cache.desk import CacheDesk, Joined
 from actors.cache.owner import Cache
-from actors.cache.policy import Ask, Follow, Hit, Landing, Lead, Miss, Scope, Searching
+from actors.cache.policy import Ask, Follow, Hit, Landing, Lead, Miss, Scope, Searching, Sweep
 from actors.cache.redis_tier import (
     BUDGET_S,
     FAILURES_MAX,
+    SEARCH,
     SEARCHES_MAX,
+    SWEEPS_MAX,
     VALUE_BYTES_MAX,
     Found,
     Place,
     RedisTier,
     Tell,
     name_of,
+    pattern_of,
     unwrap,
     wrap,
 )
 from actors.ref import InlineRef
 from tests.support.fault_proxy import FaultProxy
-from tests.support.redis_server import RedisServer, redis_server
+from tests.support.redis_server import RedisServer, free_port, redis_server
 
 ACME, OTHER, EVERYBODY = Scope("acme"), Scope("other"), Scope(None)
 KEY, MORE = b"k" * 32, b"m" * 32
@@ -41,7 +48,7 @@ SLACK_S = 0.2  # what a busy machine adds; a wait for the connection's end would
 
 def test_names_are_scoped_and_begin_with_the_namespace() -> None:
     name = name_of("prod", ACME, KEY)
-    assert name.startswith(b"prod:1:")
+    assert name.startswith(b"prod:2:")
     assert name.endswith(KEY.hex().encode())
     scopes = [ACME, OTHER, EVERYBODY, Scope("everybody"), Scope("tenant acme"), Scope("")]
     assert len({name_of("prod", scope, KEY) for scope in scopes}) == len(scopes)
@@ -54,8 +61,39 @@ def test_a_value_is_believed_only_in_its_own_place() -> None:
     assert unwrap(OTHER, KEY, stored) is None
     assert unwrap(EVERYBODY, KEY, stored) is None
     assert unwrap(ACME, MORE, stored) is None
-    for foreign in (b"", b"answer", stored[1:], b"forebay.cache.2\n" + stored[16:], stored[:40]):
+    for foreign in (b"", b"answer", stored[1:], b"forebay.cache.1\n" + stored[16:], stored[:40]):
         assert unwrap(ACME, KEY, foreign) is None
+
+
+def test_every_key_of_a_script_is_declared() -> None:
+    calls = re.findall(r"redis\.p?call\('\w+', (\w+)", SEARCH)
+    assert calls == ["name"] * SEARCH.count("call(")
+    assert "for place, name in ipairs(KEYS)" in SEARCH
+
+
+def matches(sweep: Sweep, scope: Scope, key: bytes, namespace: str = "prod") -> bool:
+    pattern = pattern_of(namespace, sweep).decode()
+    return fnmatch.fnmatchcase(name_of(namespace, scope, key).decode(), pattern)
+
+
+def test_a_sweeps_pattern_is_of_the_names_of_all_that_it_takes() -> None:
+    keys = [(scope, policy.key(scope, "chat", m, {})) for scope in (ACME, OTHER) for m in "mn"]
+    (scope, key), *_ = keys
+    sweeps = [
+        Sweep(), Sweep.of(scope), Sweep.of(None, "m"), Sweep.of(scope, "m"), Sweep.of(scope, "x"),
+        Sweep.of(None, None, key), Sweep.of(scope, "m", key), Sweep.of(scope, "n", key),
+        Sweep.of(OTHER, None, key), Sweep.of(EVERYBODY),
+    ]  # fmt: skip
+    for sweep in sweeps:
+        for scope, key in keys:
+            assert matches(sweep, scope, key) == sweep.takes(scope.mark, key)
+
+
+def test_a_namespace_is_no_pattern() -> None:
+    name = name_of("a*b", ACME, KEY)
+    assert pattern_of("a*b", Sweep()) == b"a\\*b:2:*:*:*"
+    assert pattern_of("[a]?\\", Sweep()).startswith(b"\\[a\\]\\?\\\\:2:")
+    assert name.startswith(b"a*b:2:")
 
 
 # -------------------------------------------------------------------------------- with a real one
@@ -395,6 +433,183 @@ async def test_a_password_opens_and_is_never_told(patient: None, tmp_path: Path)
             await tier.close()
 
 
+async def degraded(tier: RedisTier, words: str) -> None:
+    await until(lambda: words in (tier.stats()["reason"] or ""))
+    assert tier.stats()["state"] == "degraded"
+
+
+async def test_a_replica_that_only_reads_is_read_and_says_so(
+    patient: None, server: RedisServer, client: redis.Redis
+) -> None:
+    tier = await running(server.url)
+    await kept(tier)
+    client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        tier.store(ACME, MORE, b"no", 60)
+        await degraded(tier, "does not store: ReadOnlyError")
+        (found,) = await tier.find([(ACME, KEY)])
+        assert found is not None
+    finally:
+        client.execute_command("REPLICAOF", "NO", "ONE")
+    await kept(tier, MORE)
+    assert tier.stats()["state"] == "healthy"
+    await tier.close()
+
+
+async def test_a_redis_that_is_still_loading_is_waited_for(patient: None, tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--loading-process-events-interval-bytes", "1024")
+    server.start()
+    try:
+        tier = await running(server.url)
+        await kept(tier)
+        with redis.Redis(port=server.port) as direct:
+            for number in range(300):
+                direct.set(f"else {number}", os.urandom(1000))
+            direct.save()
+            server.kill()
+            await asked(tier, FAILURES_MAX)
+            await until(lambda: not tier.up)
+            server.start("--key-load-delay", "50000")
+            await degraded(tier, "BusyLoadingError")
+            assert await tier.find([(ACME, KEY)]) == [None]
+            direct.config_set("key-load-delay", 0)
+        await until(lambda: tier.up)
+        assert await found_again(tier) == b"answer"
+        await tier.close()
+    finally:
+        server.kill()
+
+
+async def test_a_password_that_is_put_right_there_lets_it_in(
+    patient: None, server: RedisServer, client: redis.Redis
+) -> None:
+    client.config_set("requirepass", "another")
+    try:
+        tier = RedisTier(Place(f"redis://:canary@127.0.0.1:{server.port}"))
+        tier.start()
+        await degraded(tier, "AuthenticationError")
+        assert await tier.find([(ACME, KEY)]) == [None]
+        client.config_set("requirepass", "canary")
+        await until(lambda: tier.up)
+        await kept(tier)
+        assert tier.stats()["state"] == "healthy"
+    finally:
+        client.config_set("requirepass", "")
+    await tier.close()
+
+
+async def test_tls_is_spoken_and_the_certificate_is_checked(patient: None, tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+            "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=localhost",
+            "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        ],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    port = free_port()
+    options = ["--tls-port", str(port), "--tls-cert-file", str(cert), "--tls-key-file", str(key)]
+    with redis_server(tmp_path, *options, "--tls-auth-clients", "no"):
+        tier = await running(f"rediss://127.0.0.1:{port}?ssl_ca_certs={cert}")
+        await kept(tier)
+        await tier.close()
+        stranger = RedisTier(Place(f"rediss://127.0.0.1:{port}"))
+        stranger.start()
+        await degraded(stranger, "CERTIFICATE_VERIFY_FAILED")
+        assert not stranger.up
+        await stranger.close()
+
+
+# --------------------------------------------------------------------------------------- sweeping
+
+
+async def swept(tier: RedisTier) -> None:
+    await until(lambda: tier.stats()["sweeping"] == 0)
+
+
+async def test_a_sweep_deletes_what_it_takes_and_nothing_else(
+    tier: RedisTier, client: redis.Redis
+) -> None:
+    one, two = policy.key(ACME, "chat", "one", {}), policy.key(ACME, "chat", "two", {})
+    client.set("forebay:else", "not ours")
+    client.set("other:2:a:b:c", "another namespace")
+    for number in range(2000):
+        client.set(name_of("forebay", OTHER, number.to_bytes(32, "big")), "x")
+    await kept(tier, one)
+    await kept(tier, two)
+    tier.sweep(Sweep.of(ACME, "one"))
+    assert await tier.find([(ACME, one)]) == [None]  # at once, whether or not it is deleted yet
+    await swept(tier)
+    assert client.exists(name_of("forebay", ACME, one)) == 0
+    assert client.exists(name_of("forebay", ACME, two)) == 1
+    assert client.dbsize() == 2003
+    tier.sweep(Sweep.of(OTHER))
+    await swept(tier)
+    assert client.dbsize() == 3
+    tier.sweep(Sweep())
+    await swept(tier)
+    assert client.dbsize() == 2
+    assert tier.stats()["swept"] == 2002
+    await kept(tier, one)
+    (found,) = await tier.find([(ACME, one)])
+    assert found is not None
+
+
+async def test_what_waits_to_be_stored_is_swept_too(tier: RedisTier, client: redis.Redis) -> None:
+    for number in range(300):
+        tier.store(ACME, number.to_bytes(32, "big"), b"old", 60)
+    tier.store(OTHER, KEY, b"stays", 60)
+    tier.sweep(Sweep.of(ACME))
+    assert tier.stats()["queued"] == 1
+    await swept(tier)
+    await until(lambda: tier.stats().get("stored"))
+    assert client.dbsize() == 1
+
+
+async def test_a_sweep_waits_until_redis_is_back_and_hides_what_it_takes(
+    tier: RedisTier, proxy: FaultProxy, client: redis.Redis
+) -> None:
+    await kept(tier)
+    await proxy.set("reset")
+    await asked(tier, FAILURES_MAX)
+    tier.sweep(Sweep.of(ACME))
+    assert tier.stats()["sweeping"] == 1
+    await proxy.set("pass")
+    await until(lambda: tier.up)
+    assert await tier.find([(ACME, KEY)]) == [None]
+    await swept(tier)
+    assert client.dbsize() == 0
+
+
+async def test_what_may_not_be_deleted_is_not_found(
+    server: RedisServer, client: redis.Redis, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_tier, "SWEEP_PAUSE_S", 0.01)
+    tier = await running(server.url)
+    await kept(tier)
+    client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        tier.sweep(Sweep.of(ACME))
+        await degraded(tier, "does not forget: ReadOnlyError")
+        assert await tier.find([(ACME, KEY)]) == [None]
+        assert tier.up
+    finally:
+        client.execute_command("REPLICAOF", "NO", "ONE")
+    await swept(tier)
+    assert client.dbsize() == 0
+    assert tier.stats()["state"] == "healthy"
+    await tier.close()
+
+
+async def test_too_many_sweeps_are_one_of_everything() -> None:
+    tier = RedisTier(Place("redis://127.0.0.1:1"))
+    for number in range(SWEEPS_MAX + 1):
+        tier.sweep(Sweep.of(Scope(f"t{number}")))
+    assert tier.unswept == [Sweep()]
+
+
 # ------------------------------------------------------------------------------ behind its owner
 
 
@@ -471,7 +686,7 @@ async def test_a_search_that_finds_nothing_leaves_the_lead_where_it_was(cache: C
 async def test_who_follows_a_search_gets_what_it_finds(cache: Cache, proxy: FaultProxy) -> None:
     await landed(cache)
     heir = await owner_at(proxy.url)
-    desks = [CacheDesk(InlineRef("cache", heir), name) for name in ("one", "two")]
+    desks = [CacheDesk([InlineRef("cache", heir)], name) for name in ("one", "two")]
     hit, joined = await asyncio.gather(*(desk.lookup(KEY, ACME, **WANTED) for desk in desks))
     assert (type(hit), hit.value) == (Hit, b"v")
     assert joined == Joined(b"v")
@@ -534,7 +749,7 @@ async def test_a_desk_gets_what_redis_has(cache: Cache, proxy: FaultProxy) -> No
     await landed(cache)
     heir = await owner_at(proxy.url)
     ref = InlineRef("cache", heir)
-    desk = CacheDesk(ref, "here")
+    desk = CacheDesk([ref], "here")
     hits = await asyncio.gather(*(desk.lookup(KEY, ACME, **WANTED) for _ in range(3)))
     assert [hit.value for hit in hits] == [b"v"] * 3
     assert ref.sent["search"] == 1
@@ -552,7 +767,7 @@ async def test_a_slow_redis_holds_up_nobody_but_who_searches(
     await landed(cache)
     monkeypatch.setattr(redis_tier, "BUDGET_S", BUDGET_S)
     await proxy.set("blackhole")
-    desk = CacheDesk(InlineRef("cache", cache), "here")
+    desk = CacheDesk([InlineRef("cache", cache)], "here")
     begun = time.monotonic()
     searching = asyncio.create_task(desk.lookup(MORE, ACME, **WANTED))
     beside = await desk.lookup(KEY, ACME, **WANTED)
@@ -563,3 +778,44 @@ async def test_a_slow_redis_holds_up_nobody_but_who_searches(
     assert isinstance(await searching, Lead)
     assert time.monotonic() - begun < BUDGET_S + SLACK_S
     await desk.close()
+
+
+async def test_an_invalidation_reaches_redis_and_no_heir_finds_it(
+    cache: Cache, proxy: FaultProxy, client: redis.Redis
+) -> None:
+    await landed(cache)
+    assert cache.invalidate(ACME) == 1
+    (answer,) = await cache.search([ask("a")])
+    assert answer == Lead(KEY, ACME, "a")
+    cache.land([landing("a", b"new")])
+    await until(lambda: cache.stats()["redis"]["sweeping"] == 0)
+    heir = await owner_at(proxy.url)
+    (found,) = await heir.search([ask("b")])
+    assert not isinstance(found, Hit) or found.value == b"new"
+    await heir.close()
+
+
+async def test_a_search_that_an_invalidation_overtakes_finds_nothing(
+    cache: Cache, proxy: FaultProxy
+) -> None:
+    await landed(cache)
+    heir = await owner_at(proxy.url)
+    await proxy.set("latency", 0.1)
+    searching = asyncio.create_task(heir.search([ask("a")]))
+    await asyncio.sleep(0.02)
+    heir.invalidate()
+    assert await searching == [Lead(KEY, ACME, "a")]
+    await heir.close()
+
+
+async def test_what_is_found_is_told_even_if_there_is_no_room_for_it(
+    cache: Cache, proxy: FaultProxy
+) -> None:
+    await landed(cache, bytes(10_000))
+    small = Cache(20_000, places=Told(Place(proxy.url)))
+    small.protocol()
+    await until(lambda: state(small) == "healthy")
+    (hit,) = await small.search([ask("a")])
+    assert isinstance(hit, Hit)
+    assert small.stats()["entries"] == 0
+    await small.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -186,6 +187,48 @@ def test_a_ledger_that_takes_no_more_is_unhealthy() -> None:
 
 def test_a_cache_that_this_process_goes_without_is_degraded() -> None:
     assert status_of(seen(desks={"cache": {"away": True}}), "cache") == "degraded"
+
+
+def with_cache(*told: dict[str, Any], **gateway: Any) -> Seen:
+    """As `seen`, with these owners in place of the cache's one."""
+    what = seen(**gateway)
+    owners = {name: owner for name, owner in what.owners.items() if name != "cache"}
+    owners |= {f"cache-{n}": {"reachable": True, **one} for n, one in enumerate(told)}
+    return replace(what, owners=owners)
+
+
+def test_the_caches_owners_are_judged_together() -> None:
+    held = {"held_entries": 4, "held_bytes": 20, "held_evicted": 0}
+    what = with_cache({"entries": 2, "bytes": 10, **held}, {"entries": 3, "bytes": 5})
+    check = checks(what)["cache"]
+    assert (check["status"], check["entries"], check["bytes"]) == ("healthy", 9, 35)
+    assert "redis" not in check
+
+    what = with_cache({"entries": 2}, {"reachable": False, "reason": "it died"})
+    check = checks(what)["cache"]
+    assert (check["status"], check["entries"]) == ("degraded", 2)
+    assert "it died" in check["message"]
+
+
+def test_a_redis_that_is_away_is_degraded_and_says_why() -> None:
+    well = {"redis": {"state": "healthy", "reason": None, "found": 2}}
+    away = {"redis": {"state": "degraded", "reason": "no answer in 25 ms", "found": 1}}
+    check = checks(with_cache(well, well))["cache"]
+    assert (check["status"], check["redis"]["found"]) == ("healthy", 4)
+
+    check = checks(with_cache(well, away, well))["cache"]
+    assert (check["status"], check["redis"]["state"]) == ("degraded", "degraded")
+    assert "no answer in 25 ms" in check["message"]
+    assert check["redis"]["found"] == 5
+    assert concluded(with_cache(well, away))[0] is HealthStatus.DEGRADED
+    assert status_of(with_cache(well, {"redis": None}), "cache") == "healthy"
+
+
+def test_a_redis_of_old_answers_is_nobodys_trouble_with_the_cache_off() -> None:
+    away = {"redis": {"state": "degraded", "reason": "no answer in 25 ms"}}
+    what = with_cache(away)
+    off = what.gateway.model_copy(update={"enable_caching": False})
+    assert status_of(replace(what, gateway=off), "cache") == "healthy"
 
 
 def test_a_configuration_that_is_not_in_force_is_told() -> None:

@@ -1,4 +1,4 @@
-"""What an admin changes over HTTP: keys, the configuration and breakers."""
+"""What an admin changes over HTTP: keys, the configuration, breakers and the cache."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ ROUTES = [
     ("DELETE", "/admin/keys/k1"),
     ("GET", "/admin/config"),
     ("PUT", "/admin/config"),
+    ("GET", "/admin/cache"),
+    ("DELETE", "/admin/cache"),
 ]
 
 
@@ -326,3 +328,59 @@ async def test_a_breaker_that_was_not_set_says_so() -> None:
     answered, _ = await ordered("/admin/breakers/d-1", {"state": "open"}, refusal=away)
 
     assert (answered.status, answered.headers["retry-after"]) == (503, "1")
+
+
+# --- the cache --------------------------------------------------------------------------------
+
+HEX = "0123456789abcdef" * 5
+
+
+async def cleared(query: str = "", service: ScriptedService | None = None) -> Any:
+    path = f"/admin/cache?{query}" if query else "/admin/cache"
+    return await asked("DELETE", path, service=service)
+
+
+async def test_what_is_named_is_cleared() -> None:
+    answered, service = await cleared(f"tenant=acme&model=openai%2Fgpt-4o&key={HEX}")
+
+    named = {"tenant": "acme", "model": "openai/gpt-4o", "key": HEX}
+    assert (answered.status, answered.json()) == (200, {"invalidated": 3, **named})
+    assert service.queries == [named]
+
+
+async def test_nothing_named_is_all_of_it() -> None:
+    answered, service = await cleared()
+
+    assert answered.json() == {"invalidated": 3}
+    assert service.queries == [{"tenant": None, "model": None, "key": None}]
+
+
+@pytest.mark.parametrize(
+    ("query", "param", "code"),
+    [
+        ("tennant=acme", "tennant", "unknown_parameter"),
+        ("tenant=", "tenant", "invalid_value"),
+        ("tenant", "tenant", "invalid_value"),
+        ("tenant=a&tenant=b", "tenant", "invalid_value"),
+        ("model=&tenant=a", "model", "invalid_value"),
+    ],
+)
+async def test_a_slip_clears_nothing(query: str, param: str, code: str) -> None:
+    answered, service = await cleared(query)
+
+    assert answered.status == 400
+    assert (answered.error["param"], answered.error["code"]) == (param, code)
+    assert not service.queries
+
+
+async def test_who_is_not_known_is_said() -> None:
+    error = InvalidRequest.about("tenant", "unknown tenant", code="unknown_tenant", status=404)
+    answered, _ = await cleared("tenant=nobody", refusing(error))
+
+    assert (answered.status, answered.error["code"]) == (404, "unknown_tenant")
+
+
+async def test_the_caches_figures_are_told() -> None:
+    answered, _ = await asked("GET", "/admin/cache")
+
+    assert answered.json() == {"responses": {"entries": 3}, "prompts": {"hits": 1}}

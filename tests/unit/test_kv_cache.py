@@ -13,17 +13,22 @@ import forebay
 from actors.circuit_breaker.policy import CLEAN
 from forebay.call import Call
 from forebay.config import GatewayConfig
+from forebay.errors import GatewayError, InvalidRequest, ProviderError
 from forebay.kv_cache import (
+    DEPLOYMENTS_MAX,
     HINTED_BYTES_MIN,
     KNOWN_MAX,
     MODELS_MAX,
     PROVIDERS_KEEP_S,
+    TENANTS_MAX,
     KVCacheManager,
 )
-from forebay.prefixes import Prompt
+from forebay.providers.base import NO_HINTS
+from forebay.providers.prices import PromptCaching
 from forebay.routing import Deployment, ModelTable
 from forebay.strategies import Router
 
+CLAUDE = "anthropic.claude-sonnet-4-5"
 LONG = "All work and no play makes Jack a dull boy. " * 100
 SYSTEM = {"role": "system", "content": LONG}
 TOOL = {"type": "function", "function": {"name": "f", "description": LONG}}
@@ -58,15 +63,24 @@ class Bench:
     ) -> None:
         self.now_s = 100.0
         self.priced = True
+        self.asked = 0
+        self.listed: dict[str, PromptCaching] = {}
+        self.changes = 0
         self.kv_cache = KVCacheManager(
             clock=lambda: self.now_s,
             price_of=self._price_of,
+            caching_of=lambda deployment: self.listed.get(deployment.model),
+            changed=self._changed,
             secret_of=lambda deployment: str(deployment.params.get("api_key")).encode(),
             known_max=known_max,
         )
         self.kv_cache.configure(hints, ttl_s, affinity=affinity)
 
+    def _changed(self) -> None:
+        self.changes += 1
+
     def _price_of(self, deployment: Deployment, usage: Mapping[str, Any]) -> int | None:
+        self.asked += 1
         if not self.priced:
             return None
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
@@ -157,6 +171,14 @@ class TestWhereAHintPays:
             assert bench.send(request) is request.body
             assert bench.key(call(SYSTEM, user("x"), prompt_cache_key="mine")) == "mine"
 
+    def test_where_nobody_takes_a_hint_no_prompt_is_read(self) -> None:
+        bench = Bench()
+        for text in ("one", "two"):
+            request = call(SYSTEM, user(text))
+            reading = bench.kv_cache.read(request)
+            assert bench.kv_cache.sent(reading, request.body, OTHER) is request.body
+        assert bench.kv_cache.get_cache_stats()["memory_entries"] == 0
+
     def test_switched_off_nothing_is_read(self) -> None:
         bench = Bench(hints=False)
         assert bench.kv_cache.read(call(SYSTEM, user("one"))) is None
@@ -171,6 +193,122 @@ class TestWhereAHintPays:
             for _ in range(3):
                 request = call(SYSTEM, user("one"))
                 assert bench.send(request, deployment) is request.body
+
+
+class TestWhatTheListSays:
+    @pytest.mark.parametrize(
+        ("model", "provider", "pays", "hinted"),
+        [
+            ("openai/gpt-4", "openai", False, False),
+            ("openai/gpt-4o", "openai", True, True),
+            ("anthropic/claude-2", "anthropic", False, False),
+            (f"bedrock/{CLAUDE}", "bedrock", True, True),
+            (f"bedrock/{CLAUDE}", "bedrock", None, False),
+            ("bedrock/amazon.nova-pro", "bedrock", True, False),
+            ("vertex_ai/claude-sonnet-4-5", "vertex_ai", True, True),
+            ("vertex_ai/gemini-2.5-pro", "vertex_ai", True, False),
+            ("azure_ai/claude-sonnet-4-5", "azure_ai", True, True),
+            ("groq/llama", "groq", True, False),
+            ("hosted_vllm/m", "hosted_vllm", True, False),
+        ],
+    )
+    def test_a_hint_is_given_where_it_is_known_and_pays(
+        self, model: str, provider: str, pays: bool | None, hinted: bool
+    ) -> None:
+        bench = Bench()
+        bench.listed[model] = PromptCaching(pays, 1024)
+        deployment = Deployment("d", "g", model, provider)
+        bench.send(call(SYSTEM, user("one")), deployment)
+        request = call(SYSTEM, user("two"))
+        assert (bench.send(request, deployment) is not request.body) == hinted
+
+    def test_a_model_that_caches_from_a_greater_length_is_given_none_below(self) -> None:
+        bench = Bench()
+        bench.listed[ANTHROPIC.model] = PromptCaching(True, 4096)
+        for text in ("one", "two", "three"):
+            assert bench.marks(call(SYSTEM, user(text))) == []
+        longer = {"role": "system", "content": LONG * 4}
+        bench.send(call(longer, user("one")))
+        assert bench.marks(call(longer, user("two"))) == [0]
+
+    def test_one_that_caches_from_a_smaller_length_is_given_them_there(self) -> None:
+        bench = Bench()
+        bench.listed[ANTHROPIC.model] = PromptCaching(True, 512)
+        bench.send(call(SYSTEM, user("one")))
+        bench.send(call(SYSTEM, user("two")))
+        short = {"role": "system", "content": "x" * 3000}
+        bench.send(call(short, user("one")))
+        assert bench.marks(call(short, user("two"))) == [0]
+        bench.send(call(short, user("one")), OPENAI)
+        assert bench.key(call(short, user("two"))) is None
+
+    def test_the_configuration_knows_better(self) -> None:
+        bench = Bench()
+        info = {"supports_prompt_caching": True, "prompt_cache_min_tokens": 2048}
+        deployment = Deployment("d", "g", "openai/own", "openai", info=info)
+        bench.listed["openai/own"] = PromptCaching(False, 1024)
+        longer = {"role": "system", "content": LONG * 2}
+        for system, hinted in ((SYSTEM, False), (longer, True)):
+            bench.send(call(system, user("one")), deployment)
+            assert (bench.key(call(system, user("two")), deployment) is not None) == hinted
+
+    def test_deployments_of_one_group_are_each_given_their_own(self) -> None:
+        bench = Bench()
+        bench.listed[OTHER.model] = PromptCaching(False, 1024)
+        for text in ("one", "two"):
+            request = call(SYSTEM, user(text))
+            prompt = bench.kv_cache.read(request)
+            sent = [
+                bench.kv_cache.sent(prompt, request.body, each)
+                for each in (OTHER, OPENAI, ANTHROPIC)
+            ]
+        assert sent[0] is request.body
+        assert "prompt_cache_key" in sent[1]
+        assert isinstance(sent[2]["messages"][0]["content"], list)
+
+
+class TestWhereAHintIsRefused:
+    def blamed(self, bench: Bench, request: Call, error: GatewayError) -> GatewayError:
+        prompt = bench.kv_cache.read(request)
+        bench.kv_cache.sent(prompt, request.body, OPENAI)
+        return bench.kv_cache.blamed(prompt, OPENAI, error)
+
+    def test_the_prompt_is_sent_again_without_and_no_more_are_given(self) -> None:
+        bench = Bench()
+        refusal = InvalidRequest("property 'prompt_cache_key' is unsupported")
+        bench.send(call(SYSTEM, user("one")), OPENAI)
+        failure = self.blamed(bench, call(SYSTEM, user("two")), refusal)
+        assert isinstance(failure, ProviderError)
+        assert failure.code == NO_HINTS
+        assert bench.key(call(SYSTEM, user("two"))) is None
+        assert bench.key(call(SYSTEM, user("three"))) is None
+        bench.kv_cache.configure(True, 3600)
+        assert bench.key(call(SYSTEM, user("four"))) is None
+
+    def test_nobody_else_is_blamed(self) -> None:
+        bench = Bench()
+        refusal = InvalidRequest("prompt_cache_key: not permitted")
+        first = call(SYSTEM, user("one"))
+        assert self.blamed(bench, first, refusal) is refusal  # none was given
+        own = call(SYSTEM, user("two"), prompt_cache_key="mine")
+        assert self.blamed(bench, own, refusal) is refusal
+        assert bench.kv_cache.blamed(None, OPENAI, refusal) is refusal
+        other = InvalidRequest("temperature is too high")
+        assert self.blamed(bench, call(SYSTEM, user("three")), other) is other
+        down = ProviderError("prompt_cache_key broke it")
+        assert self.blamed(bench, call(SYSTEM, user("four")), down) is down
+        assert bench.key(call(SYSTEM, user("five"))) is not None
+
+    def test_names_that_callers_choose_do_not_pile_up(self) -> None:
+        bench = Bench()
+        refusal = InvalidRequest("prompt_cache_key: not permitted")
+        for number in range(DEPLOYMENTS_MAX + 9):
+            deployment = Deployment(f"d{number}", "g", "openai/m", "openai")
+            request = call(SYSTEM, user("again"))
+            prompt = bench.kv_cache.read(request)
+            bench.kv_cache.sent(prompt, request.body, deployment)
+            bench.kv_cache.blamed(prompt, deployment, refusal)
+        assert len(bench.kv_cache._refused) == 9 - 1  # nothing was known at the first one
 
 
 class TestMarks:
@@ -274,8 +412,8 @@ def usage(prompt: int, cached: int = 0, written: int = 0) -> dict[str, Any]:
 class TestFigures:
     def test_they_are_what_providers_report_and_what_it_would_have_cost(self) -> None:
         bench = Bench()
-        bench.kv_cache.learn(ANTHROPIC, usage(1000))
-        bench.kv_cache.learn(ANTHROPIC, usage(1000, cached=600))
+        bench.kv_cache.learn("acme", ANTHROPIC, usage(1000))
+        bench.kv_cache.learn("acme", ANTHROPIC, usage(1000, cached=600))
         found = bench.kv_cache.get_cache_stats()
         assert (found["requests"], found["hits"], found["hit_rate"]) == (2, 1, 0.5)
         assert (found["prompt_tokens"], found["cached_tokens"]) == (2000, 600)
@@ -286,7 +424,7 @@ class TestFigures:
 
     def test_what_was_written_and_never_read_is_a_loss(self) -> None:
         bench = Bench()
-        bench.kv_cache.learn(ANTHROPIC, usage(1000, written=1000))
+        bench.kv_cache.learn("acme", ANTHROPIC, usage(1000, written=1000))
         found = bench.kv_cache.get_cache_stats()
         assert (found["hits"], found["written_tokens"]) == (0, 1000)
         assert found["saved_usd"] == pytest.approx(-2500 / 1e9)
@@ -294,7 +432,7 @@ class TestFigures:
     def test_without_a_price_nothing_is_made_up(self) -> None:
         bench = Bench()
         bench.priced = False
-        bench.kv_cache.learn(OTHER, usage(1000, cached=600))
+        bench.kv_cache.learn("acme", OTHER, usage(1000, cached=600))
         found = bench.kv_cache.get_cache_stats()
         assert (found["cached_tokens"], found["saved_usd"], found["unpriced"]) == (600, 0, 1)
 
@@ -306,22 +444,75 @@ class TestFigures:
         self, told: dict[str, Any] | None
     ) -> None:
         bench = Bench()
-        bench.kv_cache.learn(OTHER, told)
+        bench.kv_cache.learn("acme", OTHER, told)
         found = bench.kv_cache.get_cache_stats()
         assert (found["requests"], found["hit_rate"], found["cached_share"]) == (0, 0.0, 0.0)
+
+    def test_each_tenant_has_its_own(self) -> None:
+        bench = Bench()
+        bench.kv_cache.learn("a", ANTHROPIC, usage(1000, cached=600))
+        bench.kv_cache.learn("b", ANTHROPIC, usage(500))
+        found = bench.kv_cache.get_cache_stats()
+        assert found["by_tenant"]["a"]["cached_tokens"] == 600
+        assert found["by_tenant"]["b"]["hit_rate"] == 0
+        own = bench.kv_cache.get_cache_stats("a")
+        assert (own["requests"], own["hit_rate"]) == (1, 1.0)
+        assert "by_tenant" not in own
+        assert "by_model" not in own
+        assert bench.kv_cache.get_cache_stats("nobody")["requests"] == 0
+
+    def test_what_others_count_is_added_where_it_is_known(self) -> None:
+        bench = Bench()
+        bench.kv_cache.learn("a", ANTHROPIC, usage(1000, cached=600))
+        assert bench.kv_cache.get_cache_stats()["scope"] == "process"
+        bench.kv_cache.system_figures = lambda: {
+            name: tuple(2 * number for number in numbers)
+            for name, numbers in bench.kv_cache.figures().items()
+        }
+        found = bench.kv_cache.get_cache_stats()
+        assert (found["scope"], found["cached_tokens"], found["hit_rate"]) == ("system", 1200, 1.0)
+        assert found["by_tenant"]["a"]["requests"] == 2
+        assert bench.kv_cache.stats()["cached_tokens"] == 600
+
+    def test_whoever_wants_to_know_is_told_of_each_change(self) -> None:
+        bench = Bench()
+        bench.kv_cache.learn("a", ANTHROPIC, usage(1000))
+        bench.kv_cache.learn("a", ANTHROPIC, None)
+        assert bench.changes == 1
+
+    def test_prices_are_looked_up_once_for_a_deployment(self) -> None:
+        bench = Bench()
+        for cached in range(1, 50):
+            bench.kv_cache.learn("a", ANTHROPIC, usage(1000, cached=cached, written=cached))
+        assert bench.asked == 4
+        cached = sum(range(1, 50))
+        saved = bench.kv_cache.get_cache_stats()["saved_usd"]
+        assert saved == pytest.approx((9 * cached - 2.5 * cached) / 1e9, rel=0.01)
+        bench.kv_cache.configure(True, 3600)
+        bench.kv_cache.learn("a", ANTHROPIC, usage(1000, cached=9))
+        assert bench.asked == 8
 
     def test_hints_are_counted(self) -> None:
         bench = Bench()
         for text in ("one", "two", "three"):
             bench.send(call(SYSTEM, user(text)))
-        assert bench.kv_cache.get_cache_stats()["hinted"] == 2
+        found = bench.kv_cache.get_cache_stats()
+        assert (found["hinted"], found["by_tenant"]["acme"]["hinted"]) == (2, 2)
 
     def test_names_that_callers_choose_do_not_pile_up(self) -> None:
         bench = Bench()
         for number in range(MODELS_MAX + 9):
-            bench.kv_cache.learn(Deployment("o", f"g{number}", "m", "openai"), usage(1))
+            bench.kv_cache.learn("acme", Deployment("o", f"g{number}", "m", "openai"), usage(1))
         found = bench.kv_cache.get_cache_stats()["by_model"]
         assert len(found) == MODELS_MAX + 1
+        assert found["other"]["requests"] == 9
+
+    def test_nor_do_tenants(self) -> None:
+        bench = Bench()
+        for number in range(TENANTS_MAX + 9):
+            bench.kv_cache.learn(f"t{number}", ANTHROPIC, usage(1))
+        found = bench.kv_cache.get_cache_stats()["by_tenant"]
+        assert len(found) == TENANTS_MAX + 1
         assert found["other"]["requests"] == 9
 
 
@@ -415,7 +606,7 @@ class Fleet:
     """A group of simulated servers behind a router, in as many processes."""
 
     def __init__(
-        self, routing: str, servers: int = 3, processes: int = 1, rate: float = 20
+        self, routing: Any, servers: int = 3, processes: int = 1, rate: float = 20
     ) -> None:
         entries = [
             {
@@ -444,7 +635,7 @@ class Fleet:
         group = self.table.group("g")
         if self.table.routing == "prefix":
             request = call(*messages)
-            prompt: Prompt | None = kv_cache.read(request)
+            prompt = kv_cache.read(request)
             affinity = kv_cache.affinity(prompt, "g")
             deployment = router.order(group, lambda _: CLEAN, affinity)[0]
             kv_cache.sent(prompt, request.body, deployment)

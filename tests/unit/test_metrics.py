@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actors.circuit_breaker.policy import Verdict
-from forebay.metrics import TENANTS_MAX, Meter
+from forebay.metrics import TENANTS_MAX, Meter, PromptCache
 
 
 def meter() -> Meter:
@@ -49,3 +49,40 @@ def test_tenants_beyond_the_bound_are_folded_into_one() -> None:
     found = lines(counted, "forebay_requests_total")
     assert len(found) == TENANTS_MAX + 1
     assert next(line for line in found if 'tenant="other"' in line).endswith(" 3.0")
+
+
+def test_what_is_in_the_cache_is_told_while_its_owners_do() -> None:
+    counted = meter()
+    assert "forebay_cache_bytes" not in counted.render().decode()
+    counted.stored({"entries": 5, "bytes": 150, "evicted": 1})
+
+    found = counted.render().decode().splitlines()
+    assert {"forebay_cache_entries 5.0", "forebay_cache_bytes 150.0"} <= set(found)
+    assert "forebay_cache_evictions_total 1.0" in found
+    counted.stored(None)
+    assert "forebay_cache_bytes" not in counted.render().decode()
+
+
+def test_look_ups_are_counted_and_whoever_wants_to_know_is_told() -> None:
+    counted = meter()
+    told: list[int] = []
+    counted.looked_up = lambda: told.append(1)
+    for outcome in ("hit", "miss", "miss", "joined", "hit", "hit"):
+        counted.cache(outcome)
+
+    assert counted.lookups() == (3, 2, 1)
+    assert len(told) == 6
+    assert 'forebay_cache_total{outcome="hit"} 3.0' in lines(counted, "forebay_cache_total")
+
+
+def test_prompt_caches_are_told_as_they_are_when_asked() -> None:
+    counted = meter()
+    figures = {"cached_tokens": 5, "written_tokens": 7, "saved_usd": -0.5}
+    counted.registry.register(PromptCache(lambda: figures))
+    assert lines(counted, "forebay_prompt_cache_tokens_total") == [
+        'forebay_prompt_cache_tokens_total{kind="read"} 5.0',
+        'forebay_prompt_cache_tokens_total{kind="written"} 7.0',
+    ]
+    figures["saved_usd"] = 2.5
+
+    assert "forebay_prompt_cache_saved_usd 2.5" in counted.render().decode()

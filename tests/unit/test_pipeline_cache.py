@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forebay.call import Call, Result, Stream
-from forebay.errors import InvalidRequest, ProviderError, RequestTooLarge, ResponseValidationError
+from actors.batcher.policy import Text
+from actors.rate_limiter.terms import Refusal
+from actors.ref import OwnerUnavailable
+from deployments.gateway import PipelineService
+from deployments.http.service import HttpCall, StreamReply
+from forebay.call import Call, Result, Route
+from forebay.errors import (
+    GatewayTimeout,
+    InvalidRequest,
+    Overloaded,
+    ProviderError,
+    RequestTooLarge,
+    ResponseValidationError,
+)
 from tests.support.fake_time import settle
 from tests.support.house import USAGE, House, open_house, vector_of
+from tests.support.readers import Reader, Slow, drained, opened, words
 
 Open = Callable[..., Awaitable[House]]
 LIMITS = {"tokens_per_minute": 300, "burst_size": 40}
@@ -38,7 +52,7 @@ def texts(*texts: str, tenant: str = "acme", **details: Any) -> Call:
     return Call("embedding", body, tenant, f"req_{next(_numbers)}", **details)
 
 
-def holds(result: Result, *texts: str) -> bool:
+def holds(result: Result, *texts: Text) -> bool:
     """Whether the vectors are those of the texts, in their order."""
     assert result.answer.array is not None
     return bool(np.array_equal(result.answer.array, np.stack([vector_of(t) for t in texts])))
@@ -177,6 +191,45 @@ async def test_texts_are_a_tenants_own_and_dimensions_part_them(house: Open) -> 
     assert same.facts.cache == "hit"
 
 
+async def test_token_ids_are_known_one_by_one_as_texts_are(house: Open) -> None:
+    here = await house(enable_caching=True)
+    await here.pipeline.answer(texts(body={"input": [[1, 2], [3]]}))
+    mixed = await here.pipeline.answer(texts(body={"input": [[3], [4, 5], [3], [1, 2]]}))
+    one = await here.pipeline.answer(texts(body={"input": [1, 2]}))
+
+    assert here.provider.texts == [[(1, 2), (3,)], [(4, 5)]]
+    assert holds(mixed, (3,), (4, 5), (3,), (1, 2))
+    assert holds(one, (1, 2))
+    assert (mixed.facts.cache, mixed.facts.cached) == ("miss", 3)
+    assert (one.facts.cache, one.facts.cached) == ("hit", 1)
+    assert here.at_rest
+
+
+async def test_token_ids_are_no_text_and_no_other_ids(house: Open) -> None:
+    here = await house(enable_caching=True)
+    for given in ("1,2", "[1,2]", "12", [1, 2], [12], [[1], [2]], ["1", "2"], [1, 2, 0], [2, 1]):
+        result = await here.pipeline.answer(texts(body={"input": given}))
+        assert result.facts.cache == "miss", given
+
+
+async def test_equal_token_ids_under_way_are_sent_once(house: Open) -> None:
+    here = await house()
+    gate = asyncio.Event()
+    here.provider.steps["openai/text-embedding-x"] = [gate]
+    given = ([[1, 2], [3]], [3], [[1, 2]])
+    tasks = [asyncio.create_task(here.pipeline.answer(texts(body={"input": g}))) for g in given]
+    await all_asked(here, 1)
+    await settle()
+    gate.set()
+    both, three, pair = await asyncio.gather(*tasks)
+
+    assert here.provider.texts == [[(1, 2), (3,)]]
+    assert holds(both, (1, 2), (3,))
+    assert holds(three, (3,))
+    assert holds(pair, (1, 2))
+    assert here.at_rest
+
+
 async def test_who_may_not_read_or_write_the_cache_does_neither(house: Open) -> None:
     here = await house(enable_caching=True)
     await here.pipeline.answer(texts("a", cache_read=False, cache_write=False))
@@ -232,19 +285,6 @@ async def test_the_check_still_comes_first(house: Open) -> None:
 
 
 # ------------------------------------------------------------------------------------ streams
-
-
-def words(chunks: list[dict[str, Any]]) -> str:
-    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
-    return "".join(delta.get("content") or "" for delta in deltas)
-
-
-async def drained(stream: Stream) -> list[dict[str, Any]]:
-    return [chunk async for chunk in stream.chunks]
-
-
-async def opened(here: House) -> Stream:
-    return await here.pipeline.stream(here.call())
 
 
 async def test_a_whole_stream_is_kept_and_told_as_a_stream(house: Open) -> None:
@@ -313,61 +353,6 @@ async def test_an_invalid_stream_is_not_kept(house: Open) -> None:
     assert len(here.provider.asked) == 2
 
 
-class Slow:
-    """A provider's stream that goes on word by word, as the test says."""
-
-    def __init__(self, here: House) -> None:
-        self._gates = [asyncio.Event() for _ in range(10)]
-        here.provider.words = tuple("abcdefghij")
-        here.provider.gates = list(self._gates)
-
-    async def say(self, count: int) -> None:
-        """Words that may come by now."""
-        for gate in self._gates[:count]:
-            gate.set()
-        for _ in range(10):
-            await settle()
-
-
-class Reader:
-    """A client that reads a stream as it comes."""
-
-    def __init__(self, here: House, **details: Any) -> None:
-        self.call = here.call(**details)
-        self.stream: Stream | None = None
-        self.chunks: list[dict[str, Any]] = []
-        self._task = asyncio.create_task(self._read(here))
-
-    async def _read(self, here: House) -> None:
-        self.stream = await here.pipeline.stream(self.call)
-        async for chunk in self.stream.chunks:
-            self.chunks.append(chunk)
-
-    @property
-    def heard(self) -> str:
-        return words(self.chunks)
-
-    @property
-    def cache(self) -> str:
-        return "" if self.stream is None else self.stream.facts.cache
-
-    async def hears(self, text: str) -> None:
-        """Wait until it has heard so much."""
-        async with asyncio.timeout(5):
-            while self.heard != text:
-                await settle()
-
-    async def end(self) -> None:
-        await self._task
-
-    async def leave(self) -> None:
-        """As a server's task is cancelled whose client hangs up."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        if self.stream is not None:
-            await self.stream.chunks.aclose()
-
-
 async def test_followers_of_a_stream_get_its_chunks_as_they_come(house: Open) -> None:
     here = await house()
     slow = Slow(here)
@@ -378,12 +363,13 @@ async def test_followers_of_a_stream_get_its_chunks_as_they_come(house: Open) ->
     late = Reader(here)
     await slow.say(6)
     assert (leader.heard, early.heard, late.heard) == ("abcdef",) * 3
+    assert early.chunks == late.chunks == leader.chunks
     await slow.say(10)
     for reader in (leader, early, late):
         await reader.end()
 
     assert (leader.heard, early.heard, late.heard) == ("abcdefghij",) * 3
-    assert early.chunks == late.chunks == leader.chunks
+    assert early.chunks[-1]["usage"] == late.chunks[-1]["usage"] == USAGE
     assert (leader.cache, early.cache, late.cache) == ("miss", "joined", "joined")
     assert here.provider.asked == ["openai/a"]
     assert [e.status for e in await here.entries(early.call)] == ["joined"]
@@ -528,7 +514,7 @@ async def test_who_shares_a_stream_for_its_whole_answer_has_it_validated(house: 
 async def test_what_is_too_long_to_be_passed_on_is_told_by_its_end(
     house: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.cache.desk.SPEECH_BYTES_MAX", 500)
+    monkeypatch.setattr("actors.cache.channel.SPEECH_BYTES_MAX", 500)
     here = await house()
     slow = Slow(here)
     leader = Reader(here)
@@ -557,3 +543,378 @@ async def test_who_asks_for_variety_gets_a_stream_of_its_own(house: Open) -> Non
 
     assert len(here.provider.asked) == 2
     assert [stream.facts.cache for stream in streams] == ["off", "off"]
+
+
+# ------------------------------------------------------------------- a leader's own trouble
+
+
+async def answered(here: House, kind: str, **details: Any) -> str:
+    """One of several equal requests; "joined", "miss" or "off", as it was answered."""
+    if kind == "stream":
+        stream = await opened(here, **details)
+        assert words(await drained(stream)) == "onetwo"
+        return stream.facts.cache
+    call = texts("a", **details) if kind == "texts" else here.call(**details)
+    return (await here.pipeline.answer(call)).facts.cache
+
+
+def asked(here: House) -> int:
+    return len(here.provider.asked)
+
+
+def hang(here: House, kind: str) -> asyncio.Event:
+    """The provider's first answer waits for this."""
+    gate = asyncio.Event()
+    here.provider.steps["openai/text-embedding-x" if kind == "texts" else "openai/a"] = [gate]
+    return gate
+
+
+KINDS = ["plain", "stream", "texts"]
+
+
+async def some_follow(here: House, kind: str) -> list[asyncio.Task[str]]:
+    followers = [asyncio.create_task(answered(here, kind)) for _ in range(3)]
+    for _ in range(3):
+        await settle()
+    return followers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_leaders_own_deadline_is_its_own_and_exactly_one_takes_over(
+    house: Open, kind: str
+) -> None:
+    here = await house()
+    hang(here, kind)
+    leader = asyncio.create_task(answered(here, kind, timeout_s=0.05))
+    followers = await some_follow(here, kind)
+    with pytest.raises(GatewayTimeout):
+        await leader
+
+    assert sorted(await asyncio.gather(*followers)) == ["joined", "joined", "miss"]
+    assert asked(here) == 2
+    assert here.at_rest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_leader_that_is_cancelled_leaves_the_lead_to_exactly_one(
+    house: Open, kind: str
+) -> None:
+    here = await house()
+    hang(here, kind)
+    leader = asyncio.create_task(answered(here, kind))
+    followers = await some_follow(here, kind)
+    leader.cancel()
+
+    assert sorted(await asyncio.gather(*followers)) == ["joined", "joined", "miss"]
+    assert asked(here) == 2
+    assert here.at_rest
+
+
+REFUSALS = [
+    Refusal("requests_per_minute", 1, 0, 1.0),
+    Refusal("usd_per_day", 10**9, 0, 3600.0),
+    OwnerUnavailable("limiter", "away"),
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_leader_without_money_or_leave_is_no_news_for_the_others(
+    house: Open, monkeypatch: pytest.MonkeyPatch, kind: str, refusal: Any
+) -> None:
+    here = await house(rate_limit_config={"requests_per_minute": 600})
+    reserve = here.system.limiter.reserve
+    refusals = [refusal]
+
+    async def reserved(*asked: Any, **how: Any) -> Any:
+        if not refusals:
+            return await reserve(*asked, **how)
+        refused = refusals.pop()
+        await settle()
+        if isinstance(refused, OwnerUnavailable):
+            raise refused
+        return refused
+
+    monkeypatch.setattr(here.system.limiter, "reserve", reserved)
+    tasks = [asyncio.create_task(answered(here, kind)) for _ in range(4)]
+    await asyncio.wait(tasks)
+    failed = [task.exception() for task in tasks if task.exception()]
+
+    assert [type(error).__name__ for error in failed] == [
+        {"requests_per_minute": "RateLimitError", "usd_per_day": "BudgetExceeded"}.get(
+            getattr(refusal, "kind", ""), "Overloaded"
+        )
+    ]
+    told = sorted(task.result() for task in tasks if not task.exception())
+    assert told == ["joined", "joined", "miss"]
+    assert asked(here) == 1
+    assert here.at_rest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_leader_whose_ledger_is_full_is_no_news_for_the_others(
+    house: Open, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    here = await house()
+    full = [True]
+    monkeypatch.setattr(
+        type(here.system.books), "full", property(lambda books: bool(full and full.pop()))
+    )
+    tasks = [asyncio.create_task(answered(here, kind)) for _ in range(4)]
+    await asyncio.wait(tasks)
+
+    failed = [task.exception() for task in tasks if task.exception()]
+    assert [type(error) for error in failed] == [Overloaded]
+    assert asked(here) == 1
+    assert here.at_rest
+
+
+@pytest.mark.parametrize("kind", ["plain", "stream"])
+async def test_what_a_leaders_process_has_no_room_for_is_no_news_for_the_others(
+    house: Open, kind: str
+) -> None:
+    here = await house(max_retries=0, enable_circuit_breaker=False)
+    gate = asyncio.Event()
+    here.provider.steps["openai/a"] = [(gate, Overloaded("no room here"))]
+    leader = asyncio.create_task(answered(here, kind))
+    followers = await some_follow(here, kind)
+    gate.set()
+    with pytest.raises(Overloaded):
+        await leader
+
+    assert sorted(await asyncio.gather(*followers)) == ["joined", "joined", "miss"]
+    assert asked(here) == 2
+    assert here.at_rest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_provider_that_is_late_for_everybody_is_everybodys(house: Open, kind: str) -> None:
+    here = await house(max_retries=0)
+    late = GatewayTimeout("late for all")
+    gate = hang(here, kind)
+    steps = next(iter(here.provider.steps.values()))
+    steps[:] = [(gate, late)]
+    leader = asyncio.create_task(answered(here, kind))
+    followers = await some_follow(here, kind)
+    gate.set()
+    told = await asyncio.gather(leader, *followers, return_exceptions=True)
+
+    assert [str(one) for one in told] == ["late for all"] * 4
+    assert asked(here) == 1
+    assert await answered(here, kind) == "miss", "the next one tries anew"
+    assert here.at_rest
+
+
+# ---------------------------------------------------------------------- what is worth keeping
+
+
+def choice(reason: str | None = "stop", index: int = 0, **message: Any) -> dict[str, Any]:
+    told = {"role": "assistant", "content": "fine", **message}
+    return {"index": index, "finish_reason": reason, "message": told}
+
+
+def tool(arguments: str) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    return {"content": None, "tool_calls": [{"id": "a", "type": "function", "function": function}]}
+
+
+JSON = {"response_format": {"type": "json_object"}}
+KEPT: list[tuple[str, list[dict[str, Any]], dict[str, Any], bool]] = [
+    ("whole", [choice()], {}, True),
+    ("tool calls", [choice("tool_calls", **tool('{"x": 1}'))], {}, True),
+    ("a tool call without arguments", [choice("tool_calls", **tool(""))], {}, True),
+    ("two", [choice(), choice(index=1)], {"n": 2}, True),
+    ("more than asked for", [choice(), choice(index=1)], {}, True),
+    ("the JSON that was asked for", [choice(content="{}")], JSON, True),
+    ("no end", [choice(None)], {}, False),
+    ("filtered", [choice("content_filter")], {}, False),
+    ("cut at a limit", [choice("length")], {}, False),
+    ("an end that OpenAI does not know", [choice("insufficient_system_resource")], {}, False),
+    ("an error for an end", [choice("error")], {}, False),
+    ("tool calls cut at a limit", [choice("length", **tool('{"x": '))], {}, False),
+    ("tool calls that break off", [choice("tool_calls", **tool('{"x": '))], {}, False),
+    ("no choices", [], {}, False),
+    ("an empty answer", [choice(content="")], {}, False),
+    ("one of two", [choice()], {"n": 2}, False),
+    ("one of two filtered", [choice(), choice("content_filter", 1)], {"n": 2}, False),
+    ("one of two without an end", [choice(), choice(None, 1)], {"n": 2}, False),
+    ("no JSON", [choice(content="fine")], JSON, False),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "validates", [{}, {"validation_level": "lenient"}, {"enable_validation": 0}]
+)
+@pytest.mark.parametrize(
+    ("choices", "body", "kept"), [row[1:] for row in KEPT], ids=[r[0] for r in KEPT]
+)
+async def test_only_whole_and_valid_answers_are_kept(
+    house: Open,
+    choices: list[dict[str, Any]],
+    body: dict[str, Any],
+    kept: bool,
+    validates: dict[str, Any],
+    stream: bool,
+) -> None:
+    here = await house(enable_caching=True, max_retries=0, **validates)
+    here.provider.choices = choices
+
+    async def ask() -> None:
+        call = here.call()
+        call.body |= body
+        with contextlib.suppress(ResponseValidationError):
+            if stream:
+                await drained(await here.pipeline.stream(call))
+            else:
+                await here.pipeline.answer(call)
+
+    await ask()
+    await ask()
+    assert asked(here) == (1 if kept else 2)
+    assert here.at_rest
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reason", ["stop", "length"])
+async def test_what_a_limit_has_cut_is_not_kept(house: Open, reason: str, stream: bool) -> None:
+    limits = {"usd_per_day": 0.01}
+    here = await house(enable_caching=True, enable_validation=False, rate_limit_config=limits)
+    here.provider.finish_reason = reason
+    for _ in range(2):
+        call = here.call(max_tokens=100_000)
+        if stream:
+            answered = await here.pipeline.stream(call)
+            await drained(answered)
+            facts = answered.facts
+        else:
+            facts = (await here.pipeline.answer(call)).facts
+        assert facts.clamped is not None
+
+    assert asked(here) == (1 if reason == "stop" else 2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_is_not_kept(house: Open, stream: bool) -> None:
+    here = await house(enable_caching=True, max_retries=0)
+    here.provider.steps["openai/a"] = [ProviderError("down"), InvalidRequest("no")]
+    for _ in range(2):
+        with pytest.raises((ProviderError, InvalidRequest)):
+            await answered(here, "stream" if stream else "plain")
+    if stream:
+        assert await answered(here, "stream") == "miss"
+    else:
+        assert await answered(here, "plain") == "miss"
+
+
+async def test_each_of_several_prompts_has_to_be_answered(house: Open) -> None:
+    here = await house(enable_caching=True, enable_validation=False)
+    text = {"index": 0, "finish_reason": "stop", "text": "fine"}
+    for count, kept in ((1, False), (2, True)):
+        here.provider.choices = [{**text, "index": index} for index in range(count)]
+        for prompts, enough in ((["a", "b"], kept), ([[1], [2]], kept), ("a", True), ([1], True)):
+            before = asked(here)
+            for _ in range(2):
+                body = {"model": "m", "prompt": prompts, "suffix": str(count)}
+                await here.pipeline.answer(Call("completion", body, "acme", "req"))
+            assert asked(here) - before == (1 if enough else 2), (count, prompts)
+
+
+# ------------------------------------------------------------------- what a request wishes for
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("wishes", "first", "second"),
+    [
+        ({}, "hit", "hit"),
+        ({"cache_read": False}, "miss", "hit"),
+        ({"cache_read": False, "cache_write": False}, "miss", "hit"),
+    ],
+)
+async def test_who_wants_no_stored_answer_gets_a_new_one(
+    house: Open, kind: str, wishes: dict[str, bool], first: str, second: str
+) -> None:
+    here = await house(enable_caching=True)
+    await answered(here, kind)
+    assert await answered(here, kind, **wishes) == first
+    assert await answered(here, kind) == second
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_who_wants_nothing_stored_leaves_nothing_behind(house: Open, kind: str) -> None:
+    here = await house(enable_caching=True)
+    await answered(here, kind, cache_read=False, cache_write=False)
+    assert await answered(here, kind, cache_read=True, cache_write=False) == "miss"
+    assert await answered(here, kind) == "miss"
+    assert await answered(here, kind) == "hit"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_who_wants_no_stored_answer_stores_its_own(house: Open, kind: str) -> None:
+    here = await house(enable_caching=True)
+    await answered(here, kind, cache_read=False)
+    assert await answered(here, kind) == "hit"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wished_s", [None, 7.5])
+async def test_an_answer_is_kept_for_as_long_as_its_request_says(
+    house: Open, monkeypatch: pytest.MonkeyPatch, kind: str, wished_s: float | None
+) -> None:
+    here = await house(enable_caching=True, cache_ttl=90)
+    land, told_s = here.system.cache.land, []
+
+    def landed(lead: Any, value: Any = None, error: Any = None, ttl_s: Any = None) -> None:
+        told_s.append(ttl_s)
+        land(lead, value, error, ttl_s)
+
+    monkeypatch.setattr(here.system.cache, "land", landed)
+    await answered(here, kind, cache_ttl_s=wished_s)
+    assert told_s == [wished_s or 90.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_with_caching_off_no_wish_stores_anything(house: Open, kind: str) -> None:
+    here = await house()
+    await answered(here, kind, cache_ttl_s=60.0)
+    assert await answered(here, kind, cache_ttl_s=60.0) == "miss"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("control", "cache", "next_time"),
+    [
+        (None, "hit", "hit"),
+        ("no-cache", "miss", "hit"),
+        ("no-store", "miss", "hit"),
+        ("no-cache, no-store", "miss", "hit"),
+    ],
+)
+async def test_over_http_cache_control_is_obeyed(
+    house: Open, kind: str, control: str | None, cache: str, next_time: str
+) -> None:
+    here = await house(enable_caching=True)
+    service = PipelineService(here.system, b"s" * 32, "127.0.0.1")
+
+    async def ask(control: str | None) -> str:
+        route: Route = "embedding" if kind == "texts" else "chat"
+        call = texts("a") if kind == "texts" else here.call()
+        http = HttpCall(
+            route=route,
+            body=call.body,
+            tenant="acme",
+            request_id=call.request_id,
+            stream=kind == "stream",
+            cache_control=control,
+        )
+        reply = await getattr(service, route)(http)
+        if isinstance(reply, StreamReply):
+            assert [chunk async for chunk in reply.chunks]
+        return str(reply.cache)
+
+    stored = control is not None and "no-store" not in control
+    assert await ask(control) == "miss"
+    assert await ask(None) == ("hit" if stored or control is None else "miss")
+    assert await ask(control) == cache
+    assert await ask(None) == next_time

@@ -11,7 +11,7 @@ import pytest
 
 from forebay.call import Call
 from forebay.config import SystemConfig
-from forebay.errors import ProviderError
+from forebay.errors import InvalidRequest, ProviderError
 from forebay.reckoning import Reckoner
 from forebay.system import System, open_inline
 from tests.support.house import Scripted
@@ -97,6 +97,18 @@ async def test_a_retry_is_no_second_prompt(opened: Any) -> None:
     assert len(here.provider.bodies) == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_provider_that_refuses_it_is_asked_again_without(opened: Any, stream: bool) -> None:
+    here: Here = await opened(max_retries=1)
+    more = {"stream": True} if stream else {}
+    await here.ask("one", "gpt", **more)
+    here.provider.steps["openai/gpt"] = [InvalidRequest("unknown field 'prompt_cache_key'")]
+    assert "prompt_cache_key" not in await here.ask("two", "gpt", **more)
+    assert ["prompt_cache_key" in body for body in here.provider.bodies] == [False, True, False]
+    assert "prompt_cache_key" not in await here.ask("three", "gpt", **more)
+    assert len(here.provider.bodies) == 4
+
+
 async def test_the_figures_are_the_providers(opened: Any) -> None:
     here: Here = await opened()
     details: Any = {"cached_tokens": 800}
@@ -109,6 +121,7 @@ async def test_the_figures_are_the_providers(opened: Any) -> None:
     found = here.system.kv_cache.stats()
     assert (found["requests"], found["cached_tokens"], found["cached_share"]) == (1, 800, 0.8)
     assert found["by_model"]["claude"]["hits"] == 1
+    assert found["by_tenant"]["acme"]["hits"] == 1
 
 
 async def test_by_prefix_a_beginning_stays_where_it_was_sent(opened: Any) -> None:

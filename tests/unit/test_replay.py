@@ -56,9 +56,22 @@ def test_it_can_go_on_from_anywhere(whole: Answer) -> None:
     for count in range(1, len(chunks) + 1):
         first = [orjson.dumps(chunk) for chunk in chunks[:count]]
         rest = list(replay.chunks("chat", whole, replay.told("chat", first, ASKED)))
-        if "logprobs" not in whole.body["choices"][0]:
-            assert folded(chunks[:count] + rest) == whole, count
+        assert folded(chunks[:count] + rest) == whole, count
         assert len(rest) <= len(chunks) - count
+
+
+def test_what_is_beside_the_text_goes_on_where_it_stopped() -> None:
+    def piece(word: str, **beside: Any) -> dict[str, Any]:
+        logprobs = {"content": [{"token": word, "logprob": -1.0}]}
+        delta = {"role": "assistant", "content": word, **beside}
+        return {"choices": [{"index": 0, "delta": delta, "logprobs": logprobs}]}
+
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    chunks = [piece("a"), piece(" b"), piece(" c", annotations=[{"url": "u"}]), end]
+    whole = folded([*chunks, {"choices": [], "usage": USAGE}])
+    for count in range(1, len(chunks) + 1):
+        told = replay.told("chat", [orjson.dumps(chunk) for chunk in chunks[:count]], ASKED)
+        assert folded(chunks[:count] + list(replay.chunks("chat", whole, told))) == whole, count
 
 
 def test_a_text_completion_too() -> None:

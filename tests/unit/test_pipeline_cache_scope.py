@@ -1,0 +1,106 @@
+"""Who is served by whose answers, what is never stored, and what is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.cache.policy import Scope
+from forebay.call import Call
+from forebay.config import CacheConfig
+from tests.support.fake_time import settle
+from tests.support.house import House, open_house
+from tests.support.readers import drained
+
+Open = Callable[..., Awaitable[House]]
+SHARED = CacheConfig(scope="shared")
+KINDS = ("plain", "stream", "texts")
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[Open]:
+    houses: list[House] = []
+
+    async def build(**how: Any) -> House:
+        houses.append(await open_house(tmp_path, **how))
+        return houses[-1]
+
+    yield build
+    for one in houses:
+        await one.system.close()
+
+
+def call(here: House, kind: str, tenant: str, **body: Any) -> Call:
+    one = here.texts("hello") if kind == "texts" else here.call()
+    return replace(one, tenant=tenant, body=one.body | body)
+
+
+async def ask(here: House, kind: str, tenant: str, **body: Any) -> str:
+    """Asks, to the end; how the cache took it."""
+    one = call(here, kind, tenant, **body)
+    if kind == "stream":
+        stream = await here.pipeline.stream(one)
+        await drained(stream)
+        return stream.facts.cache
+    return (await here.pipeline.answer(one)).facts.cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_two_tenants_never_share_an_answer(house: Open, kind: str) -> None:
+    here = await house(enable_caching=True)
+    assert [await ask(here, kind, tenant) for tenant in ("a", "a:b", "b")] == ["miss"] * 3
+    assert [await ask(here, kind, tenant) for tenant in ("a", "a:b", "b")] == ["hit"] * 3
+    assert len(here.provider.asked) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_two_tenants_share_answers_where_that_is_configured(house: Open, kind: str) -> None:
+    here = await house(enable_caching=True, cache_config=SHARED)
+    assert [await ask(here, kind, tenant) for tenant in ("a", "b")] == ["miss", "hit"]
+    assert len(here.provider.asked) == 1
+
+
+@pytest.mark.parametrize(("shared", "calls"), [(False, 2), (True, 1)])
+async def test_a_running_call_is_shared_by_those_who_share_answers(
+    house: Open, shared: bool, calls: int
+) -> None:
+    here = await house(cache_config=SHARED if shared else CacheConfig())
+    gate = asyncio.Event()
+    here.provider.steps["openai/gpt-x"] = [gate, gate]
+    tasks = [asyncio.create_task(ask(here, "plain", tenant)) for tenant in ("a", "b")]
+    for _ in range(20):
+        await settle()
+    gate.set()
+    told = await asyncio.gather(*tasks)
+    assert len(here.provider.asked) == calls
+    assert told == (["miss", "joined"] if shared else ["miss", "miss"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_nobody_here_understands_is_neither_stored_nor_shared(
+    house: Open, kind: str
+) -> None:
+    here = await house(enable_caching=True, own={"allowed_params": ["session", "top_k"]})
+    told = [await ask(here, kind, "a", session="s") for _ in range(2)]
+    assert told == ["off", "off"]
+    assert len(here.provider.asked) == 2
+    assert [await ask(here, kind, "a", top_k=3) for _ in range(2)] == ["miss", "hit"]
+
+
+async def test_what_is_invalidated_is_asked_for_again(house: Open) -> None:
+    here = await house(enable_caching=True)
+    for kind in ("plain", "texts"):
+        await ask(here, kind, "a")
+        await ask(here, kind, "b")
+    cache, key = here.system.cache, here.pipeline.key_of(call(here, "plain", "b"))
+    assert await cache.invalidate(Scope("a"), "m", None) == 1
+    assert await cache.invalidate(None, "e", None) == 2
+    assert await ask(here, "plain", "b") == "hit"
+    assert await cache.invalidate(None, None, key) == 1
+    assert await cache.invalidate(None, None, None) == 0
+    assert [await ask(here, kind, "b") for kind in ("plain", "texts")] == ["miss", "miss"]
