@@ -21,7 +21,7 @@ from deployments import ingress
 from deployments.admin import Admin
 from deployments.http import build_asgi
 from deployments.http.auth import KeyEntry, Keys
-from deployments.http.service import HttpCall, Reply, StreamReply, Told
+from deployments.http.service import HttpCall, Reply, StreamReply
 from forebay.call import Call, Facts, Route
 from forebay.config import SystemConfig
 from forebay.errors import ConfigurationError, Overloaded
@@ -192,24 +192,25 @@ class PipelineService(Admin):
             return StreamReply(chunks=stream.chunks, **told)
         result = await self._system.pipeline.answer(call)
         answer = result.answer
-        return Reply(body=answer.body, array=answer.array, **self._told(result.facts, http.tenant))
+        body = answer.body if answer.json is None else answer.json
+        return Reply(body=body, array=answer.array, **self._told(result.facts, http.tenant))
 
     def _told(self, facts: Facts, tenant: str) -> dict[str, Any]:
-        told = Told(
-            model_group=facts.group,
-            deployment=facts.deployment,
-            attempts=facts.attempts,
-            retries=facts.retries,
-            fallbacks=facts.fallbacks,
-            cache=facts.cache,
-            cost_nano=facts.cost_nano,
-            overhead_ms=facts.overhead_s * 1000,
-            config_version=facts.config_version,
-            figures=self.figures(tenant),
-            clamped=facts.clamped,
-            warnings=facts.warnings,
-        )
-        return {name: getattr(told, name) for name in Told.__slots__}
+        """The fields of a `Told`."""
+        return {
+            "model_group": facts.group,
+            "deployment": facts.deployment,
+            "attempts": facts.attempts,
+            "retries": facts.retries,
+            "fallbacks": facts.fallbacks,
+            "cache": facts.cache,
+            "cost_nano": facts.cost_nano,
+            "overhead_ms": facts.overhead_s * 1000,
+            "config_version": facts.config_version,
+            "figures": self.figures(tenant),
+            "clamped": facts.clamped,
+            "warnings": facts.warnings,
+        }
 
     def models(self, tenant: str) -> list[dict[str, Any]]:
         tenants = self._system.tenants

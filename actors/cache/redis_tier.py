@@ -45,7 +45,7 @@ STEADY_S = 10.0
 """Who fails again sooner than this is probed ever more rarely, up to the longer back-off."""
 REASON_MAX = 200
 
-_FORMAT = b"forebay.cache.1\n"
+_FORMAT = b"forebay.cache.2\n"
 _MARK_BYTES = 16
 _KEY_BYTES = 32
 _HEADER_BYTES = len(_FORMAT) + _MARK_BYTES + _KEY_BYTES

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,7 +22,6 @@ from deployments.http.service import Service
 from forebay.errors import InvalidRequest
 
 PATHS: Mapping[str, Mapping[str, Handler]] = {
-    # The router tries them in this order: the busy ones come first.
     "/v1/chat/completions": {"POST": openai.chat_completions},
     "/v1/embeddings": {"POST": openai.embeddings},
     "/v1/messages": {"POST": anthropic.messages},
@@ -72,13 +72,29 @@ def build_asgi(
         return made
 
     routes = [Route(path, endpoint(path, handlers), name=path) for path, handlers in PATHS.items()]
-    return Router(routes, redirect_slashes=False, default=_Unknown(endpoint))
+    return _Paths(routes, redirect_slashes=False, default=_Unknown(endpoint))
 
 
 def _shape(path: str) -> Shape:
     if path.startswith(ANTHROPIC):
         return anthropic.error_shape
     return native.error_envelope if path.startswith(NATIVE) else openai_shape
+
+
+class _Paths(Router):
+    """Starlette's router, with one look-up for a path that is no pattern."""
+
+    def __init__(self, routes: Sequence[Route], **options: Any) -> None:
+        super().__init__(routes, **options)
+        self._exact = {route.path: route.app for route in routes if "{" not in route.path}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope.get("root_path"):
+            endpoint = self._exact.get(scope["path"])
+            if endpoint is not None:
+                await endpoint(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 class _Unknown:

@@ -54,7 +54,7 @@ def test_a_value_is_believed_only_in_its_own_place() -> None:
     assert unwrap(OTHER, KEY, stored) is None
     assert unwrap(EVERYBODY, KEY, stored) is None
     assert unwrap(ACME, MORE, stored) is None
-    for foreign in (b"", b"answer", stored[1:], b"forebay.cache.2\n" + stored[16:], stored[:40]):
+    for foreign in (b"", b"answer", stored[1:], b"forebay.cache.1\n" + stored[16:], stored[:40]):
         assert unwrap(ACME, KEY, foreign) is None
 
 
