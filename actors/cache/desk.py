@@ -263,6 +263,12 @@ class CacheDesk:
                 break
         return Lead(key, scope, None)
 
+    def near(self, key: bytes, scope: Scope) -> Hit | None:
+        """The stored answer, where it is known here without asking."""
+        hit = self._near.get(key, scope, self._clock())
+        self._counts["near_hits"] += hit is not None
+        return hit
+
     async def ask(
         self,
         keys: Sequence[bytes],

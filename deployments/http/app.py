@@ -16,9 +16,9 @@ from deployments.http.exchange import (
     Handler,
     Shape,
     openai_shape,
-    random_id,
 )
 from deployments.http.service import Service
+from deployments.request_ids import RequestIds
 from forebay.errors import InvalidRequest
 
 PATHS: Mapping[str, Mapping[str, Handler]] = {
@@ -53,7 +53,7 @@ def build_asgi(
     service: Service,
     *,
     clock: Callable[[], float] = time.monotonic,
-    new_id: Callable[[], str] = random_id,
+    new_id: Callable[[], str] | None = None,
     echo_id: bool = True,
 ) -> ASGIApp:
     """The ASGI app over `service`.
@@ -62,10 +62,11 @@ def build_asgi(
     without a usable `x-request-id`; `echo_id` is off where the server around the app answers with
     `x-request-id` itself, as Ray Serve does.
     """
+    ids = new_id or RequestIds()
 
     def endpoint(path: str, handlers: Mapping[str, Handler]) -> ASGIApp:
         made = Endpoint(
-            service, handlers, clock=clock, new_id=new_id, echo_id=echo_id, shape=_shape(path)
+            service, handlers, clock=clock, new_id=ids, echo_id=echo_id, shape=_shape(path)
         )
         if path.startswith(ANTHROPIC):
             return anthropic.WithRequestId(made)

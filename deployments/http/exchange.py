@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -411,11 +410,6 @@ def duration(seconds: float) -> bytes:
     if minutes >= 60:
         return f"{minutes // 60}h{minutes % 60}m{text}".encode()
     return (f"{minutes}m{text}" if minutes else text).encode()
-
-
-def random_id() -> str:
-    """A request id of 128 random bits."""
-    return f"req_{os.urandom(16).hex()}"
 
 
 # --- headers that steer a request -------------------------------------------------------------
