@@ -68,7 +68,7 @@ def main() -> None:
         deployment = serve.deployment(
             max_ongoing_requests=1000,
             ray_actor_options={"num_cpus": 0.1},
-            logging_config=LoggingConfig(enable_access_log=False),
+            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         )(serve.ingress(None)(NoOp))
         serve.run(deployment.bind(), name="noop", route_prefix="/")
         over.wait()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -40,9 +41,17 @@ def install(name: str, requirements: Sequence[str]) -> Path:
     return place / "bin"
 
 
-def litellm_proxy(upstream_url: str, port: int, scratch: Path) -> Child:
-    """LiteLLM Proxy: one worker, one model, a master key, no database."""
+def litellm_proxy(
+    upstream_url: str, port: int, scratch: Path, *, cache_ttl_s: int | None = None
+) -> Child:
+    """LiteLLM Proxy: one worker, one model, a master key, no database.
+
+    With `cache_ttl_s` its in-memory cache is on, which holds 200 answers at most.
+    """
     bin_dir = install("litellm-proxy", [LITELLM_PROXY])
+    settings: dict[str, Any] = {"num_retries": 0, "telemetry": False}
+    if cache_ttl_s is not None:
+        settings |= {"cache": True, "cache_params": {"type": "local", "ttl": cache_ttl_s}}
     document = {
         "model_list": [
             {
@@ -55,7 +64,7 @@ def litellm_proxy(upstream_url: str, port: int, scratch: Path) -> Child:
             }
         ],
         "general_settings": {"master_key": MASTER_KEY},
-        "litellm_settings": {"num_retries": 0, "telemetry": False},
+        "litellm_settings": settings,
     }
     path = scratch / "litellm-proxy.yaml"
     path.write_text(yaml.safe_dump(document))

@@ -26,7 +26,9 @@ from forebay.secrets import Vault
 from forebay.system import NAMESPACE
 
 ONGOING_MAX = 1000
-QUIET = LoggingConfig(enable_access_log=False)
+QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
+"""Serve makes its line for the access log of each request before it is thrown away, unless nobody
+listens to its level."""
 CPU_SHARE = 0.1  # calls wait for providers; two cores must carry every process of the system
 DRAIN_S = 330.0  # longer than the longest stream
 

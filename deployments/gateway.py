@@ -21,8 +21,8 @@ from deployments import ingress
 from deployments.admin import Admin
 from deployments.http import build_asgi
 from deployments.http.auth import KeyEntry, Keys
-from deployments.http.service import HttpCall, Reply, StreamReply, Told
-from forebay.call import Call, Facts, Route
+from deployments.http.service import HttpCall, Reply, StreamReply
+from forebay.call import Call, Facts, Result
 from forebay.config import SystemConfig
 from forebay.errors import ConfigurationError, Overloaded
 from forebay.health import HealthCheck
@@ -164,52 +164,49 @@ class PipelineService(Admin):
         return self._system.version
 
     async def chat(self, call: HttpCall) -> Reply | StreamReply:
-        return await self._run("chat", call)
+        return await self._run(call)
 
     async def completion(self, call: HttpCall) -> Reply | StreamReply:
-        return await self._run("completion", call)
+        return await self._run(call)
 
     async def embedding(self, call: HttpCall) -> Reply:
-        reply = await self._run("embedding", call)
+        reply = await self._run(call)
         assert isinstance(reply, Reply), "embeddings are never streamed"
         return reply
 
-    async def _run(self, route: Route, http: HttpCall) -> Reply | StreamReply:
-        control = http.cache_control or ""
-        call = Call(
-            route,
-            http.body,
-            http.tenant,
-            http.request_id,
-            timeout_s=http.timeout_s,
-            cache_read="no-cache" not in control and "no-store" not in control,
-            cache_write="no-store" not in control,
-            bulk=http.priority == "bulk",
-        )
+    def at_once(self, call: HttpCall) -> Reply | None:
+        result = None if call.stream else self._system.pipeline.at_once(_call(call))
+        return None if result is None else self._reply(result, call.tenant)
+
+    async def _run(self, http: HttpCall) -> Reply | StreamReply:
+        call = _call(http)
         if http.stream:
             stream = await self._system.pipeline.stream(call)
             told = self._told(stream.facts, http.tenant) | {"cost_nano": None}  # not known yet
             return StreamReply(chunks=stream.chunks, **told)
-        result = await self._system.pipeline.answer(call)
+        return self._reply(await self._system.pipeline.answer(call), http.tenant)
+
+    def _reply(self, result: Result, tenant: str) -> Reply:
         answer = result.answer
-        return Reply(body=answer.body, array=answer.array, **self._told(result.facts, http.tenant))
+        body = answer.body if answer.json is None else answer.json
+        return Reply(body=body, array=answer.array, **self._told(result.facts, tenant))
 
     def _told(self, facts: Facts, tenant: str) -> dict[str, Any]:
-        told = Told(
-            model_group=facts.group,
-            deployment=facts.deployment,
-            attempts=facts.attempts,
-            retries=facts.retries,
-            fallbacks=facts.fallbacks,
-            cache=facts.cache,
-            cost_nano=facts.cost_nano,
-            overhead_ms=facts.overhead_s * 1000,
-            config_version=facts.config_version,
-            figures=self.figures(tenant),
-            clamped=facts.clamped,
-            warnings=facts.warnings,
-        )
-        return {name: getattr(told, name) for name in Told.__slots__}
+        """The fields of a `Told`."""
+        return {
+            "model_group": facts.group,
+            "deployment": facts.deployment,
+            "attempts": facts.attempts,
+            "retries": facts.retries,
+            "fallbacks": facts.fallbacks,
+            "cache": facts.cache,
+            "cost_nano": facts.cost_nano,
+            "overhead_ms": facts.overhead_s * 1000,
+            "config_version": facts.config_version,
+            "figures": self.figures(tenant),
+            "clamped": facts.clamped,
+            "warnings": facts.warnings,
+        }
 
     def models(self, tenant: str) -> list[dict[str, Any]]:
         tenants = self._system.tenants
@@ -272,6 +269,21 @@ class PipelineService(Admin):
         except OwnerUnavailable as error:
             raise Overloaded(f"limits cannot be read now: {error}", retry_after_s=1.0) from None
         return {"tenant": tenant, "limited": True, "limits": _limits(limits), "now": now}
+
+
+def _call(http: HttpCall) -> Call:
+    """What the pipeline is asked."""
+    control = http.cache_control or ""
+    return Call(
+        http.route,
+        http.body,
+        http.tenant,
+        http.request_id,
+        timeout_s=http.timeout_s,
+        cache_read="no-cache" not in control and "no-store" not in control,
+        cache_write="no-store" not in control,
+        bulk=http.priority == "bulk",
+    )
 
 
 def _limits(limits: Limits) -> dict[str, Any]:

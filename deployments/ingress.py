@@ -15,11 +15,14 @@ from pathlib import Path
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deployments.request_ids import RequestIds
 from forebay.errors import ConfigurationError
 
 LONGEST_STREAM_S = 300  # GatewayConfig.timeout's upper bound
 WRAPPER = Path(__file__).with_name("haproxy")
 SERVE_CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
+
+NO_WATCH = (b"x-request-disconnect-disabled", b"?1")
 
 PROFILE: dict[str, str] = {
     # C in front, ASGI straight from the socket: 25 times the requests/s of Serve's default.
@@ -71,28 +74,37 @@ def _free_port(preferred: int) -> int:
     raise ConfigurationError(f"no port from {preferred} on is free on 127.0.0.1")
 
 
-class StripControlHeaders:
-    """Takes Serve's control headers off a request, before Serve reads them.
+class ControlHeaders:
+    """Takes Serve's control headers off a request, before Serve reads them, and gives it an id.
 
     They let a client switch off the server's timeout and its watch for disconnects
-    (`ray/serve/_private/http_util.py`), so nobody outside may send them.
+    (`ray/serve/_private/http_util.py`), so nobody outside may send them. With `watched` the
+    application watches for disconnects itself, and Serve is told not to: its watch costs two tasks
+    and a queue for every request, the application's own only those that wait for somebody.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, watched: bool = False) -> None:
         self._app = app
+        self._watched = watched
+        self._new_id = RequestIds()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            headers = scope["headers"]
-            if any(name in SERVE_CONTROL_HEADERS for name, _ in headers):
-                kept = [pair for pair in headers if pair[0] not in SERVE_CONTROL_HEADERS]
-                scope = {**scope, "headers": kept}
+            headers = [pair for pair in scope["headers"] if pair[0] not in SERVE_CONTROL_HEADERS]
+            if self._watched:
+                headers.append(NO_WATCH)
+            if not any(name == b"x-request-id" for name, _ in headers):
+                headers.append((b"x-request-id", self._new_id().encode()))
+            scope = {**scope, "headers": headers}
         await self._app(scope, receive, send)
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve puts around every HTTP server it starts."""
-    return [Middleware(StripControlHeaders)]
+    """What Serve puts around every HTTP server it starts: those of replicas, and its own proxy."""
+    from ray.serve.context import _get_internal_replica_context as replica_context
+
+    in_replica = replica_context() is not None  # type: ignore[no-untyped-call]
+    return [Middleware(ControlHeaders, watched=in_replica)]
 
 
 def is_loopback(host: str | None) -> bool:

@@ -135,6 +135,32 @@ class Pipeline:
     def __init__(self, system: System) -> None:
         self._system = system
 
+    def at_once(self, call: Call) -> Result | None:
+        """The stored answer to a request, where neither it nor a permit has to be waited for.
+
+        None, and nothing was done, where `answer` is to be asked: it also says what is wrong.
+        """
+        system = self._system
+        name = call.body.get("model") or system.table.default(call.route)
+        if not self._may_share(call)[0] or call.route == "embedding" or not isinstance(name, str):
+            return None
+        try:
+            group = system.table.group(name)
+            scope = self._scope(call)
+            hit = system.cache.near(_address(scope, call, group), scope)
+            request = None if hit is None else self._check(call)
+        except GatewayError:
+            return None
+        if hit is None or request is None:
+            return None
+        request.ticket = system.limiter.count_at_once(call.tenant, request.limits)
+        if request.ticket is None:
+            return None
+        answer = self._shared(request, hit)
+        self._free(request)
+        self._finish(call, request, "ok")
+        return Result(answer, request.facts)
+
     async def answer(self, call: Call) -> Result:
         """One request, one whole answer.
 

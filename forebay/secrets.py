@@ -267,8 +267,7 @@ def new_key(random: Callable[[int], bytes] = os.urandom) -> str:
 
 def hash_key(key: str, secret: bytes) -> str:
     """An API key as it is stored: `hmac-sha256:` and 64 hexadecimal digits (RFC 2104)."""
-    digest = hmac.new(secret, key.encode("utf-8", "surrogatepass"), hashlib.sha256)
-    return HASH_PREFIX + digest.hexdigest()
+    return HASH_PREFIX + hmac.digest(secret, key.encode("utf-8", "surrogatepass"), "sha256").hex()
 
 
 def operator_key(secret: bytes) -> str:

@@ -297,6 +297,20 @@ class Channel:
         self._attending = None
         await _end([*self._sending, *self._hearing, *attending])
 
+    def near(self, key: bytes, scope: Scope) -> Hit | None:
+        """The stored answer, where it is known here without asking."""
+        now = self._clock()
+        tenure = self._tenure_at(now)
+        if tenure is not None:
+            hit = tenure.entries.get(key, scope, now) if tenure.reads else None
+            self._counts["hits_here"] += hit is not None
+        else:
+            hit = self._near.get(key, scope, now)
+            self._counts["near_hits"] += hit is not None
+        if hit is not None:
+            self._asked_s = now
+        return hit
+
     def ask(
         self,
         keys: Sequence[bytes],

@@ -102,6 +102,10 @@ class CacheDesk:
                 break
         return Lead(key, scope, None, self._clock())
 
+    def near(self, key: bytes, scope: Scope) -> Hit | None:
+        """The stored answer, where it is known here without asking."""
+        return self._home(key).near(key, scope)
+
     async def ask(
         self,
         keys: Sequence[bytes],

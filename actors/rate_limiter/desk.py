@@ -114,6 +114,19 @@ class RateLimiterDesk:
             self._counted += 1
         return answer
 
+    def count_at_once(self, tenant: str, limits: Limits | None) -> Ticket | None:
+        """Count one request with what is here; None, and nothing is counted, where that is not
+        enough: `count` may wait, and says why not."""
+        if limits is None or not limits.counts:
+            return Ticket(tenant, limits or _UNLIMITED, False)
+        counter, now = self._home(tenant), self._clock()
+        held = counter.till.of(tenant, limits, now)
+        ticket = counter.ticket(held, now)
+        if ticket is not None:
+            counter.till.arrive(held, now)
+            self._counted += 1
+        return ticket
+
     def uncount(self, ticket: Ticket) -> None:
         """The request did not take place: its permit is free again, if its lease still lives."""
         if ticket.counted:

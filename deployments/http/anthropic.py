@@ -13,7 +13,7 @@ import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.http.exchange import JSON, Exchange
-from deployments.http.openai import told, unless_gone
+from deployments.http.openai import answered, told
 from deployments.http.service import StreamReply
 from deployments.http.sse import close, send_stream
 from forebay import anthropic_wire
@@ -27,8 +27,7 @@ async def messages(exchange: Exchange) -> None:
     identity = exchange.identify()
     asked = anthropic_wire.asked(await exchange.json_body())
     call = exchange.call("chat", asked.body, identity.tenant, stream=asked.stream)
-    answering = exchange.service.chat(call)
-    reply = await (unless_gone(exchange, answering) if asked.stream else answering)
+    reply = await answered(exchange, call)
     if isinstance(reply, StreamReply):
         events = _events(reply.chunks, anthropic_wire.Events(asked, exchange.request_id))
         await send_stream(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -15,13 +16,12 @@ from deployments.http.exchange import (
     Handler,
     Shape,
     openai_shape,
-    random_id,
 )
 from deployments.http.service import Service
+from deployments.request_ids import RequestIds
 from forebay.errors import InvalidRequest
 
 PATHS: Mapping[str, Mapping[str, Handler]] = {
-    # The router tries them in this order: the busy ones come first.
     "/v1/chat/completions": {"POST": openai.chat_completions},
     "/v1/embeddings": {"POST": openai.embeddings},
     "/v1/messages": {"POST": anthropic.messages},
@@ -54,7 +54,7 @@ def build_asgi(
     service: Service,
     *,
     clock: Callable[[], float] = time.monotonic,
-    new_id: Callable[[], str] = random_id,
+    new_id: Callable[[], str] | None = None,
     echo_id: bool = True,
 ) -> ASGIApp:
     """The ASGI app over `service`.
@@ -63,23 +63,40 @@ def build_asgi(
     without a usable `x-request-id`; `echo_id` is off where the server around the app answers with
     `x-request-id` itself, as Ray Serve does.
     """
+    ids = new_id or RequestIds()
 
     def endpoint(path: str, handlers: Mapping[str, Handler]) -> ASGIApp:
         made = Endpoint(
-            service, handlers, clock=clock, new_id=new_id, echo_id=echo_id, shape=_shape(path)
+            service, handlers, clock=clock, new_id=ids, echo_id=echo_id, shape=_shape(path)
         )
         if path.startswith(ANTHROPIC):
             return anthropic.WithRequestId(made)
         return made
 
     routes = [Route(path, endpoint(path, handlers), name=path) for path, handlers in PATHS.items()]
-    return Router(routes, redirect_slashes=False, default=_Unknown(endpoint))
+    return _Paths(routes, redirect_slashes=False, default=_Unknown(endpoint))
 
 
 def _shape(path: str) -> Shape:
     if path.startswith(ANTHROPIC):
         return anthropic.error_shape
     return native.error_envelope if path.startswith(NATIVE) else openai_shape
+
+
+class _Paths(Router):
+    """Starlette's router, with one look-up for a path that is no pattern."""
+
+    def __init__(self, routes: Sequence[Route], **options: Any) -> None:
+        super().__init__(routes, **options)
+        self._exact = {route.path: route.app for route in routes if "{" not in route.path}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope.get("root_path"):
+            endpoint = self._exact.get(scope["path"])
+            if endpoint is not None:
+                await endpoint(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 class _Unknown:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -335,8 +334,17 @@ class Attempted(Protocol):
     def fallbacks(self) -> int: ...
 
 
+_NOT_TRIED: tuple[Header, ...] = (
+    (b"x-forebay-attempts", b"0"),
+    (b"x-litellm-attempted-retries", b"0"),
+    (b"x-litellm-attempted-fallbacks", b"0"),
+)
+
+
 def attempt_headers(facts: Attempted) -> list[Header]:
     """What was tried, LiteLLM's names beside our own. Where nothing was, no deployment is named."""
+    if not (facts.attempts or facts.retries or facts.fallbacks or facts.deployment):
+        return list(_NOT_TRIED)
     headers: list[Header] = [
         (b"x-forebay-attempts", b"%d" % facts.attempts),
         (b"x-litellm-attempted-retries", b"%d" % facts.retries),
@@ -364,16 +372,26 @@ def _worth_a_retry(error: GatewayError) -> bool:
     return told or not isinstance(error, RateLimitError)
 
 
+_LIMIT_NAMES: Mapping[str, tuple[bytes, bytes, bytes]] = {
+    kind: (
+        f"x-ratelimit-limit-{kind}".encode(),
+        f"x-ratelimit-remaining-{kind}".encode(),
+        f"x-ratelimit-reset-{kind}".encode(),
+    )
+    for kind in ("requests", "tokens")
+}
+
+
 def limit_headers(figures: Mapping[str, Any] | None) -> list[Header]:
     """OpenAI's x-ratelimit headers. Remaining is rounded down, reset up: both can be relied on."""
     headers: list[Header] = []
     for kind, figure in (figures or {}).items():
-        name = kind.encode()
+        limit, remaining, reset = _LIMIT_NAMES[kind]
         left = max(0, math.floor(figure.remaining))
         headers += (
-            (b"x-ratelimit-limit-" + name, b"%d" % figure.limit),
-            (b"x-ratelimit-remaining-" + name, b"%d" % left),
-            (b"x-ratelimit-reset-" + name, duration(figure.reset_s)),
+            (limit, b"%d" % figure.limit),
+            (remaining, b"%d" % left),
+            (reset, duration(figure.reset_s)),
         )
     return headers
 
@@ -392,11 +410,6 @@ def duration(seconds: float) -> bytes:
     if minutes >= 60:
         return f"{minutes // 60}h{minutes % 60}m{text}".encode()
     return (f"{minutes}m{text}" if minutes else text).encode()
-
-
-def random_id() -> str:
-    """A request id of 128 random bits."""
-    return f"req_{os.urandom(16).hex()}"
 
 
 # --- headers that steer a request -------------------------------------------------------------

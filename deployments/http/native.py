@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 
 from deployments.http.exchange import JSON, Exchange, Header
-from deployments.http.openai import told, unless_gone
+from deployments.http.openai import answered, embedded, told
 from deployments.http.service import Reply, StreamReply, Told
 from deployments.http.sse import frame, send_stream
 from forebay.errors import GatewayError, InvalidRequest
@@ -34,7 +34,7 @@ async def generate(exchange: Exchange) -> None:
             "stream", "Streams come from /api/v1/gateway/generate/stream.", code="invalid_value"
         )
     call = exchange.call("chat", body, identity.tenant, stream=False)
-    reply = await exchange.service.chat(call)
+    reply = await answered(exchange, call)
     assert isinstance(reply, Reply), "a call without stream is answered whole"
     await _send(exchange, reply, _generated(reply))
 
@@ -44,7 +44,7 @@ async def generate_stream(exchange: Exchange) -> None:
     identity = exchange.identify()
     body = {**_chat_body(await exchange.json_body()), "stream": True}
     call = exchange.call("chat", body, identity.tenant, stream=True)
-    reply = await unless_gone(exchange, exchange.service.chat(call))
+    reply = await answered(exchange, call)
     assert isinstance(reply, StreamReply), "a call with stream is answered in chunks"
     await send_stream(
         exchange,
@@ -66,7 +66,7 @@ async def embeddings(exchange: Exchange) -> None:
         )
     body["input"] = body.pop(given[0])
     call = exchange.call("embedding", body, identity.tenant, stream=False)
-    reply = await exchange.service.embedding(call)
+    reply = await embedded(exchange, call)
     assert reply.array is not None, "an embedding answer has an array"
     told_body = reply.body if isinstance(reply.body, dict) else orjson.loads(reply.body)
     array = np.ascontiguousarray(reply.array, dtype=np.float32)

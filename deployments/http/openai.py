@@ -7,7 +7,7 @@ Rule 2: vectors are written as bytes, never as Python lists.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -34,17 +34,15 @@ WARNINGS_BYTES_MAX = 2048
 
 _PLAIN = " !'()*+/:;=?@[]|$&"
 
-Answer = Callable[[HttpCall], Awaitable[Reply | StreamReply]]
-
 
 async def chat_completions(exchange: Exchange) -> None:
     """POST /v1/chat/completions."""
-    await _answer(exchange, "chat", exchange.service.chat)
+    await _answer(exchange, "chat")
 
 
 async def completions(exchange: Exchange) -> None:
     """POST /v1/completions."""
-    await _answer(exchange, "completion", exchange.service.completion)
+    await _answer(exchange, "completion")
 
 
 async def embeddings(exchange: Exchange) -> None:
@@ -52,7 +50,7 @@ async def embeddings(exchange: Exchange) -> None:
     identity = exchange.identify()
     body = _with_model(await exchange.json_body())
     call = exchange.call("embedding", body, identity.tenant, stream=False)
-    reply = await exchange.service.embedding(call)
+    reply = await embedded(exchange, call)
     packed = body.get("encoding_format") == "base64"
     await exchange.send(200, embedding_body(reply, packed=packed), [JSON, *told(exchange, reply)])
 
@@ -71,12 +69,12 @@ async def one_model(exchange: Exchange) -> None:
     await exchange.send_json(exchange.service.model(model_id, identity.tenant))
 
 
-async def _answer(exchange: Exchange, route: Route, answer: Answer) -> None:
+async def _answer(exchange: Exchange, route: Route) -> None:
     identity = exchange.identify()
     body = _with_model(await exchange.json_body())
     stream = body.get("stream") is True
     call = exchange.call(route, body, identity.tenant, stream=stream)
-    reply = await (unless_gone(exchange, answer(call)) if stream else answer(call))
+    reply = await answered(exchange, call)
     if isinstance(reply, StreamReply):
         encode = chunk_encoder(include_usage=_wants_usage(body))
         await send_stream(exchange, told(exchange, reply), reply.chunks, encode)
@@ -97,6 +95,23 @@ def _with_model(body: dict[str, Any]) -> dict[str, Any]:
 def _wants_usage(body: dict[str, Any]) -> bool:
     options = body.get("stream_options")
     return isinstance(options, dict) and options.get("include_usage") is True
+
+
+async def answered(exchange: Exchange, call: HttpCall) -> Reply | StreamReply:
+    """The answer to a chat or a completion: at once, or as long as somebody waits for it."""
+    service = exchange.service
+    reply = service.at_once(call)
+    if reply is not None:
+        return reply
+    answer = service.chat if call.route == "chat" else service.completion
+    return await unless_gone(exchange, answer(call))
+
+
+async def embedded(exchange: Exchange, call: HttpCall) -> Reply:
+    """The answer to a call for embeddings, as long as somebody waits for it."""
+    reply = await unless_gone(exchange, exchange.service.embedding(call))
+    assert isinstance(reply, Reply), "embeddings are never streamed"
+    return reply
 
 
 async def unless_gone(

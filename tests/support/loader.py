@@ -3,7 +3,8 @@
     python -m tests.support.loader http://127.0.0.1:8000/v1/chat/completions -c 64 -n 20000 --json
 
 C connections are kept alive; each sends its next request when the last answer is whole. Every
-prompt is unique, request i carries key i modulo the number of keys. Latency is measured from the
+prompt is unique, unless `--distinct D` says that there are only D of them, which loads of one
+`--run` share; request i carries key i modulo the number of keys. Latency is measured from the
 write of a request to the last byte of its answer; in SSE mode also to the first data chunk.
 With `--check` an answer must contain the digest of its own prompt, so that an answer that reached
 the wrong caller is counted as wrong.
@@ -50,7 +51,8 @@ BODY = (
 class Load:
     """What to send. `requests` or `seconds`, whichever comes first; the first `warmup` answers
     are sent and checked but not measured. `body` holds `@UNIQUE@` where the prompt's own number
-    goes; None: a small chat completion of `model`."""
+    goes; None: a small chat completion of `model`. `distinct`: request n asks what request n modulo
+    `distinct` asked; `run` names the questions, so that two loads can ask the same ones."""
 
     url: str
     concurrency: int = 8
@@ -63,6 +65,8 @@ class Load:
     body: str | None = None
     check: bool = False
     method: str = "POST"
+    distinct: int | None = None
+    run: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,7 @@ class _Run:
         self.port = parts.port or 80
         body = BODY % (load.model, ',"stream":true' if load.stream else "")
         body = load.body if load.body is not None else body
-        self.run_id = uuid.uuid4().hex[:12]
+        self.run_id = load.run or uuid.uuid4().hex[:12]
         mark = f"{self.run_id}-{'0' * NUMBER_DIGITS}"
         before, found, after = body.partition(UNIQUE)
         self.parts = (before.encode(), after.encode()) if found else None
@@ -146,11 +150,14 @@ class _Run:
         if self.parts is None:
             return n, head + self.plain_body
         before, after = self.parts
-        return n, b"%b%b%b-%09d%b" % (head, before, self.run_id.encode(), n, after)
+        return n, b"%b%b%b-%09d%b" % (head, before, self.run_id.encode(), self._asked(n), after)
+
+    def _asked(self, n: int) -> int:
+        return n if self.load.distinct is None else n % self.load.distinct
 
     def expected(self, n: int) -> bytes:
         assert self.prompt is not None
-        mark = f"{self.run_id}-{n:0{NUMBER_DIGITS}d}"
+        mark = f"{self.run_id}-{self._asked(n):0{NUMBER_DIGITS}d}"
         return digest(self.prompt.replace(UNIQUE, mark)).encode()
 
     def book(
@@ -384,6 +391,10 @@ def main(argv: Sequence[str] | None = None, echo: Callable[[str], None] = print)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--body", help="with @UNIQUE@ where the number of the request goes")
     parser.add_argument("--method", default="POST")
+    parser.add_argument("--distinct", type=int, help="how many prompts there are; all by default")
+    parser.add_argument(
+        "--run", default="", help="the name of the questions, in place of a new one"
+    )
     parser.add_argument("--load", type=Path, help="a Load as JSON, in place of all others")
     parser.add_argument("--cpu", type=int, help="run on this core")
     parser.add_argument("--json", action="store_true")

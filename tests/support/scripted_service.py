@@ -137,6 +137,9 @@ class ScriptedService:
     orders: list[tuple[str, str]] = field(default_factory=list)
     refusal: GatewayError | None = None
 
+    def at_once(self, call: HttpCall) -> Reply | None:
+        return None
+
     async def chat(self, call: HttpCall) -> Reply | StreamReply:
         self.calls.append(call)
         schemas.check(call.route, call.body)

@@ -28,6 +28,15 @@ def test_an_answer_of_text_comes_back_whole() -> None:
     assert answer == codec.unpack(codec.pack(answer))
 
 
+def test_a_body_is_parsed_when_somebody_looks_into_it_and_not_before() -> None:
+    answer = Answer({"id": "a", "choices": []}, None, 0, "m")
+    back = codec.unpack(codec.pack(answer))
+
+    assert back.json == b'{"id":"a","choices":[]}'
+    assert back.body == answer.body
+    assert back.json is None, "what somebody may have changed is not sent as it was"
+
+
 def subclasses(cls: type[errors.GatewayError]) -> list[type[errors.GatewayError]]:
     return [cls, *(deep for sub in cls.__subclasses__() for deep in subclasses(sub))]
 

@@ -41,6 +41,35 @@ def test_breakers_that_left_the_configuration_are_not_shown_any_more() -> None:
     ]
 
 
+def test_times_are_in_buckets_that_add_up() -> None:
+    counted = meter()
+    for total_s in (0.0005, 0.001, 0.0011, 400.0):
+        counted.request("chat", "m", "t", "ok", total_s, 0.0)
+    text = counted.render().decode()
+
+    for line in (
+        'forebay_request_seconds_bucket{le="0.001",route="chat"} 2.0',
+        'forebay_request_seconds_bucket{le="0.0025",route="chat"} 3.0',
+        'forebay_request_seconds_bucket{le="300.0",route="chat"} 3.0',
+        'forebay_request_seconds_bucket{le="+Inf",route="chat"} 4.0',
+        'forebay_request_seconds_count{route="chat"} 4.0',
+        'forebay_request_seconds_sum{route="chat"} 400.0026',
+        'forebay_requests_total{model="m",route="chat",status="ok",tenant="t"} 4.0',
+    ):
+        assert line in text.splitlines()
+
+
+def test_look_ups_are_counted_by_outcome() -> None:
+    counted = meter()
+    for outcome in ("hit", "miss", "hit"):
+        counted.cache(outcome)
+
+    assert lines(counted, "forebay_cache_total") == [
+        'forebay_cache_total{outcome="hit"} 2.0',
+        'forebay_cache_total{outcome="miss"} 1.0',
+    ]
+
+
 def test_tenants_beyond_the_bound_are_folded_into_one() -> None:
     counted = meter()
     for number in range(TENANTS_MAX + 3):

@@ -284,6 +284,70 @@ async def test_the_check_still_comes_first(house: Open) -> None:
     assert here.provider.texts == []
 
 
+# --------------------------------------------------------------------- what needs nobody's word
+
+
+async def near(here: House) -> None:
+    """The answer is stored, and this process has just heard so."""
+    for _ in range(4):
+        await here.pipeline.answer(here.call())
+
+
+async def test_what_is_near_is_answered_at_once_and_costs_nothing(house: Open) -> None:
+    here = await house(enable_caching=True)
+    await near(here)
+    call = here.call()
+    result = here.pipeline.at_once(call)
+
+    assert result is not None
+    (entry,) = await here.entries(call)
+    assert (result.facts.cache, result.facts.cost_nano, entry.status) == ("hit", 0, "hit")
+    assert result.answer.body["choices"][0]["message"]["content"] == "fine"
+    assert here.provider.asked == ["openai/a"]
+    assert 'outcome="hit"} 4.0' in here.system.meter.render().decode()
+
+
+async def test_what_is_near_still_counts_against_the_limit(house: Open) -> None:
+    here = await house(
+        enable_caching=True, rate_limit_config={"requests_per_minute": 60, "burst_size": 10}
+    )
+    await near(here)
+    at_once = [here.pipeline.at_once(here.call()) for _ in range(10)]
+
+    assert 0 < sum(result is not None for result in at_once) <= 6
+    assert here.pipeline.at_once(here.call()) is None, "`answer` says when to come back"
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 1}, {"user": 7}, {"model": "nobody's"}, {"model": 7}, {"messages": []}]
+)
+async def test_what_is_not_near_or_not_right_is_left_to_answer(
+    house: Open, changed: dict[str, Any]
+) -> None:
+    here = await house(enable_caching=True)
+    await near(here)
+    before = here.system.meter.render()
+    call = here.call()
+    call.body |= changed
+
+    assert here.pipeline.at_once(call) is None
+    assert here.system.meter.render() == before
+
+
+async def test_who_may_not_read_the_cache_is_not_answered_from_it_at_once(house: Open) -> None:
+    here = await house(enable_caching=True)
+    await near(here)
+
+    assert here.pipeline.at_once(here.call(cache_read=False)) is None
+
+
+async def test_nothing_is_near_with_caching_off(house: Open) -> None:
+    here = await house()
+    await near(here)
+
+    assert here.pipeline.at_once(here.call()) is None
+
+
 # ------------------------------------------------------------------------------------ streams
 
 

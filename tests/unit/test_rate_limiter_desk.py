@@ -138,6 +138,19 @@ async def test_a_live_lease_needs_no_message(world: World) -> None:
     assert world.line.sent["lease"] == sent
 
 
+async def test_what_is_lent_is_counted_at_once_and_no_more(world: World) -> None:
+    desk, limits = await world.desk(), Limits(60.0, 10)
+    assert desk.count_at_once("acme", limits) is None, "nothing is lent yet"
+    await world.hot(desk, limits)
+    tickets = [desk.count_at_once("acme", limits) for _ in range(10)]
+
+    counted = sum(ticket is not None for ticket in tickets)
+    assert 0 < counted <= 5, "the burst is ten, and five are used"
+    assert desk.stats()["counted"] == 5 + counted
+    assert desk.stats()["refused"] == 0
+    assert desk.count_at_once("other", None) is not None
+
+
 async def test_an_idle_tenant_is_given_back_and_forgotten(world: World) -> None:
     desk = await world.desk()
     await world.now(desk.count("acme", PER_SECOND))

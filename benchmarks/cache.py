@@ -1,0 +1,447 @@
+"""What the cache gives and what it costs: hits, beside LiteLLM Proxy's, and misses.
+
+    python -m benchmarks.cache            # about six minutes
+    python -m benchmarks.cache --quick    # about three
+    python -m benchmarks.cache --only hits,peer
+
+All load comes over HTTP from a process of its own, against one simulated upstream on loopback.
+
+  hits    answers that are stored: requests/s and latency at concurrency 1, 8 and 64, of one
+          replica with 50 tenants that have keys and finite limits, ledger and metrics on;
+          100 questions in turn, and at 64 also 5,000 of them
+  peer    LiteLLM Proxy with its in-memory cache, one worker: the same 100 questions at 1, 8 and
+          64, as its cache holds 200 answers at most
+  rig     Ray Serve's no-op behind the same HAProxy: what is left when a hit costs nothing
+  misses  questions that nobody has asked: caching and deduplication on against both off, turns of
+          each, for one replica and for two
+
+The load is honest: an answer must hold its own question's digest, all are 200, the ledger has as
+many rows as requests were sent, and of a question that is asked again the upstream hears once.
+Exit code 1 when one of these does not hold; missed goals are only told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import peers
+from benchmarks.passthrough import (
+    LEDGER_WAIT_S,
+    START_S,
+    at,
+    forebay_document,
+    ledger_rows,
+    owner_messages,
+    serving_cpu,
+    tenant_keys,
+)
+from benchmarks.processes import Child, free_port, get, machine
+from forebay.secrets import new_key
+from tests.support.loader import Load, Result, in_process
+from tests.support.upstream import Upstream
+
+CONCURRENCIES = (1, 8, 64)
+PARTS = ("rig", "hits", "peer", "misses")
+DISTINCT = 100
+"""LiteLLM's in-memory cache holds 200 answers; it is asked for what it can have."""
+DISTINCT_MANY = 5_000
+TTL_S = 3600
+HITS_GOAL = 4_000.0
+REST_CPU, REST_WAIT_S = 0.25, 30.0
+NAMES = {"rig": "Serve no-op", "hits": "Forebay, hits", "peer": "LiteLLM Proxy, hits"}
+
+
+@dataclass(slots=True)
+class Row:
+    """One system at one concurrency. `cpu_s` is its serving process's CPU time per request."""
+
+    system: str
+    distinct: int
+    concurrency: int
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    cpu_s: float
+    messages: float | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def rate(self, system: str, concurrency: int) -> float | None:
+        """Requests/s of the DISTINCT questions."""
+        for row in self.rows:
+            if (row.system, row.concurrency, row.distinct) == (system, concurrency, DISTINCT):
+                return row.requests_per_s
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long a figure or a turn is, and how many turns each side of the misses has."""
+
+    seconds: float
+    warmup: int
+    rounds: int
+
+
+class System:
+    """Owns one `forebay up` with 50 tenants. Leaving the context ends it."""
+
+    def __init__(
+        self, name: str, upstream: Upstream, scratch: Path, *, caching: bool, replicas: int = 1
+    ) -> None:
+        self.name = name
+        self.keys, self.admin = tenant_keys(), new_key()
+        self.sent = 0
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        home = scratch / name
+        home.mkdir()
+        secret = secrets.token_hex(32)
+        document = forebay_document(upstream.url, port, self.keys, self.admin, secret, caching)
+        document["gateway"]["cache_ttl"] = TTL_S
+        document["server"]["replicas"] = replicas
+        config = home / "forebay.yaml"
+        config.write_text(json.dumps(document))
+        environ = {
+            "FOREBAY_KEY_SECRET": secret,
+            "FOREBAY_DATA_DIR": str(home / "data"),
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        }
+        command = [sys.executable, "-m", "forebay", "up", "--config", str(config)]
+        self.child = Child(command, scratch / f"{name}.log", environ)
+        self.cpu_s = serving_cpu(self.child, "ServeReplica")
+
+    def __enter__(self) -> System:
+        try:
+            first = {"model": "sim", "messages": [{"role": "user", "content": "The first"}]}
+            url = f"{self.url}/v1/chat/completions"
+            self.child.await_200(url, START_S, key=self.keys[0], body=first)
+            self.sent += 1
+            await_rest(self.child)
+        except BaseException:
+            self.child.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.stop()
+
+    def hits(self) -> int:
+        """Rows of the ledger that say that an answer came from the cache."""
+        return int(json.loads(get(f"{self.url}/v1/usage", self.admin))["cache_hits"])
+
+
+def await_rest(child: Child) -> None:
+    """What comes after the first answer, such as imports, is over: little of a core is used."""
+    deadline_s = time.monotonic() + REST_WAIT_S
+    while time.monotonic() < deadline_s:
+        before_s = child.cpu_s()
+        time.sleep(1.0)
+        if child.cpu_s() - before_s < REST_CPU:
+            return
+
+
+# ------------------------------------------------------------------------------------ the parts
+
+
+def ask(
+    report: Report,
+    plan: Plan,
+    name: str,
+    url: str,
+    keys: Sequence[str],
+    concurrency: int,
+    *,
+    distinct: int | None = None,
+    run: str = "",
+    seconds: float | None = None,
+    check: bool = True,
+) -> Result:
+    """One load; what is wrong with its answers goes into the report. Without `distinct` every
+    question is new; with `seconds` 0 each of the distinct ones is asked once, and not measured."""
+    load = Load(
+        f"{url}/v1/chat/completions",
+        concurrency=concurrency,
+        requests=distinct if seconds == 0 else None,
+        seconds=plan.seconds if seconds is None else seconds or None,
+        warmup=0 if seconds == 0 else plan.warmup,
+        keys=list(keys),
+        check=check,
+        distinct=distinct,
+        run=run,
+    )
+    result = in_process(load)
+    if result.ok != result.requests:
+        report.problems.append(f"{name}: not all 200: {result.statuses} {result.errors}")
+    if result.wrong:
+        report.problems.append(f"{name}: {result.wrong} answers of somebody else's question")
+    return result
+
+
+def measured(
+    report: Report,
+    plan: Plan,
+    name: str,
+    url: str,
+    keys: Sequence[str],
+    cpu_s: Callable[[], float],
+    *,
+    concurrency: int,
+    distinct: int = DISTINCT,
+    run: str = "",
+    system: System | None = None,
+) -> None:
+    """One row. Every question of the load has been asked before, or none of them is stored."""
+    before_s = cpu_s()
+    before = owner_messages(url) if system is not None else None
+    result = ask(
+        report,
+        plan,
+        name,
+        url,
+        keys,
+        concurrency,
+        distinct=distinct,
+        run=run,
+        check=name != "rig",
+    )
+    row = Row(
+        name,
+        distinct,
+        concurrency,
+        result.requests_per_s,
+        result.p50_ms or 0.0,
+        result.p99_ms or 0.0,
+        (cpu_s() - before_s) / max(result.sent, 1),
+    )
+    if system is not None and before is not None:
+        system.sent += result.sent
+        spent = owner_messages(url)
+        spent.subtract(before)
+        row.messages = spent.total() / max(result.sent, 1)
+    report.rows.append(row)
+    messages = "" if row.messages is None else f"{row.messages:9.4f}"
+    print(
+        f"  {NAMES[name]:22}{distinct:7,}{concurrency:4}{row.requests_per_s:12,.0f}"
+        f"{row.p50_ms:9.2f}{row.p99_ms:9.2f}{row.cpu_s * 1e6:9.0f}{messages}",
+        flush=True,
+    )
+
+
+HEADER = (
+    f"  {'':22}{'asked':>7}{'c':>4}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'CPU us':>9}"
+    f"{'msg/req':>9}"
+)
+
+
+def rig(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "benchmarks.noop", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with Child(command, scratch / "noop.log") as child:
+        child.await_200(f"{url}/", START_S)
+        for concurrency in CONCURRENCIES:
+            cpu_s = serving_cpu(child, "NoOp")
+            keys = tenant_keys()
+            measured(report, plan, "rig", url, keys, cpu_s, concurrency=concurrency)
+
+
+def hits(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
+    upstream.reset()
+    with System("hits", upstream, scratch, caching=True) as system:
+        asked = 1
+        loads = [(DISTINCT, c) for c in CONCURRENCIES] + [(DISTINCT_MANY, CONCURRENCIES[-1])]
+        runs = {count: secrets.token_hex(6) for count, _ in loads}
+        for count, run in runs.items():
+            stored = ask(
+                report,
+                plan,
+                "hits",
+                system.url,
+                system.keys,
+                8,
+                distinct=count,
+                run=run,
+                seconds=0,
+            )
+            system.sent += stored.sent
+            asked += stored.sent
+        for count, concurrency in loads:
+            measured(
+                report,
+                plan,
+                "hits",
+                system.url,
+                system.keys,
+                system.cpu_s,
+                concurrency=concurrency,
+                distinct=count,
+                run=runs[count],
+                system=system,
+            )
+        rows = ledger_rows(system.url, system.admin, system.sent)
+        calls, found = upstream.stats()["requests"], system.hits()
+    report.facts["hits: requests sent / ledger rows / of these hits"] = (
+        f"{system.sent} / {rows} / {found}"
+    )
+    report.facts["hits: questions / upstream calls"] = f"{asked} / {calls}"
+    if rows != system.sent:
+        report.problems.append(
+            f"hits: {system.sent} requests were sent, the ledger has {rows} rows after "
+            f"{LEDGER_WAIT_S} s"
+        )
+    if not asked == calls == system.sent - found:
+        report.problems.append(
+            f"hits: {asked} questions, {calls} upstream calls, {system.sent - found} rows that "
+            "are no hits"
+        )
+
+
+def peer(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
+    upstream.reset()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    run = secrets.token_hex(6)
+    with peers.litellm_proxy(upstream.url, port, scratch, cache_ttl_s=TTL_S) as child:
+        child.await_200(f"{url}/health/liveliness", START_S)
+        keys = [peers.MASTER_KEY]
+        ask(report, plan, "peer", url, keys, 1, distinct=DISTINCT, run=run, seconds=0)
+        for concurrency in CONCURRENCIES:
+            measured(report, plan, "peer", url, keys, child.cpu_s, concurrency=concurrency, run=run)
+    calls = upstream.stats()["requests"]
+    report.facts["peer: questions / upstream calls"] = f"{DISTINCT} / {calls}"
+
+
+def misses(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
+    for replicas in (1, 2):
+        upstream.reset()
+        of = f"{replicas} replica{'s' if replicas > 1 else ''}"
+        with ExitStack() as stack:
+            sides = {
+                side: stack.enter_context(
+                    System(
+                        f"{side}-{replicas}",
+                        upstream,
+                        scratch,
+                        caching=side == "on",
+                        replicas=replicas,
+                    )
+                )
+                for side in ("on", "off")
+            }
+            rates: dict[str, list[float]] = {"on": [], "off": []}
+            for turn in range(plan.rounds + 1):
+                for side, system in sides.items():
+                    result = ask(report, plan, "misses", system.url, system.keys, CONCURRENCIES[-1])
+                    system.sent += result.sent
+                    if turn == 0:
+                        continue  # the first requests of a system are slow
+                    rates[side].append(result.requests_per_s)
+                    print(
+                        f"  misses, {of}, caching {side:4}{result.requests_per_s:11,.0f} "
+                        f"requests/s{result.p50_ms or 0:9.1f} ms p50",
+                        flush=True,
+                    )
+            sent = sum(system.sent for system in sides.values())
+            rows = sum(ledger_rows(one.url, one.admin, one.sent) for one in sides.values())
+        calls = upstream.stats()["requests"]
+        ratios = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
+        report.rounds[f"misses, caching on / off, {of}"] = ratios
+        report.facts[f"misses, {of}: requests sent / ledger rows / upstream calls"] = (
+            f"{sent} / {rows} / {calls}"
+        )
+        if len({sent, rows, calls}) != 1:
+            report.problems.append(
+                f"misses, {of}: {sent} requests were sent, the ledgers have {rows} rows, the "
+                f"upstream answered {calls}"
+            )
+
+
+RUN: dict[str, Callable[[Report, Plan, Upstream, Path], None]] = {
+    "rig": rig,
+    "hits": hits,
+    "peer": peer,
+    "misses": misses,
+}
+
+
+# ----------------------------------------------------------------------------------- the report
+
+
+def show(report: Report) -> None:
+    print()
+    for over, under in (("hits", "peer"), ("hits", "rig")):
+        cells = []
+        for concurrency in CONCURRENCIES:
+            first, second = report.rate(over, concurrency), report.rate(under, concurrency)
+            if first and second:
+                cells.append(f"{first / second:8.2f}")
+        if cells:
+            at_each = ", ".join(map(str, CONCURRENCIES))
+            print(f"  {over} / {under:10}{''.join(cells)}   requests/s at {at_each}")
+    rate = report.rate("hits", CONCURRENCIES[-1])
+    if rate is not None:
+        verdict = "reached" if rate >= HITS_GOAL else "missed"
+        print(f"  goal {HITS_GOAL:,.0f} hits/s at {CONCURRENCIES[-1]}: {rate:,.0f}, {verdict}")
+    for name, values in report.rounds.items():
+        each = " ".join(f"{value:.3f}" for value in values)
+        print(f"  {name:44}{statistics.median(values):8.3f}   of {each}")
+    print()
+    for name, fact in {**report.facts, **report.machine}.items():
+        print(f"  {name:62}{fact}")
+    for problem in report.problems:
+        print(f"  ! {problem}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="2 s a figure in place of 8")
+    parser.add_argument("--seconds", type=float, help="seconds a figure")
+    parser.add_argument("--rounds", type=int, help="turns of each side of the misses")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, such as hits,peer")
+    parser.add_argument("--json", type=Path, help="write all figures here too")
+    parser.add_argument("--keep", type=Path, help="leave logs and data in this directory")
+    given = parser.parse_args(argv)
+    wanted = given.only.split(",")
+    unknown = sorted(set(wanted) - set(PARTS))
+    if unknown:
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    plan = Plan(
+        given.seconds or (2.0 if given.quick else 8.0),
+        warmup=100 if given.quick else 500,
+        rounds=given.rounds or (2 if given.quick else 5),
+    )
+    report = Report(machine())
+    if set(wanted) - {"misses"}:
+        print(HEADER, flush=True)
+    with at(given.keep) as scratch, Upstream(log=scratch / "upstream.jsonl", fast=True) as upstream:
+        for name in wanted:
+            RUN[name](report, plan, upstream, scratch)
+    show(report)
+    if given.json is not None:
+        given.json.write_text(json.dumps(asdict(report), indent=2) + os.linesep)
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Names for requests that come without one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+ID_BYTES = 16
+IDS_DRAWN = 256
+
+
+class RequestIds:
+    """Gives request ids of 128 random bits. Owns up to IDS_DRAWN that nobody has yet, since asking
+    the system for each one alone costs more than all the rest of it."""
+
+    def __init__(self, random: Callable[[int], bytes] = os.urandom) -> None:
+        self._random = random
+        self._drawn: list[str] = []
+
+    def __call__(self) -> str:
+        if not self._drawn:
+            drawn = self._random(IDS_DRAWN * ID_BYTES).hex()
+            self._drawn = [
+                f"req_{drawn[start : start + 2 * ID_BYTES]}"
+                for start in range(0, len(drawn), 2 * ID_BYTES)
+            ]
+        return self._drawn.pop()

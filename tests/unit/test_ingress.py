@@ -1,0 +1,59 @@
+"""What Serve gets to see of a request, and under which id."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deployments.ingress import NO_WATCH, ControlHeaders
+from deployments.request_ids import ID_BYTES, IDS_DRAWN, RequestIds
+
+Headers = list[tuple[bytes, bytes]]
+
+
+async def seen(headers: Headers, **options: Any) -> Headers:
+    """The headers that the application inside gets."""
+    found: Headers = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found.extend(scope["headers"])
+
+    async def nothing(*_: Any) -> Any: ...
+
+    await ControlHeaders(app, **options)({"type": "http", "headers": headers}, nothing, nothing)
+    return found
+
+
+async def test_nobody_outside_steers_serve() -> None:
+    told = [(b"x-request-timeout-seconds", b"0"), NO_WATCH, (b"x-request-id", b"mine")]
+
+    assert await seen(told) == [(b"x-request-id", b"mine")]
+
+
+async def test_who_watches_itself_tells_serve_not_to() -> None:
+    asked = [(b"x-request-disconnect-disabled", b"?0"), (b"x-request-id", b"mine")]
+
+    assert await seen(asked, watched=True) == [(b"x-request-id", b"mine"), NO_WATCH]
+
+
+async def test_a_request_without_an_id_gets_one() -> None:
+    ((name, given),) = await seen([])
+
+    assert name == b"x-request-id"
+    assert len(given) == len("req_") + 2 * ID_BYTES
+
+
+def test_ids_are_drawn_by_the_hundred_and_never_given_twice() -> None:
+    draws: list[int] = []
+
+    def random(count: int) -> bytes:
+        draws.append(count)
+        return b"".join(
+            (len(draws) * IDS_DRAWN + number).to_bytes(ID_BYTES, "big")
+            for number in range(count // ID_BYTES)
+        )
+
+    ids = RequestIds(random)
+    given = [ids() for _ in range(2 * IDS_DRAWN)]
+
+    assert len(set(given)) == 2 * IDS_DRAWN
+    assert draws == [IDS_DRAWN * ID_BYTES] * 2
