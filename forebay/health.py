@@ -241,7 +241,9 @@ def _cache(seen: Seen) -> Check:
     gateway = seen.gateway
     desk, owner = seen.desks.get("cache", {}), seen.owners.get("cache", {})
     figures = {
-        name: owner[name] for name in ("entries", "bytes", "max_bytes", "flights") if name in owner
+        name: owner[name]
+        for name in ("entries", "bytes", "max_bytes", "flights", "redis")
+        if owner.get(name) is not None
     }
     if not (gateway.enable_caching or gateway.enable_request_deduplication):
         words = "enable_caching and enable_request_deduplication are off"
@@ -249,6 +251,9 @@ def _cache(seen: Seen) -> Check:
     wrong = _away(seen, "cache", "requests are answered without it")
     if not wrong and desk.get("away"):
         wrong.append("this process goes on without it until it answers again")
+    redis = figures.get("redis")
+    if redis is not None and redis["state"] != "healthy":
+        wrong.append(f"Redis: {redis['reason']}; answers are kept in memory only")
     return _judged(wrong, "available", **figures)
 
 

@@ -108,6 +108,25 @@ class Driver(StdinChild):
         """What came of the storm, task by task: answers by the error's class, or "ok"."""
         return list(self._call("results"))
 
+    def crowd(
+        self, what: str, given: Any, go: Path, *, tenant: str, model: str, tasks: int, each: int
+    ) -> None:
+        """Start so many Ray tasks, each of which asks the same so often at once, as soon as `go`
+        exists. Returns once all are ready.
+
+        `what` is asked for: "answer" or "stream" of a prompt, or "vectors" of lists of texts, the
+        n-th caller's of which is `given[n]`.
+        """
+        self._call(
+            "crowd", what=what, given=given, go=str(go), tenant=tenant, model=model,
+            tasks=tasks, each=each,
+        )  # fmt: skip
+
+    def crowd_results(self) -> list[dict[str, Any]]:
+        """What each caller of the crowd got: `ok`, or an error's class; when the first of it came
+        (CLOCK_MONOTONIC), and its text or vectors."""
+        return list(self._call("crowd_results"))
+
     def victim(self, tenant: str, model: str, prompt: str) -> int:
         """A Ray task that asks once; its process id, so that it can be killed meanwhile."""
         return int(self._call("victim", tenant=tenant, model=model, prompt=prompt))
@@ -126,6 +145,7 @@ class Child:
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._storm: list[Any] = []
+        self._crowd: list[Any] = []
         self._victims: list[Any] = []
         self._watching: threading.Thread | None = None
         self._watched_until: threading.Event = threading.Event()
@@ -208,6 +228,19 @@ class Child:
         found: list[dict[str, int]] = self._ray.get(self._storm, timeout=90)
         return found
 
+    def crowd(self, tasks: int, go: str, **asked: Any) -> None:
+        ready = [Path(f"{go}.ready-{number}") for number in range(tasks)]
+        crowd = self._ray.remote(num_cpus=0.05, max_retries=0)(_crowd)
+        self._crowd = [
+            crowd.remote(number=number, go=go, ready=str(path), **asked)
+            for number, path in enumerate(ready)
+        ]
+        _await_files(ready, READY_S)
+
+    def crowd_results(self) -> list[dict[str, Any]]:
+        found: list[list[dict[str, Any]]] = self._ray.get(self._crowd, timeout=90)
+        return [one for task in found for one in task]
+
     def victim(self, tenant: str, model: str, prompt: str) -> int:
         path = Path(f"/tmp/forebay-victim-{os.getpid()}-{len(self._victims)}")
         ask = self._ray.remote(num_cpus=0.05, max_retries=0)(_ask_once)
@@ -247,6 +280,44 @@ def _ask_once(tenant: str, model: str, prompt: str, ready: str) -> str:
         part.write_text(str(os.getpid()))
         part.rename(ready)
         return str(gateway.generate(prompt, model=model, tenant_id=tenant).text)
+
+
+def _crowd(
+    what: str, given: Any, tenant: str, model: str, each: int, number: int, go: str, ready: str
+) -> list[dict[str, Any]]:
+    """A Ray task: warms up, waits for `go`, then asks from so many callers at once."""
+    import asyncio
+    import time
+    from pathlib import Path
+
+    from forebay import LiteLLMGateway, errors
+
+    async def caller(gateway: LiteLLMGateway, place: int) -> dict[str, Any]:
+        asked: dict[str, Any] = {"model": model, "tenant_id": tenant}
+        try:
+            if what == "vectors":
+                vectors = await gateway.embed_async(given[number * each + place], **asked)
+                return {"ok": True, "vectors": vectors.array.tolist()}
+            if what == "answer":
+                answer = await gateway.generate_async(given, **asked)
+                return {"ok": True, "text": answer.text, "first_s": time.monotonic()}
+            begun_s, first_s, text = time.monotonic(), 0.0, ""
+            async for piece in await gateway.generate_async(given, stream=True, **asked):
+                first_s = first_s or time.monotonic()
+                text += piece
+        except errors.GatewayError as error:
+            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        return {"ok": True, "text": text, "begun_s": begun_s, "first_s": first_s}
+
+    async def main() -> list[dict[str, Any]]:
+        async with LiteLLMGateway(runtime="ray") as gateway:
+            await gateway.generate_async(f"warming {go} {number}", model="sim", tenant_id="free")
+            Path(ready).touch()
+            while not Path(go).exists():
+                await asyncio.sleep(0.01)
+            return await asyncio.gather(*(caller(gateway, place) for place in range(each)))
+
+    return asyncio.run(main())
 
 
 def _hammer(
