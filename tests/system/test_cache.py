@@ -11,7 +11,6 @@ import asyncio
 import os
 import random
 import signal
-import statistics
 import threading
 import time
 from collections import Counter
@@ -46,10 +45,11 @@ SEED = int(os.environ.get("FOREBAY_CHAOS_SEED") or random.SystemRandom().randran
 REPLICAS = 4 if FULL else 2
 CROWD = 4 if FULL else 1
 HERD = 500 if FULL else 200
-STREAMS = 500 if FULL else 80
-STORY_TOKENS = 60 if FULL else 30
-THINKS_S = 4.0 if FULL else 2.0
+STREAMS = 500 if FULL else 60
+STORY_TOKENS = 60 if FULL else 25
+THINKS_S = 4.0 if FULL else 1.5
 """How long the upstream keeps a herd waiting: longer than the herd takes to arrive."""
+LISTS = 400 if FULL else 80
 IN_EACH = 25
 """Of a herd, how many ask from each actor of the crowd; the others ask over HTTP."""
 IN_CROWD = CROWD * IN_EACH
@@ -407,8 +407,8 @@ async def _vectors(system: Tenants, driver: Driver, tenant: str) -> tuple[list[R
     """Callers with lists of five out of forty texts, some of them twice; how many texts in all."""
     rng = random.Random(SEED)
     texts = [f"text {number} of {tenant}" for number in range(40)]
-    lists = [rng.choices(texts, k=5) for _ in range(200)]
-    system.upstream.script(model="text-embedding-sim", latency=1.0)
+    lists = [rng.choices(texts, k=5) for _ in range(LISTS)]
+    system.upstream.script(model="text-embedding-sim", latency=0.5)
     driver.crowd_asks("vectors", lists[:IN_CROWD], tenant=tenant, model="embed", each=IN_EACH)
     await at_once(
         system,
@@ -428,11 +428,14 @@ async def test_each_text_is_sent_once_whoever_asks_for_it_in_whatever_list(
     system: Tenants, driver: Driver, say: Callable[[str], None]
 ) -> None:
     log, wanted, asked = await _vectors(system, driver, "vectors")
-    told = await settled(driver, "vectors", 200)
-    say(f"{asked} texts in 200 lists: {sum(r.texts for r in log)} sent in {len(log)} calls; {told}")
+    told = await settled(driver, "vectors", LISTS)
+    say(
+        f"{asked} texts in {LISTS} lists: {sum(r.texts for r in log)} sent in {len(log)} calls, "
+        f"ledger {told}"
+    )
 
     assert sum(record.texts for record in log) == wanted
-    assert told["requests"] == 200
+    assert told["requests"] == LISTS
     assert told["cost_nano"] == cost_of(log) > 0
 
 
@@ -509,11 +512,15 @@ async def test_a_leader_that_is_killed_costs_one_more_call_and_nobody_an_answer(
 
 @dataclass(slots=True)
 class Fault:
-    """Something that goes wrong with a Redis, and how it ends. Not `steady`: it comes and goes."""
+    """Something that goes wrong with a Redis, and how it ends.
+
+    Not `steady`: it comes and goes. `readable`: what is in there is still found.
+    """
 
     begin: Callable[[Parts], None]
     end: Callable[[Parts], None]
     steady: bool = True
+    readable: bool = False
 
 
 class Flapping:
@@ -553,6 +560,7 @@ FAULTS = {
     "full": Fault(
         lambda p: p.configure(maxmemory_policy="noeviction", maxmemory=1),
         lambda p: p.configure(maxmemory=0),
+        readable=True,
     ),
 }
 if FULL:
@@ -590,17 +598,17 @@ async def _is_well(system: Tenants) -> bool:
 
 
 def _figures(answers: list[Told]) -> dict[str, tuple[float, float]]:
-    """Median and 99th percentile in seconds of what was found, and of what was not."""
+    """Median and 99th percentile, in seconds, of what was found, and of what was not."""
     found: dict[str, tuple[float, float]] = {}
     for kind in ("hit", "miss"):
         took = sorted(a.took_s for a in answers if a.cache == kind)
-        found[kind] = (statistics.median(took), took[int(len(took) * 0.99)])
+        found[kind] = (took[len(took) // 2], took[int(len(took) * 0.99)])
     return found
 
 
 def _shown(figures: dict[str, tuple[float, float]]) -> str:
     return ", ".join(
-        f"{kind} {median_s * 1000:.1f} ms (p99 {p99_s * 1000:.0f})"
+        f"{kind} p50 {median_s * 1000:.1f} ms, p99 {p99_s * 1000:.0f} ms"
         for kind, (median_s, p99_s) in figures.items()
     )
 
@@ -618,6 +626,8 @@ async def test_requests_do_not_notice_what_becomes_of_redis(
         try:
             answers = await _load(system, FAULT_S)
             during = await _health(system)
+            answers += await _load(system, 0.5)
+            then = await _health(system)
         finally:
             await asyncio.to_thread(fault.end, parts)
         loading = asyncio.create_task(_load(system, 1.0))
@@ -632,8 +642,9 @@ async def test_requests_do_not_notice_what_becomes_of_redis(
         if fault.steady:
             assert during["status"] == "degraded"
             assert during["redis"]["state"] == "degraded"
-        for kind, (median_s, p99_s) in figures.items():
-            assert median_s <= well[kind][0] + REDIS_BUDGET_S
+            # Nobody asks it, so nobody waits for it.
+            assert fault.readable or then["redis"]["searches"] == during["redis"]["searches"]
+        for kind, (_, p99_s) in figures.items():
             assert not FULL or p99_s <= well[kind][1] + REDIS_BUDGET_S
         assert slowest_s < SLOWEST_S
 
@@ -646,7 +657,7 @@ async def test_ten_times_what_fits_in_leaves_the_owner_as_large_as_it_was(
     system: Tenants, driver: Driver, say: Callable[[str], None]
 ) -> None:
     """Zipf's law over prompts with answers of some 25 kB each; all of them are ten caches full."""
-    words, count = 4000, 8000 if FULL else 900
+    words, count = 4000, 8000 if FULL else 600
     kinds = 10 * CACHE_BYTES // len(answer_text("", words))
     weights = [1 / rank for rank in range(1, kinds + 1)] if FULL else None  # CI: all of them alike
     prompts = iter(random.Random(SEED).choices(range(kinds), weights, k=count))
@@ -666,9 +677,9 @@ async def test_ten_times_what_fits_in_leaves_the_owner_as_large_as_it_was(
     sent = sum(record.bytes_out for record in of_herd(system.upstream.log()))
     say(
         f"{count} requests of {kinds} prompts, {sent / 2**20:.0f} MiB of answers past a cache of "
-        f"{CACHE_BYTES / 2**20:.0f} MiB: {dict(caches)}, its process grew by {grown / 2**20:.1f} MiB"
+        f"{CACHE_BYTES / 2**20:.0f} MiB: {dict(caches)}, its owner grew by {grown / 2**20:.1f} MiB"
     )
-    assert sent > 4 * CACHE_BYTES
+    assert sent > 3 * CACHE_BYTES
     assert caches["hit"] > 0
     assert grown <= 1.3 * CACHE_BYTES + ALLOCATORS_BYTES
 
@@ -699,7 +710,6 @@ async def test_what_is_in_redis_outlives_its_owner_and_serves_another_system(
 
     await until(is_stored, 5, "it is in Redis")
     await asyncio.to_thread(driver.kill, OWNER, for_good=True)
-    await asyncio.to_thread(driver.back, OWNER)
     await again()
     other = GatewayConfig(
         model_list=model_list(system.upstream.url),
