@@ -49,7 +49,7 @@ STREAMS = 500 if FULL else 60
 STORY_TOKENS = 60 if FULL else 25
 THINKS_S = 4.0 if FULL else 1.5
 """How long the upstream keeps a herd waiting: longer than the herd takes to arrive."""
-LISTS = 400 if FULL else 80
+LISTS = 200 if FULL else 80
 IN_EACH = 25
 """Of a herd, how many ask from each actor of the crowd; the others ask over HTTP."""
 IN_CROWD = CROWD * IN_EACH
@@ -408,7 +408,7 @@ async def _vectors(system: Tenants, driver: Driver, tenant: str) -> tuple[list[R
     rng = random.Random(SEED)
     texts = [f"text {number} of {tenant}" for number in range(40)]
     lists = [rng.choices(texts, k=5) for _ in range(LISTS)]
-    system.upstream.script(model="text-embedding-sim", latency=0.5)
+    system.upstream.script(model="text-embedding-sim", latency=THINKS_S)
     driver.crowd_asks("vectors", lists[:IN_CROWD], tenant=tenant, model="embed", each=IN_EACH)
     await at_once(
         system,

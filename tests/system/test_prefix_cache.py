@@ -41,10 +41,18 @@ def gateway_over(servers: list[Upstream]) -> LiteLLMGateway:
         {"model": "hosted_vllm/sim", "api_base": f"{server.url}/v1", "api_key": "k"}
         for server in servers
     ]
-    names = [("own", each) for each in params]
-    names += [(f"own-{number}", each) for number, each in enumerate(params)]
+    names = [("own", number) for number in range(len(params))]
+    names += [(f"own-{number}", number) for number in range(len(params))]
     config = GatewayConfig(
-        model_list=[{"model_name": name, "litellm_params": each} for name, each in names],
+        model_list=[
+            # Names of their own, so that the same prompts go to the same server in every run.
+            {
+                "model_name": name,
+                "litellm_params": params[number],
+                "model_info": {"id": f"{name}-on-{number}"},
+            }
+            for name, number in names
+        ],
         routing="prefix",
     )
     return LiteLLMGateway(config, runtime="inline")
