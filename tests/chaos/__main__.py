@@ -1,7 +1,7 @@
 """`python -m tests.chaos --full` runs every chaos test at its full count and writes RESULTS.md.
 
-Owners killed under load first, then limits under everything, then failing providers, each with a
-system to itself.
+Owners killed under load first, then limits under everything, then failing providers, then herds and
+a failing Redis, each with a system to itself.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SYSTEM = ROOT / "tests" / "system"
-SUITES = (HERE, SYSTEM / "test_limits.py", SYSTEM / "test_failures.py")
+SUITES = (HERE, *(SYSTEM / f"test_{name}.py" for name in ("limits", "failures", "cache")))
 NOTHING_COLLECTED = 5
-TELLING = ("  chaos:", "  limits:", "  failures:")
+TELLING = ("  chaos:", "  limits:", "  failures:", "  cache:")
 
 
 def main() -> int:

@@ -108,6 +108,27 @@ class Driver(StdinChild):
         """What came of the storm, task by task: answers by the error's class, or "ok"."""
         return list(self._call("results"))
 
+    def crowd(self, count: int) -> list[int]:
+        """Start so many Ray actors with a gateway each; their process ids."""
+        return list(self._call("crowd", count=count))
+
+    def crowd_asks(
+        self, what: str, given: Any, *, tenant: str, model: str, each: int, only: int | None = None
+    ) -> None:
+        """Each actor of the crowd, or `only` this one, asks the same so often at once.
+
+        `what` is asked for: "answer" or "stream" of a prompt, or "vectors" of lists of texts, the
+        n-th caller's of which is `given[n]`.
+        """
+        self._call(
+            "crowd_asks", what=what, given=given, tenant=tenant, model=model, each=each, only=only
+        )
+
+    def crowd_heard(self) -> list[dict[str, Any]]:
+        """What each caller of the crowd got: `ok` or an `error`; its text or vectors; when it began
+        and when the first of it came (CLOCK_MONOTONIC)."""
+        return list(self._call("crowd_heard"))
+
     def victim(self, tenant: str, model: str, prompt: str) -> int:
         """A Ray task that asks once; its process id, so that it can be killed meanwhile."""
         return int(self._call("victim", tenant=tenant, model=model, prompt=prompt))
@@ -126,6 +147,8 @@ class Child:
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._storm: list[Any] = []
+        self._crowd: list[Any] = []
+        self._asking: list[Any] = []
         self._victims: list[Any] = []
         self._watching: threading.Thread | None = None
         self._watched_until: threading.Event = threading.Event()
@@ -208,6 +231,23 @@ class Child:
         found: list[dict[str, int]] = self._ray.get(self._storm, timeout=90)
         return found
 
+    def crowd(self, count: int) -> list[int]:
+        caller = self._ray.remote(num_cpus=0.05)(_Caller)
+        self._crowd = [caller.remote() for _ in range(count)]
+        return list(self._ray.get([one.ready.remote() for one in self._crowd], timeout=READY_S))
+
+    def crowd_asks(self, only: int | None, each: int, given: Any, **asked: Any) -> None:
+        asking = self._crowd if only is None else [self._crowd[only]]
+        lists = asked["what"] == "vectors"
+        self._asking = [
+            one.ask.remote(given=given[number * each :] if lists else given, each=each, **asked)
+            for number, one in enumerate(asking)
+        ]
+
+    def crowd_heard(self) -> list[dict[str, Any]]:
+        found: list[list[dict[str, Any]]] = self._ray.get(self._asking, timeout=90)
+        return [one for told in found for one in told]
+
     def victim(self, tenant: str, model: str, prompt: str) -> int:
         path = Path(f"/tmp/forebay-victim-{os.getpid()}-{len(self._victims)}")
         ask = self._ray.remote(num_cpus=0.05, max_retries=0)(_ask_once)
@@ -247,6 +287,53 @@ def _ask_once(tenant: str, model: str, prompt: str, ready: str) -> str:
         part.write_text(str(os.getpid()))
         part.rename(ready)
         return str(gateway.generate(prompt, model=model, tenant_id=tenant).text)
+
+
+class _Caller:
+    """A Ray actor that asks, through a gateway of its own."""
+
+    async def ready(self) -> int:
+        from forebay import LiteLLMGateway
+
+        self._gateway: Any = LiteLLMGateway(runtime="ray")
+        await self._gateway.generate_async(f"warming {os.getpid()}", model="sim", tenant_id="free")
+        return os.getpid()
+
+    async def ask(
+        self, what: str, given: Any, tenant: str, model: str, each: int
+    ) -> list[dict[str, Any]]:
+        import asyncio
+
+        asked = {"model": model, "tenant_id": tenant}
+        callers = (
+            self._vectors(given[place], asked)
+            if what == "vectors"
+            else self._stream(given, asked)
+            if what == "stream"
+            else self._answer(given, asked)
+            for place in range(each)
+        )
+        heard: list[dict[str, Any] | BaseException]
+        heard = await asyncio.gather(*callers, return_exceptions=True)
+        return [
+            {"ok": False, "error": repr(one)} if isinstance(one, BaseException) else one
+            for one in heard
+        ]
+
+    async def _vectors(self, texts: list[str], asked: dict[str, Any]) -> dict[str, Any]:
+        answer = await self._gateway.embed_async(texts, **asked)
+        return {"ok": True, "vectors": answer.array.tolist()}
+
+    async def _answer(self, prompt: str, asked: dict[str, Any]) -> dict[str, Any]:
+        answer = await self._gateway.generate_async(prompt, **asked)
+        return {"ok": True, "text": answer.text}
+
+    async def _stream(self, prompt: str, asked: dict[str, Any]) -> dict[str, Any]:
+        begun_s, first_s, text = time.monotonic(), 0.0, ""
+        async for piece in await self._gateway.generate_async(prompt, stream=True, **asked):
+            first_s = first_s or time.monotonic()
+            text += piece
+        return {"ok": True, "text": text, "begun_s": begun_s, "first_s": first_s}
 
 
 def _hammer(

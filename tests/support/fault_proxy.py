@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 Fault = Literal["pass", "latency", "blackhole", "reset", "half_close", "refuse"]
@@ -103,6 +106,38 @@ class FaultProxy:
                 await asyncio.sleep(self.latency_s)
             to.write(data)
             await to.drain()
+
+
+class ProxyThread:
+    """A `FaultProxy` on an event loop of its own, told what to do from any thread."""
+
+    def __init__(self, proxy: FaultProxy, loop: asyncio.AbstractEventLoop) -> None:
+        self._proxy = proxy
+        self._loop = loop
+
+    @property
+    def url(self) -> str:
+        return self._proxy.url
+
+    def set(self, fault: Fault, latency_s: float = 0.0) -> None:
+        setting = self._proxy.set(fault, latency_s)
+        asyncio.run_coroutine_threadsafe(setting, self._loop).result(5)
+
+
+@contextmanager
+def fault_proxy(port: int) -> Iterator[ProxyThread]:
+    """A running proxy in front of a port of this machine, for tests that share it."""
+    proxy, loop = FaultProxy(port), asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(proxy.start(), loop).result(5)
+        yield ProxyThread(proxy, loop)
+    finally:
+        asyncio.run_coroutine_threadsafe(proxy.close(), loop).result(5)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(5)
+        loop.close()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

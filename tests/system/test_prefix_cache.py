@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from random import Random
 from typing import Any
@@ -15,7 +15,7 @@ from tests.conftest import SIM_KEY
 from tests.support import system as support
 from tests.support.upstream import Upstream
 
-CACHE_TOKENS = 8_000  # of each server: the beginnings of some ten documents
+CACHE_TOKENS = 7_000  # of each server: the beginnings of nine documents
 DOCUMENTS = 24
 QUESTIONS = 300
 
@@ -34,30 +34,44 @@ def servers() -> Iterator[list[Upstream]]:
         yield [stack.enter_context(Upstream()) for _ in range(3)]
 
 
-def gateway_over(servers: list[Upstream], routing: str) -> LiteLLMGateway:
-    """One self-hosted model on every server."""
+def gateway_over(servers: list[Upstream]) -> LiteLLMGateway:
+    """One self-hosted model: `own` on every server, and `own-N` on the N-th alone."""
     os.environ["SIM_KEY"] = SIM_KEY
     params = [
         {"model": "hosted_vllm/sim", "api_base": f"{server.url}/v1", "api_key": "k"}
         for server in servers
     ]
+    names = [("own", number) for number in range(len(params))]
+    names += [(f"own-{number}", number) for number in range(len(params))]
     config = GatewayConfig(
-        model_list=[{"model_name": "own", "litellm_params": each} for each in params],
-        routing=routing,
+        model_list=[
+            # Names of their own, so that the same prompts go to the same server in every run.
+            {
+                "model_name": name,
+                "litellm_params": params[number],
+                "model_info": {"id": f"{name}-on-{number}"},
+            }
+            for name, number in names
+        ],
+        routing="prefix",
     )
     return LiteLLMGateway(config, runtime="inline")
 
 
-def cached_tokens(servers: list[Upstream], routing: str) -> tuple[int, list[int]]:
-    """Tokens that the servers had in their caches, and how many requests each one got."""
+def cached_tokens(servers: list[Upstream], name: Callable[[int], str]) -> tuple[int, list[int]]:
+    """Tokens that the servers had in their caches, and how many requests each one got.
+
+    `name` says which model the n-th question goes to.
+    """
     rng = Random(1)
     documents = [text(rng, 700) for _ in range(DOCUMENTS)]
     for server in servers:
         server.reset()
         server.script(prefix_cache=CACHE_TOKENS)
-    with gateway_over(servers, routing) as gateway:
-        for _ in range(QUESTIONS):
-            gateway.generate(model="own", messages=prompt(rng.choice(documents), text(rng, 10)))
+    with gateway_over(servers) as gateway:
+        for number in range(QUESTIONS):
+            messages = prompt(rng.choice(documents), text(rng, 10))
+            gateway.generate(model=name(number), messages=messages)
         stats = gateway.kv_cache.get_cache_stats()
     logs = [server.log() for server in servers]
     found = sum(record.cached_tokens for log in logs for record in log)
@@ -65,12 +79,17 @@ def cached_tokens(servers: list[Upstream], routing: str) -> tuple[int, list[int]
     return found, [len(log) for log in logs]
 
 
-def test_by_prefix_servers_find_twice_as_much_in_their_caches(servers: list[Upstream]) -> None:
-    plain, _ = cached_tokens(servers, "weighted")
-    ours, requests = cached_tokens(servers, "prefix")
+def test_by_prefix_servers_find_twice_as_much_in_their_caches(
+    servers: list[Upstream], capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_turns, even = cached_tokens(servers, lambda number: f"own-{number % len(servers)}")
+    by_prefix, requests = cached_tokens(servers, lambda _: "own")
+    with capsys.disabled():
+        print(f"\n  prefixes: {by_prefix} cached tokens, round robin {by_turns}; load {requests}")
 
     mean = QUESTIONS / len(servers)
-    assert ours >= 2 * plain
+    assert even == [mean] * len(servers)
+    assert by_prefix >= 2 * by_turns > 0
     assert all(abs(number - mean) <= 0.15 * mean for number in requests)
 
 

@@ -42,6 +42,10 @@ def entry(name: str, model: str, key: str = "k") -> dict[str, Any]:
     return {"model_name": name, "litellm_params": {"model": model, "api_key": key}}
 
 
+def with_owner(what: Seen, name: str, told: dict[str, Any]) -> Seen:
+    return replace(what, owners={**what.owners, name: told})
+
+
 def seen(
     groups: dict[str, list[Standing]] | None = None,
     *,
@@ -183,6 +187,24 @@ def test_a_ledger_that_takes_no_more_is_unhealthy() -> None:
 
     assert status_of(full, "ledger") == "unhealthy"
     assert status_of(behind, "ledger") == "degraded"
+
+
+def test_a_redis_that_cannot_be_used_degrades_the_cache_and_is_told() -> None:
+    owner = {"reachable": True, "redis": {"state": "degraded", "reason": "no answer in time"}}
+    made = checks(with_owner(seen(), "cache", owner))["cache"]
+
+    assert made["status"] == "degraded"
+    assert "Redis: no answer in time" in made["message"]
+    assert made["redis"]["state"] == "degraded"
+
+
+@pytest.mark.parametrize("redis", [None, {"state": "healthy", "reason": None}])
+def test_a_redis_that_works_and_one_that_is_not_wanted_are_healthy(redis: Any) -> None:
+    owner = {"reachable": True, "redis": redis}
+    made = checks(with_owner(seen(), "cache", owner))["cache"]
+
+    assert made["status"] == "healthy"
+    assert made.get("redis") == redis
 
 
 def test_a_cache_that_this_process_goes_without_is_degraded() -> None:
