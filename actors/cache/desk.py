@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from actors.cache.channel import Channel, FlightFailed, Joined, Listening
+from actors.cache.channel import Channel
+from actors.cache.following import FlightFailed, Joined, Listening
 from actors.cache.policy import Failed, Follow, Gone, Hit, Landed, Lead, Outcome, Scope, leader_of
 from actors.ref import Clock, OwnerRef
 

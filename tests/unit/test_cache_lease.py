@@ -101,7 +101,7 @@ class World:
 
     def holders(self, shard: int) -> list[str]:
         """Who would answer by itself now, dead ones aside."""
-        tenures = {name: desk._channels[shard]._tenure for name, desk in self.desks.items()}
+        tenures = {name: desk._channels[shard]._holding.tenure for name, desk in self.desks.items()}
         return [
             name
             for name, tenure in tenures.items()
@@ -342,10 +342,10 @@ def test_a_refreshed_answer_replaces_the_one_that_the_owner_has() -> None:
         await look(desk, KEYS[1], read=False)
         await asyncio.sleep(10)
         assert desk.stats()["leased"]
-        assert desk._channels[0]._tenure is not None
+        assert desk._channels[0]._holding.tenure is not None
         desk.land(await look(desk, read=False), b"new", None, 600.0)
         await asyncio.sleep(0.1)
-        desk._channels[0]._tenure.entries.remove(KEY, ACME)  # as if it had to make room
+        desk._channels[0]._holding.tenure.entries.remove(KEY, ACME)  # as if it had to make room
         assert (await look(desk)).value == b"new"
         await world.close()
 
@@ -407,7 +407,7 @@ def test_streams_go_on_for_those_who_listened_and_for_those_who_come() -> None:
 def test_entries_follow_in_parts_and_the_younger_one_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("actors.cache.channel.KEEP_MESSAGE_BYTES", 2000)
+    monkeypatch.setattr("actors.cache.holding.KEEP_MESSAGE_BYTES", 2000)
 
     async def session() -> None:
         world = World()

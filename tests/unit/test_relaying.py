@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from actors.cache.policy import Gone, Lead
+from actors.cache.policy import Lead
 from forebay.call import Call, Stream
 from forebay.errors import GatewayError, GatewayTimeout, Overloaded, ProviderError
 from tests.support.fake_time import settle
@@ -81,10 +81,7 @@ def lose_the_leader(here: House) -> None:
     now_s = time.monotonic()
     here.system._refs["cache"].owner._lapse(now_s + 60)  # type: ignore[attr-defined]
     for channel in here.system.cache._channels:
-        for flight in list(channel._held):
-            del channel._held[flight]
-            channel._here.land(flight, Gone(), now_s)
-            channel._tell_ear(flight, Gone())
+        channel.give_up(now_s + 86_400)
 
 
 async def followed(here: House) -> Reader:
