@@ -101,7 +101,7 @@ class Texts:
         if self._rounds < ROUNDS_MAX:
             await self._ask(lost, read, join, patience_s)
         else:
-            self._leads.update({row: Lead(self._keys[row], self._scope, None) for row in lost})
+            self._leads.update({row: self._alone(row) for row in lost})
 
     def take(self, answer: Answer, ttl_s: float | None) -> None:
         """The answer to what `to_send` was: kept for `ttl_s` seconds, if at all, and handed on."""
@@ -135,7 +135,7 @@ class Texts:
             raise ProviderError("the provider's vectors have different lengths")
         self._evened = True
         self._known.clear()
-        self._leads = {row: Lead(key, self._scope, None) for row, key in enumerate(self._keys)}
+        self._leads = {row: self._alone(row) for row in range(len(self._keys))}
         return False
 
     def answer(self) -> Answer:
@@ -161,6 +161,9 @@ class Texts:
             array=rows if len(rows) == len(self._rows) else rows[self._rows],
             estimated=any(vector.estimated for vector in vectors),
         )
+
+    def _alone(self, row: int) -> Lead:
+        return self._desk.alone(self._keys[row], self._scope)
 
     async def _ask(self, rows: Sequence[int], read: bool, join: bool, patience_s: float) -> None:
         keys = [self._keys[row] for row in rows]

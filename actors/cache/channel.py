@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.cache.following import Ear, Listening
 from actors.cache.holding import Holding
-from actors.cache.lease import RECALL_S
+from actors.cache.lease import LEASE_S, RECALL_S
 from actors.cache.policy import (
     PIECE_OVERHEAD_BYTES,
     SPEECH_BYTES_MAX,
@@ -34,6 +34,7 @@ from actors.cache.policy import (
     Scope,
     Searching,
     Sweep,
+    Swept,
     leader_of,
 )
 from actors.cache.under_way import Asked, Group, Led
@@ -43,6 +44,7 @@ LOOKUP_TIMEOUT_S = 0.25
 """The most that an unreachable owner costs a request, and it costs that once per outage."""
 SEARCH_TIMEOUT_S = RECALL_S + LOOKUP_TIMEOUT_S
 LAND_TIMEOUT_S = 5.0
+INVALIDATE_TIMEOUT_S = LEASE_S + LAND_TIMEOUT_S
 FOLLOW_HOLD_S = 10.0
 START_WAIT_S = 2.0
 SILENCE_S = 3.0
@@ -95,6 +97,7 @@ class Channel:
         self._pause = pause
         self.minted = 0
         self._near = Entries(NEAR_BYTES_MAX)
+        self._swept = Swept()
         self._asks: list[Asked] = []
         self._landings: list[Landing] = []
         self._landing_bytes = 0
@@ -272,14 +275,12 @@ class Channel:
 
     async def invalidate(self, scope: Scope | None, model: str | None, key: bytes | None) -> int:
         """Asks the owner to; returns how many answers that were. Raises OwnerUnavailable."""
-        self._near.invalidate(Sweep.of(scope, model, key))
-        before = self.counts["swept"]
+        self.swept(Sweep.of(scope, model, key))
         dropped: int = await self._ref.ask(
-            "invalidate", scope, model, key, timeout_s=LAND_TIMEOUT_S
+            "invalidate", scope, model, key, timeout_s=INVALIDATE_TIMEOUT_S
         )
-        await self._ref.ask("swept", timeout_s=LAND_TIMEOUT_S)
-        self._near.invalidate(Sweep.of(scope, model, key))
-        return dropped + self.counts["swept"] - before
+        self.swept(Sweep.of(scope, model, key))
+        return dropped
 
     def held(self) -> tuple[int, int, int]:
         """What is kept on a lease: entries, their bytes, and how many gave way."""
@@ -411,7 +412,9 @@ class Channel:
             elif isinstance(answer, Hit):
                 self.counts["hits"] += 1
                 ttl_s, now = min(answer.left_s, NEAR_TTL_S), self._clock()
-                self._near.put(ask.key, ask.scope, answer.value, ttl_s, now, age_s=answer.age_s)
+                # An answer that a sweep has overtaken is for nobody else.
+                if not self._swept.forbids(ask.key, ask.scope, sent_s, now):
+                    self._near.put(ask.key, ask.scope, answer.value, ttl_s, now, age_s=answer.age_s)
             elif isinstance(answer, Lead):
                 answer = Lead(ask.key, ask.scope, answer.flight, sent_s)
                 if answer.flight is not None:
@@ -423,7 +426,7 @@ class Channel:
 
     def lead(self, ask: Ask, now: float, until_s: float) -> None:
         """This process leads it from now on."""
-        self.led[ask.flight] = Led(ask, now, until_s)
+        self.led[ask.flight] = Led(ask, now, now, until_s)
 
     async def _send_landings(self, landings: list[Landing]) -> None:
         try:
@@ -444,7 +447,9 @@ class Channel:
 
     def swept(self, sweep: Sweep) -> None:
         """The owner has forgotten this."""
-        self._near.invalidate(sweep)
+        self._swept.add(sweep, self._clock())
+        # All of a scope rather than a model's: a second's worth, and looking for it takes longer.
+        self._near.invalidate(sweep if sweep.key is not None else Sweep(sweep.scope))
 
     def mind(self) -> None:
         """What is led is to be renewed again."""
@@ -534,7 +539,8 @@ class Channel:
                 )
             except Exception as error:  # noqa: BLE001
                 self.lost(error)
-                break
+                await self._pause(RENEW_EVERY_S)
+                continue
             for flight in followed:
                 led = self.led.get(flight)
                 if led is not None:

@@ -88,7 +88,7 @@ class CacheDesk:
         then leads alone. Raises FlightFailed with the leader's error.
         """
         if not (read or join):
-            return Lead(key, scope, None, self._clock())
+            return self.alone(key, scope)
         channel = self._home(key)
         deadline = self._clock() + patience_s
         for _ in range(ROUNDS_MAX):
@@ -101,6 +101,10 @@ class CacheDesk:
                 return joined
             if self._clock() >= deadline:
                 break
+        return self.alone(key, scope)
+
+    def alone(self, key: bytes, scope: Scope) -> Lead:
+        """The duty to compute it, with nobody asked, and nobody who waits."""
         return Lead(key, scope, None, self._clock())
 
     def near(self, key: bytes, scope: Scope) -> Hit | None:
@@ -220,7 +224,8 @@ class CacheDesk:
     async def invalidate(self, scope: Scope | None, model: str | None, key: bytes | None) -> int:
         """Forget what is stored of a scope, of a model, under a key, or all of these; None is any.
 
-        Returns how many entries that were, in the owners' memory and this process's. Nothing of it
+        Returns how many entries that were in memory: the owners', and that of processes that hold a
+        lease and say so before it is over. Nothing of it
         is told any more when this returns, but by other processes that were told it less than a
         second ago. Raises OwnerUnavailable; some owners may have forgotten it then.
         """

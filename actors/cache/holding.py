@@ -94,6 +94,7 @@ class Tenure:
         self.stores = grant.stores
         self.entries = Entries(grant.bytes_max, grant.scope_share)
         self.swept = Swept()
+        self.made: dict[int, int] = {}  # sweeps that the owner has not heard of, and what they took
         self.over = False
 
 
@@ -264,6 +265,7 @@ class Holding:
         found: list[Hit | None] = [None] * len(asks)
         searched = False
         more: list[Kept] = []
+        sent_s = self._clock()
         try:
             found, more, tenure.stores = await self._ref.ask(
                 "find", self._name, tenure.number, places, timeout_s=FIND_TIMEOUT_S
@@ -273,7 +275,8 @@ class Holding:
             self._around.lost(error)
         now = self._clock()
         known = [(*place, hit) for place, hit in zip(places, found, strict=True) if hit is not None]
-        self._take_in(tenure, [*more, *((key, scope, hit) for scope, key, hit in known)], now)
+        known += [(scope, key, hit) for key, scope, hit in more]
+        self._take_in(tenure, known, sent_s, now)
         for asked, hit in zip(asks, found, strict=True):
             ask = asked.ask
             lead = Lead(ask.key, ask.scope, ask.flight if ask.join else None, now)
@@ -287,13 +290,20 @@ class Holding:
                 led.searched = searched
             self._around.resolve(asked, lead)
 
-    def _take_in(self, tenure: Tenure, entries: list[Kept], now: float) -> None:
-        """Entries that were the owner's; what is here already is younger."""
+    def _take_in(
+        self,
+        tenure: Tenure,
+        entries: list[tuple[Scope, bytes, Hit]],
+        sent_s: float,
+        now: float,
+    ) -> None:
+        """Entries that were the owner's; what is here already is younger. They may have left it as
+        early as they were asked for, and have been swept since."""
         if tenure.over:
             return
-        for key, scope, hit in entries:
+        for scope, key, hit in entries:
             if tenure.entries.get(key, scope, now) is None and not tenure.swept.forbids(
-                key, scope, now - hit.age_s, now
+                key, scope, sent_s - hit.age_s, now
             ):
                 tenure.entries.put(key, scope, hit.value, hit.left_s, now, age_s=hit.age_s)
 
@@ -348,10 +358,16 @@ class Holding:
                 return None
             self._around.counts["leases"] += 1
             tenure = self.tenure = self._stored = Tenure(self._number, until_s, grant)
+            now = self._clock()
+            for sweep, age_s in grant.swept:
+                tenure.swept.add(sweep, now - age_s)
             self._here = Flights()
             for led in self._around.led.values():
                 led.abroad = False
-                self._here.join(led.ask, self._clock())
+                led.told = 0  # the owner has let it go
+                ask = led.ask
+                if not tenure.swept.forbids(ask.key, ask.scope, led.begun_s, now):
+                    self._here.join(ask, now)
             return tenure
         finally:
             self.gated = False
@@ -359,7 +375,6 @@ class Holding:
 
     async def _stay(self, tenure: Tenure) -> None:
         """Keep the lease until it is recalled, or over."""
-        swept: list[int] = []
         while self.at(now := self._clock()) is tenure:
             self._around.give_up(now)
             for flight in self._around.led:
@@ -370,7 +385,7 @@ class Holding:
                     "hold",
                     self._name,
                     tenure.number,
-                    swept,
+                    tenure.made,
                     HOLD_S,
                     timeout_s=HOLD_S + HOLD_ANSWER_S,
                 )
@@ -379,22 +394,34 @@ class Holding:
                 await self._pause(BACK_OFF_S[0])
                 continue
             self._around.away = False
-            if told is not None:
-                swept = [number for number, _ in told.sweeps]
-                for _, sweep in told.sweeps:
-                    self._sweep(tenure, sweep)
-            if told is None or told.recalled:
-                if not tenure.over:
-                    self.leave(tenure)
-            else:
+            goes_on = told is not None and not told.recalled
+            if goes_on:
                 tenure.until_s = now + LEASE_S
                 self._owed = (tenure.number, tenure.until_s)
+            elif not tenure.over:
+                self.leave(tenure)
+            if told is not None:
+                await self._sweep(tenure, dict(told.sweeps))
 
-    def _sweep(self, tenure: Tenure, sweep: Sweep) -> None:
-        tenure.swept.add(sweep, self._clock())
-        self._here.part(sweep)
-        self._around.swept(sweep)
-        self._around.counts["swept"] += tenure.entries.invalidate(sweep)
+    async def _sweep(self, tenure: Tenure, sweeps: dict[int, Sweep]) -> None:
+        """What is swept is not found any more when this has begun; the rest takes its time."""
+        made, tenure.made = tenure.made, {}
+        begun = []
+        for number, sweep in sweeps.items():
+            if number in made:  # the owner has not heard of it
+                tenure.made[number] = made[number]
+                continue
+            tenure.swept.add(sweep, self._clock())
+            self._here.part(sweep)
+            self._around.swept(sweep)
+            begun.append((number, tenure.entries.sweep(sweep)))
+        for number, steps in begun:
+            dropped = 0
+            for part in steps:
+                dropped += part
+                await asyncio.sleep(0)
+            self._around.counts["swept"] += dropped
+            tenure.made[number] = dropped
 
     def leave(self, tenure: Tenure) -> None:
         """From now on nothing is answered here; the owner is told by who keeps the lease."""
@@ -412,21 +439,23 @@ class Holding:
         if self.tenure is not None:
             self.leave(self.tenure)
         if self._owed is not None:
-            await self._give_back(*self._owed)
+            made = {} if self._stored is None else self._stored.made
+            await self._give_back(*self._owed, made)
             self._owed = None
         if self._stored is not None:
             await self._hand_over(self._stored)
             self._stored = None
 
-    async def _give_back(self, number: int, until_s: float) -> None:
+    async def _give_back(self, number: int, until_s: float, made: dict[int, int]) -> None:
         """Name the flights that are led here, until the owner answers or the lease is over."""
         back_off_s = BACK_OFF_S[0]
         while True:
-            led = self._around.led.items()
-            asks = [one.ask for flight, one in led if self._passes_on(flight)]
+            now = self._clock()
+            flights = self._around.led.items()
+            led = [(one.ask, now - one.begun_s) for name, one in flights if self._passes_on(name)]
             try:
                 await self._ref.ask(
-                    "give_back", self._name, number, asks, timeout_s=GIVE_BACK_TIMEOUT_S
+                    "give_back", self._name, number, led, made, timeout_s=GIVE_BACK_TIMEOUT_S
                 )
                 break
             except Exception as error:  # noqa: BLE001

@@ -7,6 +7,8 @@ Rule 2: a lease is its holder's name and a number that this holder never uses ag
 Rule 3: whoever gives a lease back has stopped answering before it says so, and says which flights
         it leads. Nobody else is answered before.
 Rule 4: entries come afterwards, a few at a time. The younger of two wins, and a miss is no harm.
+Rule 5: what was begun before a sweep is not kept after it, on whichever side it was begun or ends:
+        flights and entries travel with their age, and may have been under way for TRAVEL_S.
 
 No clock and no event loop here: time is an argument.
 """
@@ -35,7 +37,7 @@ WAIT_S = 10.0
 MORE_BYTES = 64 * 1024
 """What the owner stores moves to the holder as it is asked for, and so much with each answer."""
 SWEEPS_MAX = 100
-"""Most sweeps that wait for a holder; beyond, it loses the lease, and what it kept is dropped."""
+"""Most sweeps that wait for a holder; beyond, they are one of everything, and the lease ends."""
 OVER_MAX = 1000
 """Desks whose last lease is remembered as over."""
 
@@ -49,15 +51,18 @@ class Grant:
     """The key space is the desk's: what it may keep, and whether the owner stores something still.
 
     Without `reads` there is a second tier that the holder does not see: the lease is for joining.
+    `swept` are the sweeps of late, oldest first, each with its age in seconds: what was begun
+    before is under way still.
     """
 
     bytes_max: int
     scope_share: float
     stores: bool
     reads: bool = True
+    swept: tuple[tuple[Sweep, float], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Grant, (self.bytes_max, self.scope_share, self.stores, self.reads))
+        return (Grant, (self.bytes_max, self.scope_share, self.stores, self.reads, self.swept))
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class Cache:
     is slow or away costs a miss the tier's budget at most, and everybody else nothing.
     """
 
-    PROTOCOL = 3
+    PROTOCOL = 4
 
     def __init__(
         self,
@@ -94,6 +94,7 @@ class Cache:
         self._read_s = float("-inf")
         self._keeper: tuple[str, int] | None = None  # whose entries may still come
         self._sweeps: dict[int, Sweep] = {}  # those that the holder has not done yet
+        self._dropped: dict[int, int] = {}  # what it has dropped for those it has done
         self._sweeps_begun = 0
         self._counts: Counter[str] = Counter()
         self._tallies = Tallies()
@@ -198,26 +199,37 @@ class Cache:
             return begun_s
         return float("-inf") if landing.age_s is None else now - landing.age_s - TRAVEL_S
 
-    def invalidate(
+    async def invalidate(
         self, scope: Scope | None = None, model: str | None = None, key: bytes | None = None
     ) -> int:
         """Forgets the answers of a scope, of a model, under a key, or all of these; None is any.
 
         `model` and `key` are what `policy.key` was given and returned. Returns how many answers
-        that were in memory. No look-up from now on is served by them, nor by what is under way;
-        who waits for a call already gets its answer, which is not stored. Desks that have just
-        been served may serve it again for one second. What is in Redis is deleted in the
-        background, and not read meanwhile. Safe to repeat.
+        that were in memory: here, and at the lease's holder as far as it says so in time. No
+        look-up from now on is served by them, nor by what is under way; who waits for a call
+        already gets its answer, which is not stored. Desks that have just been served may serve it
+        again for one second. What is in Redis is deleted in the background, and not read meanwhile.
+        Others are answered while this goes on. Safe to repeat.
         """
         self._wake()
         sweep = Sweep.of(scope, model, key)
         self._swept.add(sweep, self._clock())
         self._flights.part(sweep)
-        dropped = self._entries.invalidate(sweep)
-        self._have_swept(sweep)
+        steps = self._entries.sweep(sweep)
+        holder = self._have_swept(sweep)
+        number = self._sweeps_begun
         if self._tier is not None:
             self._tier.sweep(sweep)
-        self._counts["invalidated"] += dropped
+        dropped = 0
+        try:
+            for part in steps:
+                dropped += part
+                await asyncio.sleep(0)
+            if holder is not None:
+                await self._holder_has_swept(holder, number)
+        finally:
+            dropped += sum(steps) + self._dropped.pop(number, 0)
+            self._counts["invalidated"] += dropped
         return dropped
 
     def renew(self, flights: list[str]) -> list[str]:
@@ -375,25 +387,27 @@ class Cache:
             return None
         if not held:
             self._sweeps.clear()
+            self._dropped.clear()
             self._keeper = None
             self._counts["leases"] += 1
             for flight in self._flights.aloft():
                 self._flights.let_go(flight)
         entries = self._entries
         stores, reads = len(entries) > 0, self._place is None
-        return Grant(entries.bytes_max, entries.scope_share, stores, reads)
+        swept = self._swept.recent(now)
+        return Grant(entries.bytes_max, entries.scope_share, stores, reads, swept)
 
-    async def hold(self, desk: str, number: int, swept: list[int], timeout_s: float) -> Told | None:
-        """The holder is alive and has made the sweeps `swept`. Held for `timeout_s` seconds, or
-        until there is something to tell. None when the lease is over."""
+    async def hold(
+        self, desk: str, number: int, swept: dict[int, int], timeout_s: float
+    ) -> Told | None:
+        """The holder is alive and has made the sweeps `swept`, each of which has dropped so many
+        entries. Held for `timeout_s` seconds, or until there is something to tell. None when the
+        lease is over. Safe to repeat."""
         now = self._clock()
         deadline = now + timeout_s
         if not self._lease.renew(desk, number, now):
             return None
-        for done in swept:
-            self._sweeps.pop(done, None)
-        if swept:
-            self._hall.tell(SWEPT)
+        self._take_off(swept)
         while self._lease.holder(now) == (desk, number):
             recalled = self._lease.recalled
             if recalled or self._sweeps or now >= deadline:
@@ -416,15 +430,22 @@ class Cache:
         more = self._entries.pop_some(MORE_BYTES, now)
         return found, more, len(self._entries) > 0
 
-    def give_back(self, desk: str, number: int, asks: list[Ask]) -> bool:
-        """The holder has stopped to answer; these flights it leads. Safe to repeat.
+    def give_back(
+        self, desk: str, number: int, led: list[tuple[Ask, float]], swept: dict[int, int]
+    ) -> bool:
+        """The holder has stopped to answer, and has made the sweeps `swept`, as in `hold`. These
+        flights it leads, each with the seconds since it began. Safe to repeat.
 
         Whether its entries are welcome.
         """
         now = self._clock()
-        for ask in asks:
-            self._flights.join(ask, now)
         ended = self._lease.end(desk, number)
+        if ended:
+            self._take_off(swept)
+        if self._lease.holder(now) is None:  # who has it now is not told of others
+            for ask, age_s in led:
+                if not self._is_swept(ask.key, ask.scope, age_s, now):
+                    self._flights.join(ask, now)
         if ended or not self._sweeps_begun:
             self._keeper = None if self._sweeps else (desk, number)
         self._hall.tell(FREED)
@@ -432,7 +453,8 @@ class Cache:
         return self._keeper == (desk, number)
 
     def keep(self, desk: str, number: int, entries: list[Kept]) -> bool:
-        """Entries of a holder, or of one that was. The younger one stays. Safe to repeat.
+        """Entries of a holder, or of one that was. The younger one stays, unless it may be from
+        before a sweep. Safe to repeat.
 
         False when they are not wanted any more.
         """
@@ -442,32 +464,49 @@ class Cache:
             return False
         for key, scope, hit in entries:
             known = self._entries.get(key, scope, now)
-            if known is None or known.age_s > hit.age_s:
+            if known is not None and known.age_s <= hit.age_s:
+                continue
+            if self._is_swept(key, scope, hit.age_s, now):
+                self._entries.remove(key, scope)  # the older one
+            else:
                 self._entries.put(key, scope, hit.value, hit.left_s, now, age_s=hit.age_s)
         return True
 
-    async def swept(self) -> None:
-        """Waits until the holder of a lease has made every sweep too, or holds it no longer."""
-        now = self._clock()
-        holder, last = self._lease.holder(now), self._sweeps_begun
-        while self._lease.holder(now) == holder is not None and (
-            self._lease.recalled or any(number <= last for number in self._sweeps)
-        ):
-            await self._hall.wait([SWEPT], self._lease.left_s(now))
-            now = self._clock()
+    def _is_swept(self, key: bytes, scope: Scope, age_s: float, now: float) -> bool:
+        """Whether what was so old when it was sent to us may be from before a sweep."""
+        return self._swept.forbids(key, scope, now - age_s - TRAVEL_S, now)
 
-    def _have_swept(self, sweep: Sweep) -> None:
-        """The holder of a lease is to make this sweep too; `swept` waits for it."""
+    def _have_swept(self, sweep: Sweep) -> tuple[str, int] | None:
+        """Who holds the lease is to make this sweep too, under the number `_sweeps_begun`."""
         self._sweeps_begun += 1
         self._keeper = None
         holder = self._lease.holder(self._clock())
         if holder is None:
-            return
+            return None
         if len(self._sweeps) >= SWEEPS_MAX:
-            self._recall()
-        else:
-            self._sweeps[self._sweeps_begun] = sweep
-            self._hall.tell(_name(holder[0]))
+            self._sweeps.clear()
+            self._recall()  # who waits for the others waits for the end of the lease
+            sweep = Sweep()
+        self._sweeps[self._sweeps_begun] = sweep
+        self._hall.tell(_name(holder[0]))
+        return holder
+
+    async def _holder_has_swept(self, holder: tuple[str, int], number: int) -> None:
+        """Waits until this holder has made the sweep, or holds the lease no longer."""
+        now = self._clock()
+        while self._lease.holder(now) == holder and (
+            self._lease.recalled or number in self._sweeps
+        ):
+            await self._hall.wait([SWEPT], self._lease.left_s(now))
+            now = self._clock()
+
+    def _take_off(self, swept: dict[int, int]) -> None:
+        """The holder has made these sweeps."""
+        for number, dropped in swept.items():
+            if self._sweeps.pop(number, None) is not None:
+                self._dropped[number] = dropped
+        if swept:
+            self._hall.tell(SWEPT)
 
     def _is_free(self, asks: list[Ask], now: float) -> bool:
         """Whether these may be answered now. If not, the key space is recalled."""

@@ -16,7 +16,7 @@ import heapq
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -36,6 +36,8 @@ DIGEST_BYTES = 32
 TTL_JITTER = 0.1
 """A lifetime is cut by up to this share, so that what was stored together does not end together."""
 FLIGHTS_MAX = 100_000
+SWEEP_STEP = 2000
+"""Entries that a sweep looks at in one step: two or three milliseconds."""
 SWEPT_MAX = 256
 SWEPT_KEPT_S = 900.0
 """Longer than any call may take: what lands later than this after a sweep was begun after it."""
@@ -350,6 +352,17 @@ class News:
         return (News, (self.pieces, self.outcome))
 
 
+@dataclass(slots=True, eq=False)
+class _Hiding:
+    """A sweep under way: what it takes is not found, but for what was stored since."""
+
+    sweep: Sweep
+    since: set[tuple[str, bytes]] = field(default_factory=set)
+
+    def hides(self, mark: str, key: bytes) -> bool:
+        return self.sweep.takes(mark, key) and (mark, key) not in self.since
+
+
 class Entries:
     """Owns stored answers: one shelf per scope, each with W-TinyLFU's order (see `tinylfu.py`).
 
@@ -368,6 +381,7 @@ class Entries:
         room = self._shelf_bytes_max - SHELF_OVERHEAD_BYTES
         self._entry_bytes_max = min(bytes_max // ENTRY_SHARE_MAX, room)
         self._shelves: dict[str, Shelf] = {}
+        self._hidings: list[_Hiding] = []
         # Shelves by size, largest first; each growth adds a record, stale ones are put right when
         # they come up.
         self._largest: list[tuple[int, str]] = []
@@ -389,6 +403,8 @@ class Entries:
             return None
         if now >= entry.expires_s:
             self._drop(mark, shelf, entry)
+            return None
+        if self._hidings and self._hides(mark, key):
             return None
         shelf.used(entry)
         return Hit(entry.value, now - entry.stored_s, entry.expires_s - now)
@@ -419,6 +435,8 @@ class Entries:
             shelf = self._shelves[mark] = Shelf()
             shelf.bytes = SHELF_OVERHEAD_BYTES
             self.bytes += SHELF_OVERHEAD_BYTES
+        for hiding in self._hidings:
+            hiding.since.add((mark, key))
         entry = Entry(key, value, now - age_s, now + ttl_s, size)
         shelf.add(entry)
         self._count += 1
@@ -440,25 +458,56 @@ class Entries:
             self._drop(mark, shelf, entry)
 
     def invalidate(self, sweep: Sweep) -> int:
-        """Drops what the sweep takes, and says how many entries those are.
+        """Drops what the sweep takes, and says how many entries those are."""
+        return sum(self.sweep(sweep))
 
-        Looks at every entry of the scopes that it may be in, unless it names a key, or no model.
+    def sweep(self, sweep: Sweep) -> Iterator[int]:
+        """`invalidate` in steps, each of which says how many it has dropped.
+
+        Nothing of it is found from this call on; what is put in meanwhile is. Go to the end of it:
+        half a million entries of one scope take half a second (measured), SWEEP_STEP at a time.
         """
         marks = [sweep.scope] if sweep.scope is not None else list(self._shelves)
+        shelves = [(mark, self._shelves[mark]) for mark in marks if mark in self._shelves]
+        if sweep.key is not None:
+            return iter([self._drop_key(sweep, sweep.key, shelves)])
+        if sweep.model is None:
+            for mark, shelf in shelves:
+                self._clear(mark, shelf)
+            return _taken_apart([shelf for _, shelf in shelves])
+        hiding = _Hiding(sweep)
+        self._hidings.append(hiding)
+        return self._drop_model(hiding, [(m, list(one.entries.values())) for m, one in shelves])
+
+    def _drop_key(self, sweep: Sweep, key: bytes, shelves: list[tuple[str, Shelf]]) -> int:
+        """Counts neither what has been hidden already, nor what is not the sweep's."""
         dropped = 0
-        for mark in marks:
-            shelf = self._shelves.get(mark)
-            if shelf is None:
-                continue
-            if sweep.key is None and sweep.model is None:
-                dropped += self._clear(mark, shelf)
-                continue
-            keys = shelf.entries if sweep.key is None else (sweep.key,)
-            taken = [shelf.entries[k] for k in keys if k in shelf.entries and sweep.takes(mark, k)]
-            for entry in taken:
+        for mark, shelf in shelves:
+            entry = shelf.entries.get(key)
+            if entry is not None and sweep.takes(mark, key) and not self._hides(mark, key):
                 self._drop(mark, shelf, entry)
-            dropped += len(taken)
+                dropped += 1
         return dropped
+
+    def _drop_model(self, hiding: _Hiding, shelves: list[tuple[str, list[Entry]]]) -> Iterator[int]:
+        model = hiding.sweep.model
+        looked = dropped = 0
+        for mark, entries in shelves:
+            for entry in entries:
+                looked += 1
+                if entry.key[DIGEST_BYTES:] == model:
+                    shelf = self._shelves.get(mark)
+                    if shelf is not None and shelf.entries.get(entry.key) is entry:
+                        self._drop(mark, shelf, entry)
+                        dropped += 1
+                if looked == SWEEP_STEP:
+                    yield dropped
+                    looked = dropped = 0
+        self._hidings.remove(hiding)
+        yield dropped
+
+    def _hides(self, mark: str, key: bytes) -> bool:
+        return any(hiding.hides(mark, key) for hiding in self._hidings)
 
     def pop_some(self, bytes_max: int, now: float) -> list[tuple[bytes, Scope, Hit]]:
         """Takes out what fits into `bytes_max`, and one at least if there are any that live."""
@@ -467,7 +516,7 @@ class Entries:
         while self._shelves:
             mark, shelf = next(iter(self._shelves.items()))
             entry = next(iter(shelf.entries.values()))
-            if entry.expires_s > now:
+            if entry.expires_s > now and not self._hides(mark, entry.key):
                 size += entry.bytes
                 if popped and size > bytes_max:
                     break
@@ -513,6 +562,23 @@ class Entries:
                 return mark
 
 
+def _taken_apart(shelves: list[Shelf]) -> Iterator[int]:
+    """Lets go of what no map holds any more. Neighbours know each other, so that all of it would
+    wait for the garbage collector, and stop everything then."""
+    looked = dropped = 0
+    for shelf in shelves:
+        entries = list(shelf.entries.values())
+        shelf.entries.clear()
+        while entries:
+            del (entry := entries.pop()).before, entry.after
+            dropped += 1
+            looked += 1
+            if looked == SWEEP_STEP:
+                yield dropped
+                looked = dropped = 0
+    yield dropped
+
+
 class Swept:
     """Owns which sweeps there were of late, so that no answer from before one is kept after it.
 
@@ -540,6 +606,11 @@ class Swept:
         return any(
             swept_s >= begun_s and sweep.takes(mark, key) for sweep, swept_s in self._times.items()
         )
+
+    def recent(self, now: float) -> tuple[tuple[Sweep, float], ...]:
+        """The sweeps, oldest first, each with its age in seconds."""
+        self._forget(now)
+        return tuple((sweep, now - swept_s) for sweep, swept_s in self._times.items())
 
     def _forget(self, now: float) -> None:
         while self._times:

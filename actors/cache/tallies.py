@@ -11,10 +11,11 @@ import asyncio
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from itertools import zip_longest
 from typing import NamedTuple
 
-from actors.ref import OwnerRef, OwnerUnavailable
+from actors.ref import OwnerRef
 
 DESKS_MAX = 2_000
 NAMES_MAX = 500
@@ -149,10 +150,8 @@ class TallyDesk:
         return {"told": self._number - self._failures, "failures": self._failures}
 
     async def _tell(self) -> None:
-        try:
+        with suppress(Exception):  # whatever it is, it is counted, and told again
             await self.sums()
-        except OwnerUnavailable:
-            pass  # it is told again
 
     async def _tell_for_ever(self) -> None:
         """Nothing is told before there is something to tell."""

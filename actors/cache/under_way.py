@@ -31,13 +31,15 @@ class Group:
 
 @dataclass(slots=True)
 class Led:
-    """A flight that this process leads: when it was last spoken of, and how long it may take.
+    """A flight that this process leads: since when, when it was last spoken of, and how long it may
+    take.
 
     Of a stream, `pieces` are what it has said so far, of which the owner knows `told`. `searched`:
     nobody stored an answer when it began.
     """
 
     ask: Ask
+    begun_s: float
     said_s: float
     until_s: float
     searched: bool = False

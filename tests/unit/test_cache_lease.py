@@ -693,10 +693,10 @@ def test_nobody_is_answered_while_the_holder_has_not_given_back() -> None:
         other = Ask(KEY, ACME, "b-1", True, True, 3.0)
         assert cache.lookup([other]) == [Searching()]
         mine = Ask(KEY, ACME, "a-2", True, True, 3.0)
-        assert cache.give_back("a", 1, [mine])
+        assert cache.give_back("a", 1, [(mine, 1.0)], {})
         assert await cache.search([other]) == [Follow("a-2")]
         cache.land([Landing(KEY, ACME, "a-2", b"v", None, None)])
-        assert cache.give_back("a", 1, [mine]), "said twice"
+        assert cache.give_back("a", 1, [(mine, 1.0)], {}), "said twice"
         assert cache.lookup([other]) == [Lead(KEY, ACME, "b-1")]
 
     asyncio.run(session())

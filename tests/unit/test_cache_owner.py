@@ -216,14 +216,14 @@ def keep(cache: Cache, scope: Scope, model: str, number: int = 0) -> None:
         ({}, set()),
     ],
 )
-def test_what_is_named_is_forgotten_and_nothing_else(
+async def test_what_is_named_is_forgotten_and_nothing_else(
     cache: Cache, named: dict[str, Any], left: set[tuple[str, str]]
 ) -> None:
     all_of_them = {(tenant, model) for tenant in ("acme", "other") for model in "mn"}
     for tenant, model in all_of_them:
         keep(cache, Scope(tenant), model)
-    assert cache.invalidate(**named) == 4 - len(left)
-    assert cache.invalidate(**named) == 0
+    assert await cache.invalidate(**named) == 4 - len(left)
+    assert await cache.invalidate(**named) == 0
     for tenant, model in all_of_them:
         asked = Ask(of(Scope(tenant), model), Scope(tenant), "f", True, False, 2.0)
         assert isinstance(cache.lookup([asked])[0], Hit) == ((tenant, model) in left)
@@ -234,7 +234,7 @@ async def test_what_is_under_way_when_it_is_invalidated_is_not_stored(
     cache: Cache, now: Now
 ) -> None:
     cache.lookup([ask("a"), ask("b")])
-    cache.invalidate(ACME)
+    await cache.invalidate(ACME)
     now.s = 1
     assert cache.lookup([ask("c")]) == [Lead(KEY, ACME, "c")]
     cache.land([landing("a", b"old")])
@@ -246,9 +246,9 @@ async def test_what_is_under_way_when_it_is_invalidated_is_not_stored(
     assert cache.stats()["invalidated_under_way"] == 2
 
 
-def test_what_lands_without_a_flight_is_judged_by_its_age(cache: Cache, now: Now) -> None:
+async def test_what_lands_without_a_flight_is_judged_by_its_age(cache: Cache, now: Now) -> None:
     now.s = 100
-    cache.invalidate(ACME)
+    await cache.invalidate(ACME)
 
     def stored(age_s: float | None) -> bool:
         cache.land([Landing(KEY, ACME, None, b"v", None, 60, age_s)])
@@ -261,9 +261,9 @@ def test_what_lands_without_a_flight_is_judged_by_its_age(cache: Cache, now: Now
     assert stored(9.5 - TRAVEL_S)
 
 
-def test_an_invalidation_concerns_nobody_else_who_is_under_way(cache: Cache) -> None:
+async def test_an_invalidation_concerns_nobody_else_who_is_under_way(cache: Cache) -> None:
     cache.lookup([ask("a")])
-    cache.invalidate(Scope("other"))
+    await cache.invalidate(Scope("other"))
     assert cache.lookup([ask("b")]) == [Follow("a")]
     cache.land([landing("a")])
     assert cache.lookup([ask("c")]) == [Hit(b"v", 0)]

@@ -784,7 +784,7 @@ async def test_an_invalidation_reaches_redis_and_no_heir_finds_it(
     cache: Cache, proxy: FaultProxy, client: redis.Redis
 ) -> None:
     await landed(cache)
-    assert cache.invalidate(ACME) == 1
+    assert await cache.invalidate(ACME) == 1
     (answer,) = await cache.search([ask("a")])
     assert answer == Lead(KEY, ACME, "a")
     cache.land([landing("a", b"new")])
@@ -803,7 +803,7 @@ async def test_a_search_that_an_invalidation_overtakes_finds_nothing(
     await proxy.set("latency", 0.1)
     searching = asyncio.create_task(heir.search([ask("a")]))
     await asyncio.sleep(0.02)
-    heir.invalidate()
+    await heir.invalidate()
     assert await searching == [Lead(KEY, ACME, "a")]
     await heir.close()
 
