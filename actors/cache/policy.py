@@ -493,7 +493,8 @@ class Entries:
         model = hiding.sweep.model
         looked = dropped = 0
         for mark, entries in shelves:
-            for entry in entries:
+            while entries:  # none of them is held until the last: that would let go of all at once
+                entry = entries.pop()
                 looked += 1
                 if entry.key[DIGEST_BYTES:] == model:
                     shelf = self._shelves.get(mark)
