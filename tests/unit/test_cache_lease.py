@@ -1,15 +1,9 @@
-"""Desks that take the key space on a lease and give it back, over a network that is none too good.
-
-Time is virtual: the loop jumps to its next timer, so that seconds of leases pass in milliseconds.
-"""
+"""Desks that take the key space on a lease and give it back, over a network none too good."""
 
 from __future__ import annotations
 
 import asyncio
-import pickle
-import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -17,185 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.cache import lease as leasing
-from actors.cache.desk import CacheDesk, Follow, Hit, Joined, Lead, home
+from actors.cache.desk import Follow, Hit, Joined, Lead, Listening, home
 from actors.cache.lease import ALONE_S, LEASE_S, MARGIN_S, RECALL_S, Lease
 from actors.cache.owner import Cache
-from actors.cache.policy import Ask, Landing, Miss, Scope, Searching
-from actors.ref import OwnerUnavailable
-
-ACME = Scope("acme")
-KEYS = [bytes([n]) * 40 for n in range(4)]
-KEY = KEYS[0]
-PATIENCE_S = 20.0
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Nothing sleeps: when nothing is ready, it is the time of the next timer."""
-
-    now_s = 100.0
-
-    def time(self) -> float:
-        return self.now_s
-
-    def _run_once(self) -> None:
-        if not self._ready:  # type: ignore[attr-defined]
-            assert self._scheduled, "everybody waits for ever"  # type: ignore[attr-defined]
-            self.now_s = max(self.now_s, self._scheduled[0]._when)  # type: ignore[attr-defined]
-        super()._run_once()  # type: ignore[misc]
-
-
-def virtually(session: Callable[[], Awaitable[None]]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(session())  # type: ignore[arg-type]
-
-
-class World:
-    """Owners, desks, and what happens to the messages between them."""
-
-    def __init__(self, shards: int = 1, seed: int = 0, *, wild: bool = False) -> None:
-        self.chance = random.Random(seed)
-        self.wild = wild
-        self.owners = [self._owner() for _ in range(shards)]
-        self.desks: dict[str, CacheDesk] = {}
-        self.dead: set[str] = set()
-        self.frozen: dict[str, asyncio.Event] = {}
-        self.cut: set[str] = set()
-        self.sent: Counter[str] = Counter()
-        self.born_s = [self.now_s] * shards
-        self.broken: str | None = None
-
-    @property
-    def now_s(self) -> float:
-        return asyncio.get_running_loop().time()
-
-    def clock(self) -> float:
-        return self.now_s
-
-    def _owner(self) -> Cache:
-        return Cache(1_000_000, clock=self.clock, random=self.chance.random)
-
-    async def desk(self, name: str) -> CacheDesk:
-        lines = [Line(self, shard, name) for shard in range(len(self.owners))]
-
-        async def pause(seconds: float) -> None:
-            await asyncio.sleep(seconds)
-            await self.thawed(name)
-
-        desk = CacheDesk(lines, name, self.clock, pause, random=self.chance.random)
-        self.desks[name] = desk
-        await desk.start()
-        return desk
-
-    async def leased(self, name: str) -> CacheDesk:
-        """A desk that is alone for long enough."""
-        wild, self.wild = self.wild, False
-        desk = await self.desk(name)
-        for number in range(20):
-            desk.land(await look(desk, bytes([100 + number]) * 40, read=False), b"once")
-        for _ in range(100):
-            if desk.stats()["leased"]:
-                self.wild = wild
-                return desk
-            await asyncio.sleep(0.1)
-        raise AssertionError("no lease")
-
-    def holders(self, shard: int) -> list[str]:
-        """Who would answer by itself now, dead ones aside."""
-        tenures = {name: desk._channels[shard]._holding.tenure for name, desk in self.desks.items()}
-        return [
-            name
-            for name, tenure in tenures.items()
-            if name not in self.dead and tenure is not None and self.now_s < tenure.until_s
-        ]
-
-    async def thawed(self, name: str) -> None:
-        """A frozen process does nothing: it does not even notice that time is up."""
-        while name in self.frozen:
-            await self.frozen[name].wait()
-
-    def note_answers(self, shard: int, desk: str, answers: list[Any]) -> None:
-        """Nobody is told anything while another one would answer by itself, but by an owner that
-        is so new that it has not heard of it."""
-        if self.now_s - self.born_s[shard] > LEASE_S + MARGIN_S:
-            told = any(isinstance(answer, (Hit, Lead, Follow)) for answer in answers)
-            if told and set(self.holders(shard)) - {desk}:
-                self.broken = f"{desk} was answered while another held the lease"
-
-    def thaw(self, name: str) -> None:
-        self.frozen.pop(name).set()
-
-    def restart(self, shard: int) -> None:
-        self.owners[shard] = self._owner()
-        self.born_s[shard] = self.now_s
-
-    async def close(self) -> None:
-        self.wild = False
-        for name in list(self.frozen):
-            self.thaw(name)
-        for name, desk in self.desks.items():
-            if name not in self.dead:
-                await desk.close()
-
-
-class Line:
-    def __init__(self, world: World, shard: int, desk: str) -> None:
-        self.name = f"cache-{shard}"
-        self.sent: Counter[str] = Counter()
-        self._world = world
-        self._shard = shard
-        self._desk = desk
-
-    async def ask(self, method: str, /, *args: Any, timeout_s: float = 5.0) -> Any:
-        self._world.sent[method] += 1
-        self.sent[method] += 1
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._travel(method, args)
-        except TimeoutError:
-            await self._world.thawed(self._desk)
-            raise OwnerUnavailable(self.name, "no answer in time") from None
-
-    async def _travel(self, method: str, args: tuple[Any, ...]) -> Any:
-        world, chance = self._world, self._world.chance
-        await self._pass()
-        if world.wild and chance.random() < 0.1:
-            later = asyncio.ensure_future(self._deliver(method, args, chance.uniform(0, 4)))
-            later.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if world.wild and chance.random() < 0.05:
-            await asyncio.Event().wait()  # it is lost
-        answer = await self._deliver(method, args, chance.uniform(0, 0.02))
-        if world.wild and chance.random() < 0.05:
-            await asyncio.Event().wait()  # its answer is
-        await asyncio.sleep(chance.uniform(0, 0.02))
-        await self._pass()
-        return answer
-
-    async def _pass(self) -> None:
-        world = self._world
-        await world.thawed(self._desk)
-        if self._desk in world.dead or self._desk in world.cut:
-            await asyncio.Event().wait()
-
-    async def _deliver(self, method: str, args: tuple[Any, ...], delay_s: float) -> Any:
-        """Executed even when nobody waits for it any more, unless its owner dies."""
-        await asyncio.sleep(delay_s)
-        owner = self._world.owners[self._shard]
-        told = pickle.loads(pickle.dumps(args))
-        result = getattr(owner, method)(*told)
-        if asyncio.iscoroutine(result):
-            result = await asyncio.shield(asyncio.ensure_future(result))
-        if self._world.owners[self._shard] is not owner:
-            raise OwnerUnavailable(self.name, "it died")
-        if method in ("lookup", "search"):
-            self._world.note_answers(self._shard, self._desk, result)
-        return pickle.loads(pickle.dumps(result))
-
-
-async def look(
-    desk: CacheDesk, key: bytes = KEY, *, read: bool = True, patience_s: float = PATIENCE_S
-) -> Any:
-    return await desk.lookup(key, ACME, read=read, join=True, patience_s=patience_s)
-
+from actors.cache.policy import Ask, Landing, Miss, Searching
+from tests.support.cache_world import ACME, KEY, KEYS, PATIENCE_S, World, look, virtually
 
 # ------------------------------------------------------------------------------- the owner's book
 
@@ -722,6 +542,9 @@ def test_a_silent_holder_is_waited_for_once() -> None:
 # ------------------------------------------------------------------------------ whatever happens
 
 
+PIECE_BYTES = 30
+
+
 class Session:
     """Requests that come and go, each of which is watched to its end."""
 
@@ -733,8 +556,11 @@ class Session:
         self.waiting: dict[asyncio.Task[None], tuple[str, float]] = {}
         self.failed: BaseException | None = None
 
-    def ask(self, name: str, key: bytes, read: bool, work_s: float, end: str) -> None:
-        task = asyncio.create_task(self._request(name, key, read, work_s, end))
+    def ask(
+        self, name: str, key: bytes, read: bool, work_s: float, end: str, stream: bool = False
+    ) -> None:
+        request = self._stream if stream else self._request
+        task = asyncio.create_task(request(name, key, read, work_s, end))
         self.waiting[task] = (name, self.world.now_s)
         task.add_done_callback(self._ended)
 
@@ -744,35 +570,80 @@ class Session:
             self.failed = self.failed or task.exception()
 
     async def _request(self, name: str, key: bytes, read: bool, work_s: float, end: str) -> None:
-        world, desk = self.world, self.world.desks[name]
-        began_s = world.now_s
+        desk, began_s = self.world.desks[name], self.world.now_s
         found = await desk.lookup(key, ACME, read=read, join=True, patience_s=PATIENCE_S)
-        if not isinstance(found, Lead):
-            whole_key, version = found.value[:40], int.from_bytes(found.value[40:48], "big")
-            assert whole_key == key
-            assert found.value == _value(key, version), "not whole"
-            assert (key, version) in self.landed, "never landed"
-            if isinstance(found, Hit) and not world.wild:
-                newer = self.landed.get((key, version + 1))
-                assert newer is None or began_s - newer < 1.5, "an old answer came back"
+        if isinstance(found, Lead):
+            await self._lead(name, found, work_s, end)
+        else:
+            self._judge(key, found, began_s)
+
+    async def _stream(self, name: str, key: bytes, read: bool, work_s: float, end: str) -> None:
+        """As `_request`, piece by piece: who has lost its leader begins again."""
+        desk, began_s = self.world.desks[name], self.world.now_s
+        until_s = began_s + PATIENCE_S
+        while self.world.now_s < until_s:
+            (found,) = await desk.ask(
+                [key], ACME, read=read, join=True, patience_s=PATIENCE_S, stream=True
+            )
+            if isinstance(found, Lead):
+                await self._lead(name, found, work_s, end)
+                return
+            if isinstance(found, Follow):
+                listening = desk.listen(found.flight)
+                try:
+                    whole = await self._listen(listening, until_s)
+                finally:
+                    listening.close()
+                if whole is None:
+                    continue
+                found = whole
+            self._judge(key, found, began_s)
             return
+
+    async def _listen(self, listening: Listening, until_s: float) -> Joined | None:
+        """The whole, of which the pieces must be the beginning, each once and in their order."""
+        heard = b""
+        while isinstance(news := await listening.more(until_s - self.world.now_s), list):
+            assert news, "a piece is nothing"
+            heard += b"".join(news)
+        if news is not None:
+            assert news.value.startswith(heard), "pieces of something else"
+        return news
+
+    def _judge(self, key: bytes, found: Hit | Joined, began_s: float) -> None:
+        whole_key, version = found.value[:40], int.from_bytes(found.value[40:48], "big")
+        assert whole_key == key
+        assert found.value == _value(key, version), "not whole"
+        assert (key, version) in self.landed, "never landed"
+        if isinstance(found, Hit) and not self.world.wild:
+            newer_s = [
+                at for (of, number), at in self.landed.items() if of == key and number > version
+            ]
+            assert began_s - min(newer_s, default=began_s) < 1.5, "an old answer came back"
+
+    async def _lead(self, name: str, lead: Lead, work_s: float, end: str) -> None:
+        world, desk, key = self.world, self.world.desks[name], lead.key
         self.leading[key] = self.leading.get(key, 0) + 1
+        self.versions[key] += 1
+        version = self.versions[key]
+        value = _value(key, version)
         try:
             if not world.wild:
                 assert self.leading[key] == 1, "two lead"
-                assert found.flight is not None
-            await asyncio.sleep(work_s)
+                assert lead.flight is not None
+            for start in range(0, len(value), PIECE_BYTES):
+                await asyncio.sleep(work_s * PIECE_BYTES / len(value))
+                if name not in world.dead:
+                    desk.say(lead, value[start : start + PIECE_BYTES])
         finally:
             self.leading[key] -= 1
         if name in world.dead:
             return
         if end == "value":
-            self.versions[key] += 1
-            version = self.versions[key]
             self.landed[key, version] = world.now_s
-            desk.land(found, _value(key, version), None, 300.0)
+            desk.land(lead, value, None, 300.0)
         else:
-            desk.land(found)
+            desk.land(lead)
 
     def check(self) -> None:
         world = self.world
@@ -798,7 +669,9 @@ def _value(key: bytes, version: int) -> bytes:
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["ask"] * 6 + ["refresh", "drop", "time", "long", "die", "freeze"])
+        st.sampled_from(
+            ["ask"] * 3 + ["stream"] * 3 + ["refresh", "drop", "time", "long", "die", "freeze"]
+        )
         | st.sampled_from(["thaw", "restart", "arrive"]),
         st.integers(0, 2),
         st.sampled_from(KEYS[:2]),
@@ -817,11 +690,13 @@ async def live(seed: int, shards: int, events: list[Any], *, wild: bool) -> None
         alive = [name for name in world.desks if name not in world.dead]
         awake = [name for name in alive if name not in world.frozen]
         name = alive[number % len(alive)]
-        if event in ("ask", "refresh", "drop"):
+        if event in ("ask", "stream", "refresh", "drop"):
             end = "nothing" if event == "drop" else "value"
             if not awake:
                 continue
-            session.ask(awake[number % len(awake)], key, event != "refresh", seconds, end)
+            session.ask(
+                awake[number % len(awake)], key, event != "refresh", seconds, end, event == "stream"
+            )
             await session.pass_time(0.05 if number else 0.3)
         elif event == "time":
             await session.pass_time(seconds)
