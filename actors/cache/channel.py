@@ -458,6 +458,9 @@ class Channel:
 
     def free(self) -> None:
         """The lease is given back: what waited for that goes on."""
+        if self._attending is not None:  # it asks for others than those of before the lease
+            self._attending.cancel()
+            self._attending = None
         if any(led.ask.stream for led in self.led.values()):
             self._attend_soon()
         self.flush_soon()

@@ -405,12 +405,9 @@ class Holding:
 
     async def _sweep(self, tenure: Tenure, sweeps: dict[int, Sweep]) -> None:
         """What is swept is not found any more when this has begun; the rest takes its time."""
-        made, tenure.made = tenure.made, {}
+        tenure.made = {}  # the owner has heard of those: it has answered
         begun = []
         for number, sweep in sweeps.items():
-            if number in made:  # the owner has not heard of it
-                tenure.made[number] = made[number]
-                continue
             tenure.swept.add(sweep, self._clock())
             self._here.part(sweep)
             self._around.swept(sweep)

@@ -60,6 +60,7 @@ class World:
         self.broken: str | None = None
         self.late: dict[str, float] = {}  # how much longer an answer to such a message takes
         self.lost: set[str] = set()  # messages whose answers are
+        self.unheard: Callable[[str, tuple[Any, ...]], bool] = lambda method, args: False
 
     @property
     def now_s(self) -> float:
@@ -158,7 +159,7 @@ class Line:
         if world.wild and chance.random() < 0.1:
             later = asyncio.ensure_future(self._deliver(method, args, chance.uniform(0, 4)))
             later.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if world.wild and chance.random() < 0.05:
+        if world.unheard(method, args) or (world.wild and chance.random() < 0.05):
             await asyncio.Event().wait()  # it is lost
         answer = await self._deliver(method, args, chance.uniform(0, 0.02))
         if method in world.lost or (world.wild and chance.random() < 0.05):
