@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -212,6 +213,7 @@ class Shelves(RuleBasedStateMachine):
         self.entries = Entries(self.bytes_max, scope_share=0.6)
         self.now = 0.0
         self.truth: dict[tuple[str | None, bytes], tuple[bytes, float]] = {}
+        self.sweeps: list[Iterator[int]] = []
 
     scopes = st.sampled_from([None, "a", "b", "a:b", "everybody"]).map(Scope)
     keys = st.builds(
@@ -253,6 +255,24 @@ class Shelves(RuleBasedStateMachine):
         dropped = self.entries.invalidate(sweep)
         assert len(self.entries) == before - dropped
         assert self.entries.invalidate(sweep) == 0
+        self._forget(scope, model, key)
+
+    @rule(scope=st.none() | scopes, model=st.none() | st.sampled_from(["one", "other"]))
+    def begin_to_invalidate(self, scope: Scope | None, model: str | None) -> None:
+        self.sweeps.append(self.entries.sweep(Sweep.of(scope, model)))
+        self._forget(scope, model, None)
+
+    @rule()
+    def go_on(self) -> None:
+        self.sweeps = [steps for steps in self.sweeps if next(steps, None) is not None]
+
+    @rule()
+    def move(self) -> None:
+        for name, scope, hit in self.entries.pop_some(500, self.now):
+            value, expires_s = self.truth.pop((scope.tenant, name))
+            assert (hit.value, self.now < expires_s) == (value, True)
+
+    def _forget(self, scope: Scope | None, model: str | None, key: bytes | None) -> None:
         for tenant, known in list(self.truth):
             meant = (
                 (scope is None or scope.tenant == tenant)

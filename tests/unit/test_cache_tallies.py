@@ -62,10 +62,11 @@ class Owner:
         self.tallies = Tallies()
         self.words: list[Any] = []
         self.away = False
+        self.error: Exception = OwnerUnavailable("cache", "it died")
 
     def tally(self, desk: str, number: int, tally: Any) -> dict[str, tuple[int, ...]]:
         if self.away:
-            raise OwnerUnavailable("cache", "it died")
+            raise self.error
         self.words.append(tally)
         self.tallies.take(desk, number, tally, 0.0)
         return self.tallies.sums(0.0)
@@ -125,6 +126,20 @@ class TestTheDesk:
         assert bench.pauses == []
         await bench.desk.close()
         assert owner.words == []
+
+    async def test_whatever_an_owner_answers_it_is_told_again(self, owner: Owner) -> None:
+        bench = Bench(owner)
+        await bench.desk.start()
+        owner.away, owner.error = True, AttributeError("an older one knows no tallies")
+        bench.count()
+        await settle()
+        await bench.pass_time()
+        assert bench.desk.stats() == {"told": 0, "failures": 1}
+        owner.away = False
+        await settle()
+        await bench.pass_time()
+        assert owner.words == [{"all": (1,)}]
+        await bench.desk.close()
 
     async def test_the_last_of_it_is_told_at_the_end(self, owner: Owner) -> None:
         bench = Bench(owner)

@@ -380,6 +380,14 @@ async def test_who_is_not_known_is_said() -> None:
     assert (answered.status, answered.error["code"]) == (404, "unknown_tenant")
 
 
+async def test_what_everybody_shares_is_no_tenants_to_clear() -> None:
+    error = InvalidRequest.about("tenant", "shared", code="cache_is_shared", status=409)
+    answered, _ = await cleared("tenant=acme", refusing(error))
+
+    assert answered.status == 409
+    assert (answered.error["code"], answered.error["param"]) == ("cache_is_shared", "tenant")
+
+
 async def test_the_caches_figures_are_told() -> None:
     answered, _ = await asked("GET", "/admin/cache")
 
