@@ -137,6 +137,7 @@ def test_an_owner_answers_while_it_forgets(monkeypatch: pytest.MonkeyPatch) -> N
         assert cache.lookup([asked("b-1", keys[0])]) == [Hit(b"new", 0.0)]
         assert await clearing == 49, "all but the one that is replaced"
         assert cache.stats()["entries"] == 51
+        assert cache._entries._hidings == []
         assert cache.lookup([asked("b-1", keys[0])]) == [Hit(b"new", 0.0)]
 
     virtually(session)
