@@ -394,7 +394,8 @@ class Pipeline:
         if not schemas.understands(call.route, call.body):
             return False, False
         read = config.enable_caching and call.cache_read
-        return read, config.enable_request_deduplication and not _asks_for_variety(call.body)
+        join = config.deduplicate == "all" or not _asks_for_variety(call.body)
+        return read, join and config.enable_request_deduplication
 
     def _free(self, request: _Request) -> None:
         """An answer from the cache, or from somebody else's call: it costs nothing."""

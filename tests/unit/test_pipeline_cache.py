@@ -609,6 +609,17 @@ async def test_who_asks_for_variety_gets_a_stream_of_its_own(house: Open) -> Non
     assert [stream.facts.cache for stream in streams] == ["off", "off"]
 
 
+async def test_all_that_is_equal_shares_a_call_where_that_is_chosen(house: Open) -> None:
+    here = await house(deduplicate="all")
+    calls = [here.call() for _ in range(3)]
+    for call in calls:
+        call.body["temperature"] = 1
+    told = await asyncio.gather(*map(here.pipeline.answer, calls))
+
+    assert len(here.provider.asked) == 1
+    assert sorted(one.facts.cache for one in told) == ["joined", "joined", "miss"]
+
+
 # ------------------------------------------------------------------- a leader's own trouble
 
 
