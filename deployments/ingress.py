@@ -103,7 +103,7 @@ def middlewares() -> list[Middleware]:
     """What Serve puts around every HTTP server it starts: those of replicas, and its own proxy."""
     from ray.serve.context import _get_internal_replica_context
 
-    in_replica = _get_internal_replica_context() is not None
+    in_replica = _get_internal_replica_context() is not None  # type: ignore[no-untyped-call]
     return [Middleware(ControlHeaders, watched=in_replica)]
 
 
