@@ -18,6 +18,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -27,6 +28,8 @@ ENTRY_OVERHEAD_BYTES = 350
 """What an entry costs beside its value: key, record, and its places in the maps (measured)."""
 ENTRY_SHARE_MAX = 8
 """No entry is larger than the cache divided by this."""
+STEMS_MAX = 4096
+"""Beginnings of keys that are remembered: a tenant's, for a route and a model."""
 FLIGHTS_MAX = 100_000
 OUTCOMES_MAX = 10_000
 OUTCOMES_BYTES_MAX = 32 * 1024 * 1024
@@ -107,8 +110,13 @@ def text_keys(
 
 
 def _digest(scope: Scope, route: str, model: str) -> blake2b:
+    return _stem(scope.mark, route, model).copy()
+
+
+@lru_cache(maxsize=STEMS_MAX)
+def _stem(mark: str, route: str, model: str) -> blake2b:
     digest = blake2b(digest_size=32, person=b"forebay.cache.1")
-    for text in (scope.mark, route, model):
+    for text in (mark, route, model):
         field = text.encode("utf-8", "surrogatepass")
         digest.update(len(field).to_bytes(8, "big"))
         digest.update(field)
