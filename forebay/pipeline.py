@@ -142,7 +142,8 @@ class Pipeline:
         """
         system = self._system
         name = call.body.get("model") or system.table.default(call.route)
-        if not self._may_share(call)[0] or call.route == "embedding" or not isinstance(name, str):
+        read = system.config.gateway.enable_caching and call.cache_read
+        if not read or call.route == "embedding" or not isinstance(name, str):
             return None
         try:
             group = system.table.group(name)

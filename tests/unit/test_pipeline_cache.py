@@ -319,7 +319,16 @@ async def test_what_is_near_still_counts_against_the_limit(house: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"user": 7}, {"model": "nobody's"}, {"model": 7}, {"messages": []}]
+    "changed",
+    [
+        {"seed": 1},
+        {"user": 7},
+        {"model": "nobody's"},
+        {"model": 7},
+        {"messages": []},
+        {"temperature": "hot"},
+        {"n": [1]},
+    ],
 )
 async def test_what_is_not_near_or_not_right_is_left_to_answer(
     house: Open, changed: dict[str, Any]
