@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -26,25 +25,12 @@ from forebay.errors import (
     ResponseValidationError,
 )
 from tests.support.fake_time import settle
-from tests.support.house import USAGE, House, open_house, vector_of
+from tests.support.house import USAGE, House, vector_of
 from tests.support.readers import Reader, Slow, drained, opened, words
 
 Open = Callable[..., Awaitable[House]]
 LIMITS = {"tokens_per_minute": 300, "burst_size": 40}
 _numbers = iter(range(10**6))
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[Open]:
-    houses: list[House] = []
-
-    async def build(**how: Any) -> House:
-        houses.append(await open_house(tmp_path, **how))
-        return houses[-1]
-
-    yield build
-    for one in houses:
-        await one.system.close()
 
 
 def texts(*texts: str, tenant: str = "acme", **details: Any) -> Call:
