@@ -22,9 +22,7 @@ Exit code 1 when one of these does not hold; missed goals are only told.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import secrets
 import statistics
 import sys
@@ -36,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.options import finish, parser_of, wanted_of
 from benchmarks.passthrough import (
     LEDGER_WAIT_S,
     START_S,
@@ -412,20 +411,10 @@ def show(report: Report) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="2 s a figure in place of 8")
-    parser.add_argument("--seconds", type=float, help="seconds a figure")
+    parser = parser_of("cache", __doc__, PARTS, "2 s a figure in place of 8")
     parser.add_argument("--rounds", type=int, help="turns of each side of the misses")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, such as hits,peer")
-    parser.add_argument("--json", type=Path, help="write all figures here too")
-    parser.add_argument("--keep", type=Path, help="leave logs and data in this directory")
     given = parser.parse_args(argv)
-    wanted = given.only.split(",")
-    unknown = sorted(set(wanted) - set(PARTS))
-    if unknown:
-        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    wanted = wanted_of(parser, given.only, PARTS)
     plan = Plan(
         given.seconds or (2.0 if given.quick else 8.0),
         warmup=100 if given.quick else 500,
@@ -438,9 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in wanted:
             RUN[name](report, plan, upstream, scratch)
     show(report)
-    if given.json is not None:
-        given.json.write_text(json.dumps(asdict(report), indent=2) + os.linesep)
-    return 1 if report.problems else 0
+    return finish(given.json, asdict(report), report.problems)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import secrets
 import statistics
 import subprocess
@@ -43,6 +42,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from actors.spawn import alone
+from benchmarks.options import finish, parser_of, wanted_of
 from benchmarks.passthrough import LEDGER_WAIT_S, START_S, at, ledger_rows, owner_messages
 from benchmarks.processes import ROOT, Child, free_port, machine
 from forebay.secrets import hash_key, new_key
@@ -441,25 +441,15 @@ def run(report: Report, plan: Plan, wanted: Sequence[str], scratch: Path) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="limits", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="2 turns of 2 s in place of 5 of 6 s")
-    parser.add_argument("--seconds", type=float, help="seconds a turn")
+    parser = parser_of("limits", __doc__, PARTS, "2 turns of 2 s in place of 5 of 6 s")
     parser.add_argument("--rounds", type=int, help="turns of each side")
     parser.add_argument("--many", type=int, default=MANY, help=f"in place of {MANY} tenants")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, such as on-off,memory")
-    parser.add_argument("--json", type=Path, help="write all figures here too")
-    parser.add_argument("--keep", type=Path, help="leave logs and data in this directory")
     parser.add_argument("--owner-alone", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.owner_alone is not None:
         print(json.dumps(owner_alone(given.owner_alone)))
         return 0
-    wanted = given.only.split(",")
-    unknown = sorted(set(wanted) - set(PARTS))
-    if unknown:
-        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    wanted = wanted_of(parser, given.only, PARTS)
     plan = Plan(
         given.seconds or (2.0 if given.quick else 6.0),
         given.rounds or (2 if given.quick else 5),
@@ -470,9 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with at(given.keep) as scratch:
         run(report, plan, wanted, scratch)
     show(report)
-    if given.json is not None:
-        given.json.write_text(json.dumps(asdict(report), indent=2) + os.linesep)
-    return 1 if report.problems else 0
+    return finish(given.json, asdict(report), report.problems)
 
 
 if __name__ == "__main__":

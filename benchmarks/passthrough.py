@@ -20,9 +20,7 @@ upstream's log. Exit code 1 when one of these does not hold.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import secrets
 import subprocess
@@ -39,6 +37,7 @@ from typing import Any
 import yaml
 
 from benchmarks import peers
+from benchmarks.options import finish, parser_of, wanted_of
 from benchmarks.processes import ROOT, Child, free_port, get, machine
 from forebay.secrets import hash_key, new_key
 from tests.support.loader import Load, Result, in_process
@@ -433,21 +432,9 @@ def at(path: Path | None) -> Iterator[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="passthrough",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="2 s a figure in place of 10 s")
-    parser.add_argument("--seconds", type=float, help="seconds a figure")
-    parser.add_argument("--only", default=",".join(ROWS), help="rows, such as a,c,d")
-    parser.add_argument("--json", type=Path, help="write all figures here too")
-    parser.add_argument("--keep", type=Path, help="leave logs and data in this directory")
+    parser = parser_of("passthrough", __doc__, ROWS, "2 s a figure in place of 10 s")
     given = parser.parse_args(argv)
-    wanted = given.only.split(",")
-    unknown = sorted(set(wanted) - set(ROWS))
-    if unknown:
-        parser.error(f"no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    wanted = wanted_of(parser, given.only, ROWS)
     seconds = given.seconds or (2.0 if given.quick else 10.0)
     plan = Plan(seconds, warmup=100 if given.quick else 500)
     report = Report(machine())
@@ -457,9 +444,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             upstream.reset()
             ROWS[name](report, plan, upstream, scratch)
     show(report)
-    if given.json is not None:
-        given.json.write_text(json.dumps(asdict(report), indent=2) + os.linesep)
-    return 1 if report.problems or any(row.problems for row in report.rows) else 0
+    problems = [*report.problems, *(problem for row in report.rows for problem in row.problems)]
+    return finish(given.json, asdict(report), problems)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def _keys(value: dict[str, Any]) -> int:
                 continue
             else:
                 children = container
-            below.extend(child for child in children if type(child) in _CONTAINERS)
+            below += [child for child in children if type(child) in _CONTAINERS]
         if not below:
             return keys
         level = below

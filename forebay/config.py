@@ -438,6 +438,11 @@ class GatewayConfig(Settings):
     enable_circuit_breaker: bool = True
     enable_rate_limiting: bool = True
     enable_request_deduplication: bool = True
+    deduplicate: Literal["repeatable", "all"] = Field(
+        default="repeatable",
+        description="Which equal requests under way share one call: those that ask for no variety "
+        "(no temperature above 0, n of 1), or all.",
+    )
     enable_request_batching: bool = Field(
         default=False,
         description="Send embedding texts of different callers together. On under `forebay up`.",

@@ -14,7 +14,6 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from actors.ref import OwnerRef
 
@@ -105,8 +104,7 @@ class _Spread(Collector):
     def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
         self._told = (name, documentation)
         self._bounds = bounds
-        every = (*bounds, float("inf"))
-        self._names = [floatToGoString(bound) for bound in every]  # type: ignore[no-untyped-call]
+        self._names = [*(str(float(bound)) for bound in bounds), "+Inf"]
         self._by: dict[str, list[int]] = {}
         self._sums: dict[str, float] = {}
 

@@ -142,7 +142,8 @@ class Pipeline:
         """
         system = self._system
         name = call.body.get("model") or system.table.default(call.route)
-        if not self._may_share(call)[0] or call.route == "embedding" or not isinstance(name, str):
+        read = system.config.gateway.enable_caching and call.cache_read
+        if not read or call.route == "embedding" or not isinstance(name, str):
             return None
         try:
             group = system.table.group(name)
@@ -394,7 +395,8 @@ class Pipeline:
         if not schemas.understands(call.route, call.body):
             return False, False
         read = config.enable_caching and call.cache_read
-        return read, config.enable_request_deduplication and not _asks_for_variety(call.body)
+        join = config.deduplicate == "all" or not _asks_for_variety(call.body)
+        return read, join and config.enable_request_deduplication
 
     def _free(self, request: _Request) -> None:
         """An answer from the cache, or from somebody else's call: it costs nothing."""

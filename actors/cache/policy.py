@@ -18,6 +18,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -33,6 +34,8 @@ ENTRY_SHARE_MAX = 8
 """No entry is larger than the cache divided by this."""
 DIGEST_BYTES = 32
 """A key's digest; what follows it is the mark of its model."""
+STEMS_MAX = 4096
+"""Beginnings of keys that are remembered: a tenant's, for a route and a model."""
 TTL_JITTER = 0.1
 """A lifetime is cut by up to this share, so that what was stored together does not end together."""
 FLIGHTS_MAX = 100_000
@@ -179,8 +182,13 @@ def text_keys(
 
 
 def _digest(scope: Scope, route: str, model: str, meaning: str) -> blake2b:
+    return _stem(scope.mark, route, model, meaning).copy()
+
+
+@lru_cache(maxsize=STEMS_MAX)
+def _stem(*texts: str) -> blake2b:
     digest = blake2b(digest_size=DIGEST_BYTES, person=b"forebay.cache.2")
-    for text in (scope.mark, route, model, meaning):
+    for text in texts:
         field = _bytes(text)
         digest.update(len(field).to_bytes(8, "big"))
         digest.update(field)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from forebay.errors import AuthenticationError, InvalidRequest
-from forebay.secrets import hash_key, operator_key
+from forebay.secrets import KeyHash, hash_key, operator_key
 from forebay.tenants import DEFAULT_TENANT
 
 KEY_CHARS_MAX = 512
@@ -56,7 +56,7 @@ class Keys:
     """
 
     def __init__(self, entries: Iterable[KeyEntry], secret: bytes, *, open_to_all: bool) -> None:
-        self._secret = secret
+        self._hash = KeyHash(secret)
         self._open_to_all = open_to_all
         operator = hash_key(operator_key(secret), secret)
         self._by_hash = {operator: TenantIdentity(DEFAULT_TENANT, OPERATOR, admin=True)}
@@ -72,7 +72,7 @@ class Keys:
         """The owner of `key`, or None. The look-up is by digest, so its time tells nothing."""
         if not 0 < len(key) <= KEY_CHARS_MAX:
             return None
-        return self._by_hash.get(hash_key(key, self._secret))
+        return self._by_hash.get(self._hash(key))
 
     def identify(self, headers: Mapping[bytes, bytes]) -> TenantIdentity:
         """The caller of a request with these headers (lower-case names).

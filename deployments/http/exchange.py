@@ -155,8 +155,8 @@ class Exchange:
 
     async def _body(self) -> bytes:
         headers = self.headers
-        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
-        if encoding not in (b"", b"identity"):
+        encoding = headers.get(b"content-encoding")
+        if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
             raise InvalidRequest.about(
                 "Content-Encoding",
                 "Compressed request bodies are not accepted.",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -33,22 +32,9 @@ from forebay.errors import (
 from forebay.providers.base import NO_BASE64, STALLED
 from forebay.stalls import StallWatch
 from tests.support.fake_time import settle
-from tests.support.house import House, open_house
+from tests.support.house import House
 
 Open = Callable[..., Awaitable[House]]
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[Open]:
-    houses: list[House] = []
-
-    async def build(**how: Any) -> House:
-        houses.append(await open_house(tmp_path, **how))
-        return houses[-1]
-
-    yield build
-    for one in houses:
-        await one.system.close()
 
 
 LIMITS = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -26,25 +25,12 @@ from forebay.errors import (
     ResponseValidationError,
 )
 from tests.support.fake_time import settle
-from tests.support.house import USAGE, House, open_house, vector_of
+from tests.support.house import USAGE, House, vector_of
 from tests.support.readers import Reader, Slow, drained, opened, words
 
 Open = Callable[..., Awaitable[House]]
 LIMITS = {"tokens_per_minute": 300, "burst_size": 40}
 _numbers = iter(range(10**6))
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[Open]:
-    houses: list[House] = []
-
-    async def build(**how: Any) -> House:
-        houses.append(await open_house(tmp_path, **how))
-        return houses[-1]
-
-    yield build
-    for one in houses:
-        await one.system.close()
 
 
 def texts(*texts: str, tenant: str = "acme", **details: Any) -> Call:
@@ -319,7 +305,16 @@ async def test_what_is_near_still_counts_against_the_limit(house: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"seed": 1}, {"user": 7}, {"model": "nobody's"}, {"model": 7}, {"messages": []}]
+    "changed",
+    [
+        {"seed": 1},
+        {"user": 7},
+        {"model": "nobody's"},
+        {"model": 7},
+        {"messages": []},
+        {"temperature": "hot"},
+        {"n": [1]},
+    ],
 )
 async def test_what_is_not_near_or_not_right_is_left_to_answer(
     house: Open, changed: dict[str, Any]
@@ -607,6 +602,17 @@ async def test_who_asks_for_variety_gets_a_stream_of_its_own(house: Open) -> Non
 
     assert len(here.provider.asked) == 2
     assert [stream.facts.cache for stream in streams] == ["off", "off"]
+
+
+async def test_all_that_is_equal_shares_a_call_where_that_is_chosen(house: Open) -> None:
+    here = await house(deduplicate="all")
+    calls = [here.call() for _ in range(3)]
+    for call in calls:
+        call.body["temperature"] = 1
+    told = await asyncio.gather(*map(here.pipeline.answer, calls))
+
+    assert len(here.provider.asked) == 1
+    assert sorted(one.facts.cache for one in told) == ["joined", "joined", "miss"]
 
 
 # ------------------------------------------------------------------- a leader's own trouble

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,25 +13,12 @@ from actors.cache.policy import Scope
 from forebay.call import Call
 from forebay.config import CacheConfig
 from tests.support.fake_time import settle
-from tests.support.house import House, open_house
+from tests.support.house import House
 from tests.support.readers import drained
 
 Open = Callable[..., Awaitable[House]]
 SHARED = CacheConfig(scope="shared")
 KINDS = ("plain", "stream", "texts")
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[Open]:
-    houses: list[House] = []
-
-    async def build(**how: Any) -> House:
-        houses.append(await open_house(tmp_path, **how))
-        return houses[-1]
-
-    yield build
-    for one in houses:
-        await one.system.close()
 
 
 def call(here: House, kind: str, tenant: str, **body: Any) -> Call:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,6 @@ Open = Callable[..., Awaitable[House]]
 ALL = "abcdefghij"
 CUT = ProviderError("cut", upstream_status=502)
 SOON_S = 0.02
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[Open]:
-    houses: list[House] = []
-
-    async def build(**how: Any) -> House:
-        houses.append(await open_house(tmp_path, **how))
-        return houses[-1]
-
-    yield build
-    for one in houses:
-        await one.system.close()
 
 
 class Ends:
