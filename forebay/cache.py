@@ -78,10 +78,13 @@ async def invalidate(
 
     Raises:
         InvalidRequest: 404 `unknown_tenant`; 409 `cache_is_shared`: answers are no tenant's own;
-            400: the key is none.
+            400: the key is none, or something is no text.
         ModelNotFound: there is no such group.
         Overloaded: an owner does not answer; asking again is safe.
     """
+    for name, value in (("tenant", tenant), ("model", model), ("key", key)):
+        if not isinstance(value, str | None):
+            raise InvalidRequest.about(name, f"{name!r} must be text", code="invalid_type")
     if tenant is not None:
         system.tenants.require(tenant, param="tenant", status=404)
         shared = system.config.gateway.cache_config

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from forebay.codec import Answer
+from forebay.config import LIFETIME_S_MAX
 from forebay.errors import InvalidRequest
 from forebay.tenants import DEFAULT_TENANT
 
@@ -49,12 +50,16 @@ class Call:
         tenant = body.pop("tenant_id", DEFAULT_TENANT)
         timeout_s, cache_ttl_s = body.pop("timeout", None), body.pop("cache_ttl", None)
         wishes = _wishes(body.pop("cache", True))
-        cache_ttl_s = wishes.get("ttl", cache_ttl_s)
-        for name, seconds in (("timeout", timeout_s), ("cache_ttl", cache_ttl_s)):
+        if wishes.get("ttl") is not None:
+            cache_ttl_s = wishes["ttl"]
+        times = ("timeout", timeout_s, math.inf), ("cache_ttl", cache_ttl_s, LIFETIME_S_MAX)
+        for name, seconds, most in times:
             number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-            endless = seconds == math.inf and name == "cache_ttl"
-            if seconds is not None and not (number and seconds > 0 and not endless):
-                raise InvalidRequest.about(name, f"{name} must be a positive number of seconds")
+            if seconds is not None and not (number and 0 < seconds <= most):
+                end = "" if most == math.inf else f", {most} at most"
+                raise InvalidRequest.about(
+                    name, f"{name} must be a positive number of seconds{end}"
+                )
         if not isinstance(tenant, str) or not tenant:
             raise InvalidRequest.about("tenant_id", "tenant_id must be a non-empty string")
         return cls(

@@ -90,6 +90,8 @@ OTHER_VARIABLES = frozenset({"FOREBAY_CONFIG", "FOREBAY_KEY_SECRET", "FOREBAY_HA
 TENANTS_MAX = 100_000
 MODELS_MAX = 10_000
 BATCH_TEXTS_MAX = 100_000
+LIFETIME_S_MAX = 366 * 86_400
+"""A year: Redis and the clocks take no lifetime that is endless."""
 SLOW_CALL_RATE = 0.5
 REDIS_SCHEMES = frozenset({"redis", "rediss", "dragonfly", "unix"})
 REDIS_TLS_OPTIONS = frozenset(
@@ -144,6 +146,7 @@ def _absolute(path: Path) -> Path:
 Positive = Annotated[float, Field(gt=0)]
 Usd = Annotated[float, Field(ge=1e-6, le=1e9)]
 Count = Annotated[int, Field(ge=1)]
+Lifetime = Annotated[int, Field(ge=1, le=LIFETIME_S_MAX)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:@-]+$")]
 LedgerUrl = Annotated[str, AfterValidator(_sqlite_url)]
 RedisUrl = Annotated[
@@ -336,7 +339,7 @@ class CacheConfig(Settings):
     dragonfly_url: RedisUrl | None = Field(
         default=None, repr=False, description="The same for the backend 'dragonfly'."
     )
-    default_ttl: Count = Field(
+    default_ttl: Lifetime = Field(
         default=300, description="Seconds; cache_ttl goes first when it is set."
     )
     max_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
@@ -452,9 +455,9 @@ class GatewayConfig(Settings):
     enable_validation: bool = True
     enable_feedback_loop: bool = True
     enable_caching: bool = False
-    cache_ttl: Count = Field(default=3600, description="Seconds.")
+    cache_ttl: Lifetime = Field(default=3600, description="Seconds.")
     enable_kv_cache: bool = True
-    kv_cache_ttl: Count = Field(default=3600, description="Seconds.")
+    kv_cache_ttl: Lifetime = Field(default=3600, description="Seconds.")
     rate_limit_config: RateLimitConfig | None = None
     circuit_breaker_config: CircuitBreakerConfig | None = None
     validation_level: ValidationLevel = ValidationLevel.MODERATE

@@ -447,6 +447,7 @@ class Pipeline:
         ttl_s: float | None = None
         try:
             await self._reserve(request)
+            lead = self._still_for_all(request, lead)
             answer = await self._attempt(request)
             if lead is not None:
                 landed, ttl_s = self._keep(request, answer)
@@ -469,7 +470,8 @@ class Pipeline:
             if request.bound is not None and limits is not None:
                 request.bound = await system.bounds.of(request.call, request.group, limits)
             await self._reserve(request)
-            texts.take(await self._attempt(request), self._ttl_s(request))
+            answer = await self._attempt(request)
+            texts.take(answer, self._ttl_s(request), own=_is_own(request))
         except GatewayError as failure:
             error = failure
             raise
@@ -481,12 +483,21 @@ class Pipeline:
         """Get the stream ourselves; once it has begun, its relay settles and lands it."""
         try:
             await self._reserve(request)
+            lead = self._still_for_all(request, lead)
             return await self._open_stream(request, lead)
         except BaseException as error:
             self._settle(request)
             if lead is not None:
                 self._system.cache.land(lead, None, _told_to_others(request, error))
             raise
+
+    def _still_for_all(self, request: _Request, lead: Lead | None) -> Lead | None:
+        """Where tenants share answers, one's limit shortens nobody else's: another one leads."""
+        clamped = request.facts.clamped is not None
+        if lead is None or not clamped or self._scope(request.call).tenant is not None:
+            return lead
+        self._system.cache.land(lead)
+        return None
 
     async def _reserve(self, request: _Request) -> None:
         """Take what the call may use. What fails here is nobody's but the request's own."""
@@ -1052,7 +1063,7 @@ class Pipeline:
         call = request.call
         if not (config.enable_caching and call.cache_write):
             return None
-        if not schemas.understands(call.route, call.body):
+        if not (schemas.understands(call.route, call.body) and _is_own(request)):
             return None
         return call.cache_ttl_s or float(config.cache_ttl_s)
 
@@ -1154,7 +1165,13 @@ def _address(scope: Scope, call: Call, group: Group) -> bytes:
 
 def _meaning(group: Group) -> str:
     """What a model's name stands for: another configuration may mean something else by it."""
-    return " ".join(deployment.id for deployment in group.deployments)
+    return " ".join(deployment.meaning for deployment in group.deployments)
+
+
+def _is_own(request: _Request) -> bool:
+    """Whether the last attempt was at the model that was asked for, and not at a fallback."""
+    told = request.facts.deployment
+    return any(deployment.id == told for deployment in request.group.deployments)
 
 
 def _asks_for_variety(body: dict[str, Any]) -> bool:

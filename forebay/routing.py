@@ -64,8 +64,9 @@ class Deployment:
     `id` is `model_info.id` if given, else a hash of the unresolved `litellm_params`: the same in
     every process, and the same for two groups that share an upstream. Literal secrets count only
     by being different, never by their value. A pattern's deployment that was filled in for a name
-    has the name after its id. `params` are `litellm_params` without `model` and
-    without what routing uses; they hold references and `SecretStr`s, for `secrets.resolve`.
+    has the name after its id. `meaning` is that hash in any case: a given id stays the same when
+    what it names becomes something else. `params` are `litellm_params` without `model` and without
+    what routing uses; they hold references and `SecretStr`s, for `secrets.resolve`.
 
     `rpm` and `tpm` limit it (see `bounds.deployment_limits`); here they serve as weights too, as in
     LiteLLM's simple shuffle. A pattern's deployments share one limit, that of `limited_as`.
@@ -83,6 +84,7 @@ class Deployment:
     tpm: int | None = None
     allowed_params: frozenset[str] = frozenset()
     info: dict[str, Any] = field(default_factory=dict)
+    meaning: str = ""
     filled_from: str | None = None
 
     @property
@@ -399,14 +401,16 @@ def _deployment(
     provider = given.get("custom_llm_provider") or provider_of(model)
     params = _with_key({k: v for k, v in given.items() if k not in OURS}, provider, keys)
     explicit = info.get("id")
+    meaning, hidden = _meaning(model, params)
     return Deployment(
-        id=_hash_id(model, params, seen) if explicit is None else str(explicit),
+        id=_hash_id(meaning, hidden, seen) if explicit is None else str(explicit),
         group=entry["model_name"],
         model=model,
         provider=provider,
         params=params,
         allowed_params=frozenset(allowed),
         info=info,
+        meaning=meaning,
         **ours,
     )
 
@@ -421,16 +425,20 @@ def _with_key(params: dict[str, Any], provider: str, keys: Mapping[str, Any]) ->
     return params
 
 
-def _hash_id(model: str, params: dict[str, Any], seen: dict[str, list[tuple[str, ...]]]) -> str:
-    """A hash of everything but secrets; a number tells apart those that differ only in them."""
+def _meaning(model: str, params: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """A hash of everything but secrets, and the secrets."""
     secrets: list[str] = []
     shape = json.dumps([model, _masked(params, secrets)], sort_keys=True, default=str)
-    digest = hashlib.blake2b(shape.encode(), digest_size=8).hexdigest()
-    variants = seen.setdefault(digest, [])
-    if tuple(secrets) not in variants:
-        variants.append(tuple(secrets))
-    number = variants.index(tuple(secrets))
-    return f"{digest}-{number + 1}" if number else digest
+    return hashlib.blake2b(shape.encode(), digest_size=8).hexdigest(), tuple(secrets)
+
+
+def _hash_id(meaning: str, secrets: tuple[str, ...], seen: dict[str, list[tuple[str, ...]]]) -> str:
+    """The hash as an id; a number tells apart those that differ only in secrets."""
+    variants = seen.setdefault(meaning, [])
+    if secrets not in variants:
+        variants.append(secrets)
+    number = variants.index(secrets)
+    return f"{meaning}-{number + 1}" if number else meaning
 
 
 def _masked(value: Any, secrets: list[str]) -> Any:

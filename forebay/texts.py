@@ -35,7 +35,8 @@ class Texts:
     """Owns the rows of one request, and what it leads until that has landed; bounded by its list.
 
     Failure behaviour: fails open, as the desk does: what nobody knows is sent. Vectors of unequal
-    length, such as a model leaves behind that has changed, are forgotten and all texts sent.
+    length, such as a model leaves behind that has changed, are forgotten and all texts sent; so
+    they are where a fallback's vectors would stand beside others.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Texts:
         self._leads: dict[int, Lead] = {}
         self._flights: dict[int, str] = {}
         self._rounds = 0
+        self._mixed = False
         self._evened = False
 
     @property
@@ -103,8 +105,12 @@ class Texts:
         else:
             self._leads.update({row: self._alone(row) for row in lost})
 
-    def take(self, answer: Answer, ttl_s: float | None) -> None:
-        """The answer to what `to_send` was: kept for `ttl_s` seconds, if at all, and handed on."""
+    def take(self, answer: Answer, ttl_s: float | None, *, own: bool = True) -> None:
+        """The answer to what `to_send` was: kept for `ttl_s` seconds, if at all, and handed on.
+
+        `own`: it is of the model that was asked for, and no fallback's.
+        """
+        self._mixed |= not own and len(self._leads) < len(self._keys)
         array, usage = answer.array, answer.usage or {}
         assert array is not None, "an embedding answer carries vectors"
         weights = [_weight(self._texts[row]) for row in self._leads]
@@ -125,15 +131,16 @@ class Texts:
         self._leads.clear()
 
     def even(self) -> bool:
-        """Whether all vectors have one length. If not, every text is ours to send, once.
+        """Whether all vectors go together. If not, every text is ours to send, once.
 
-        Raises ProviderError where the provider's own vectors differ.
+        Raises ProviderError where the provider's own vectors differ in length.
         """
-        if len({vector.array.size for vector in self._vectors if vector is not None}) <= 1:
+        lengths = {vector.array.size for vector in self._vectors if vector is not None}
+        if len(lengths) <= 1 and not self._mixed:
             return True
         if self._evened:
             raise ProviderError("the provider's vectors have different lengths")
-        self._evened = True
+        self._mixed, self._evened = False, True
         self._known.clear()
         self._leads = {row: self._alone(row) for row in range(len(self._keys))}
         return False

@@ -138,10 +138,19 @@ class Exchange:
             stream=stream,
             timeout_s=_timeout(headers.get(b"x-forebay-timeout")),
             priority=_priority(headers.get(b"x-forebay-priority")),
-            cache_control=_cache_control(headers.get(b"cache-control")),
+            cache_control=self._cache_control(),
             idempotency_key=_idempotency_key(headers.get(b"idempotency-key")),
             arrived_s=self.arrived_s,
         )
+
+    def _cache_control(self) -> str | None:
+        """What is asked of the cache; the header may stand there several times."""
+        if b"cache-control" not in self.headers:
+            return None
+        lines = (value for name, value in self.scope["headers"] if name == b"cache-control")
+        parts = b",".join(lines).decode("latin-1").lower().split(",")
+        asked = {part.strip() for part in parts}
+        return ", ".join(name for name in ("no-cache", "no-store") if name in asked) or None
 
     def correlation_id(self) -> str:
         """`X-Correlation-ID` as sent, or the request's id."""
@@ -438,13 +447,6 @@ def _priority(given: bytes | None) -> Priority:
             "x-forebay-priority", "x-forebay-priority must be interactive or bulk."
         )
     return cast("Priority", priority)
-
-
-def _cache_control(given: bytes | None) -> str | None:
-    if given is None:
-        return None
-    asked = {part.strip() for part in given.decode("latin-1").lower().split(",")}
-    return ", ".join(name for name in ("no-cache", "no-store") if name in asked) or None
 
 
 def _idempotency_key(given: bytes | None) -> str | None:

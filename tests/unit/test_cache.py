@@ -122,13 +122,17 @@ class TestInvalidation:
             ({"key": "abc"}, InvalidRequest, "key", 400),
             ({"key": "F" * 80}, InvalidRequest, "key", 400),
             ({"key": "0" * 80 + "\n"}, InvalidRequest, "key", 400),
+            ({"tenant": ""}, InvalidRequest, "tenant", 404),
+            ({"tenant": ["a"]}, InvalidRequest, "tenant", 400),
+            ({"model": 1}, InvalidRequest, "model", 400),
+            ({"key": b"0" * 80}, InvalidRequest, "key", 400),
             ({}, InvalidRequest, None, 400),
         ],
     )
     def test_a_slip_clears_nothing_and_is_named(
         self,
         gateway: LiteLLMGateway,
-        named: dict[str, str],
+        named: dict[str, Any],
         error: type[Exception],
         param: str | None,
         status: int,

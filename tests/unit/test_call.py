@@ -20,6 +20,7 @@ from forebay.errors import InvalidRequest
         ({"cache_ttl": 60}, True, True, 60),
         ({"cache": {"ttl": 60}}, True, True, 60),
         ({"cache": {"ttl": 60}, "cache_ttl": 90}, True, True, 60),
+        ({"cache": {"ttl": None}, "cache_ttl": 90}, True, True, 90),
         ({"cache": {"no-cache": True}}, False, True, None),
         ({"cache": {"no-cache": False, "no-store": False}}, True, True, None),
         ({"cache": {"no-store": True}}, False, False, None),
@@ -49,6 +50,9 @@ def test_a_request_says_what_the_cache_may_do(
         {"cache_ttl": -1},
         {"cache_ttl": float("nan")},
         {"cache_ttl": float("inf")},
+        {"cache_ttl": 1e300},
+        {"cache_ttl": 10**400},
+        {"cache": {"ttl": 10**400}},
     ],
 )
 def test_what_the_cache_cannot_do_is_an_error_that_names_the_field(

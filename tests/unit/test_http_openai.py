@@ -77,6 +77,14 @@ async def test_headers_steer_the_call() -> None:
     assert (call.idempotency_key, call.request_id) == ("once", "mine-1")
 
 
+async def test_cache_control_may_stand_in_several_lines() -> None:
+    service = ScriptedService()
+    lines = {"cache_control": "no-store", "Cache_Control": "no-cache", "CACHE_CONTROL": "max-age=0"}
+    await post(service, PATH, CHAT, **lines)
+
+    assert service.calls[0].cache_control == "no-cache, no-store"
+
+
 async def test_the_query_string_is_never_a_parameter() -> None:
     service = ScriptedService()
     await post(service, PATH + "?api_base=http://evil&temperature=1", CHAT)

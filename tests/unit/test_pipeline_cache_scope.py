@@ -12,6 +12,7 @@ import pytest
 from actors.cache.policy import Scope
 from forebay.call import Call
 from forebay.config import CacheConfig
+from forebay.errors import ProviderError
 from tests.support.fake_time import settle
 from tests.support.house import House
 from tests.support.readers import drained
@@ -90,3 +91,51 @@ async def test_what_is_invalidated_is_asked_for_again(house: Open) -> None:
     assert await cache.invalidate(None, None, key) == 1
     assert await cache.invalidate(None, None, None) == 0
     assert [await ask(here, kind, "b") for kind in ("plain", "texts")] == ["miss", "miss"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_fallbacks_answer_is_not_kept_as_that_of_the_model_asked_for(
+    house: Open, kind: str
+) -> None:
+    fallbacks = ["spare"]
+    here = await house(enable_caching=True, max_retries=0, fallbacks=fallbacks)
+    own = "openai/text-embedding-x" if kind == "texts" else "openai/a"
+    here.provider.steps[own] = [ProviderError("down")]
+    told = [await ask(here, kind, "a") for _ in range(3)]
+    assert told == ["miss", "miss", "hit"]
+    assert here.provider.asked.count(own) >= 2, "it is asked again"
+
+
+async def test_a_fallbacks_vectors_never_stand_beside_the_models_own(house: Open) -> None:
+    own = "openai/text-embedding-x"
+    here = await house(enable_caching=True, max_retries=0, fallbacks=[{"e": ["spare"]}])
+    await here.pipeline.answer(call(here, "texts", "a", input=["one"]))
+    here.provider.steps[own] = [ProviderError("down")] * 2
+    result = await here.pipeline.answer(call(here, "texts", "a", input=["one", "two"]))
+    assert here.provider.texts[1:] == [["two"], ["two"], ["one", "two"], ["one", "two"]]
+    assert (result.answer.model, result.facts.cached) == ("openai/c", 0)
+    assert await ask(here, "texts", "a", input=["one"]) == "hit"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_tenants_limit_shortens_no_other_tenants_answer(
+    house: Open, stream: bool
+) -> None:
+    limited = {"usd_per_day": 0.01}
+    tenants = [{"id": "a", "limits": limited}, {"id": "b"}]
+    here = await house(enable_caching=True, cache_config=SHARED, tenants=tenants)
+    gate = asyncio.Event()
+    here.provider.steps["openai/a"] = [gate, gate]
+    kind = "stream" if stream else "plain"
+    first = asyncio.create_task(ask(here, kind, "a", max_tokens=100_000))
+    while not here.provider.bodies:
+        await settle()
+    second = asyncio.create_task(ask(here, kind, "b", max_tokens=100_000))
+    for _ in range(20):
+        await settle()
+    gate.set()
+    assert [await first, await second] == ["miss", "miss"]
+    most = [body["max_tokens"] for body in here.provider.bodies]
+    assert most[0] < most[1] == 100_000
+    kept = await here.pipeline.answer(call(here, "plain", "b", max_tokens=100_000))
+    assert (kept.facts.cache, kept.facts.clamped, kept.facts.warnings) == ("hit", None, [])

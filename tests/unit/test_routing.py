@@ -138,6 +138,16 @@ class TestIds:
     def test_an_id_of_the_users_is_kept(self) -> None:
         assert self.ids({**entry("a"), "model_info": {"id": 7}}) == ["7"]
 
+    def test_a_given_id_does_not_hide_that_it_means_something_else_now(self) -> None:
+        def meaning(model: str, **params: Any) -> str:
+            given = {**entry("a", model, **params), "model_info": {"id": 7}}
+            return table(given).group("a").deployments[0].meaning
+
+        same = meaning("openai/x", api_key="one")
+        assert meaning("openai/x", api_key="two") == same
+        assert meaning("openai/y", api_key="one") != same
+        assert meaning("openai/x", api_key="one", api_base="http://b") != same
+
     def test_a_deployment_is_found_by_its_id(self) -> None:
         models = table(entry("a"), entry("openai/*", "openai/*"))
         for name in ("a", "openai/gpt-4o:free"):
