@@ -342,10 +342,13 @@ class CacheConfig(Settings):
     default_ttl: Lifetime = Field(
         default=300, description="Seconds; cache_ttl goes first when it is set."
     )
-    max_bytes: Annotated[int, Field(ge=1024 * 1024)] = 256 * 1024 * 1024
+    max_bytes: Annotated[int, Field(ge=1024 * 1024)] = Field(
+        default=256 * 1024 * 1024, description="Bytes of memory; read when it starts."
+    )
     namespace: Name = Field(
         default="forebay",
-        description="First part of every key's name in Redis. Systems that share it share answers.",
+        description="First part of every key's name in Redis. Systems that share it share answers; "
+        "each forgets what it has in memory by itself.",
     )
     scope: Literal["tenant", "shared"] = Field(
         default="tenant", description="Whether tenants see each other's cached answers."

@@ -352,7 +352,7 @@ class KVCacheManager:
 
     def figures(self) -> Figures:
         """This process's figures since it began, as numbers; they can be added up."""
-        return {name: astuple(worth) for name, worth in self._worths.items()}
+        return {name: astuple(worth) for name, worth in list(self._worths.items())}
 
     def get_cache_stats(self, tenant_id: str | None = None) -> dict[str, Any]:
         """What providers' prefix caches were worth to all processes' calls, or a tenant's.
@@ -428,9 +428,9 @@ class KVCacheManager:
 
     def clear_cache(self) -> int:
         """Forget everything that was sent; how many entries that were. Figures stay."""
-        count = len(self._known)
-        self._known.clear()
-        return count
+        # Another one in its place: a request may hold this one on another thread.
+        gone, self._known = self._known, OrderedDict()
+        return len(gone)
 
     # ----------------------------------------------------------------------------------------
 
@@ -499,13 +499,13 @@ class KVCacheManager:
             self._touch((prompt.tenant, group, digest), size_bytes, now)
 
     def _touch(self, key: tuple[str, str, bytes], size_bytes: int, now: float) -> KVCacheEntry:
-        entry = self._known.get(key)
+        entries = self._known
+        entry = entries.pop(key, None)
         if entry is None:
-            if len(self._known) >= self._known_max:
-                self._known.popitem(last=False)
-            entry = self._known[key] = KVCacheEntry(size_bytes)
-        else:
-            self._known.move_to_end(key)
+            if len(entries) >= self._known_max:
+                entries.popitem(last=False)
+            entry = KVCacheEntry(size_bytes)
+        entries[key] = entry
         entry.times += 1
         entry.seen_s = now
         return entry

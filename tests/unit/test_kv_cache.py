@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from random import Random
@@ -537,6 +539,34 @@ class TestForOperators:
         assert await bench.kv_cache.get_kv_cache(key, tenant_id="other") is None
         bench.now_s += 3601
         assert await bench.kv_cache.get_kv_cache(key, tenant_id="acme") is None
+
+    def test_operators_ask_and_clear_from_any_thread(self) -> None:
+        bench = Bench()
+        failed: list[Exception] = []
+        requests = [call(SYSTEM, user(f"{n}"), tenant=f"t{n % 5}") for n in range(200)]
+
+        def work() -> None:
+            try:
+                for number, request in enumerate(requests):
+                    bench.send(request)
+                    deployment = Deployment("o", f"g{number}", "openai/gpt", "openai")
+                    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+                    bench.kv_cache.learn(request.tenant, deployment, usage)
+            except Exception as error:  # noqa: BLE001 - it is told by the test
+                failed.append(error)
+
+        interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            worker = threading.Thread(target=work)
+            worker.start()
+            while worker.is_alive():
+                bench.kv_cache.stats()
+                bench.kv_cache.clear_cache()
+            worker.join()
+        finally:
+            sys.setswitchinterval(interval_s)
+        assert failed == []
 
     async def test_what_is_forgotten_is_new(self) -> None:
         bench = Bench()
