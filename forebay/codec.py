@@ -19,7 +19,8 @@ from forebay import errors
 from forebay.errors import GatewayError
 
 _LENGTHS = struct.Struct("<II")
-_VECTOR = struct.Struct("<IH?")
+_VECTOR = struct.Struct("<IHB")
+_ESTIMATED, _FALLBACK = 1, 2
 
 
 @dataclass(slots=True)
@@ -93,27 +94,33 @@ def unpack(data: bytes) -> Answer:
 
 @dataclass(slots=True)
 class Vector:
-    """One text's vector, float32 of shape (d,), and the tokens that the text is."""
+    """One text's vector, float32 of shape (d,), and the tokens that the text is.
+
+    `fallback`: it is another model's than the one that was asked for.
+    """
 
     array: np.ndarray
     tokens: int
     model: str
     estimated: bool = False
+    fallback: bool = False
 
 
 def pack_vector(vector: Vector) -> bytes:
     """The vector as one byte string: four bytes a number, and a few for the rest."""
     model = vector.model.encode()
-    head = _VECTOR.pack(vector.tokens, len(model), vector.estimated)
+    flags = _ESTIMATED * vector.estimated | _FALLBACK * vector.fallback
+    head = _VECTOR.pack(vector.tokens, len(model), flags)
     return head + model + np.ascontiguousarray(vector.array, dtype="<f4").tobytes()
 
 
 def unpack_vector(data: bytes) -> Vector:
     """The inverse of `pack_vector`. The array is a read-only view into `data`."""
-    tokens, length, estimated = _VECTOR.unpack_from(data)
+    tokens, length, flags = _VECTOR.unpack_from(data)
     end = _VECTOR.size + length
     array = np.frombuffer(data, "<f4", offset=end)
-    return Vector(array, tokens, data[_VECTOR.size : end].decode(), estimated)
+    model = data[_VECTOR.size : end].decode()
+    return Vector(array, tokens, model, bool(flags & _ESTIMATED), bool(flags & _FALLBACK))
 
 
 def pack_error(error: GatewayError) -> bytes:

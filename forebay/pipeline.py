@@ -150,7 +150,7 @@ class Pipeline:
             scope = self._scope(call)
             hit = system.cache.near(_address(scope, call, group), scope)
             request = None if hit is None else self._check(call)
-        except GatewayError:
+        except (GatewayError, TypeError, ValueError):  # the last two: a body that is no JSON
             return None
         if hit is None or request is None:
             return None

@@ -56,7 +56,6 @@ class Texts:
         self._leads: dict[int, Lead] = {}
         self._flights: dict[int, str] = {}
         self._rounds = 0
-        self._mixed = False
         self._evened = False
 
     @property
@@ -110,13 +109,12 @@ class Texts:
 
         `own`: it is of the model that was asked for, and no fallback's.
         """
-        self._mixed |= not own and len(self._leads) < len(self._keys)
         array, usage = answer.array, answer.usage or {}
         assert array is not None, "an embedding answer carries vectors"
         weights = [_weight(self._texts[row]) for row in self._leads]
         tokens = split(int(usage.get("prompt_tokens") or 0), weights)
         for (row, lead), one, part in zip(self._leads.items(), array, tokens, strict=True):
-            vector = Vector(one, part, answer.model, answer.estimated)
+            vector = Vector(one, part, answer.model, answer.estimated, fallback=not own)
             self._vectors[row] = vector
             self._sent.add(row)
             if lead.flight is not None or ttl_s is not None:
@@ -135,12 +133,12 @@ class Texts:
 
         Raises ProviderError where the provider's own vectors differ in length.
         """
-        lengths = {vector.array.size for vector in self._vectors if vector is not None}
-        if len(lengths) <= 1 and not self._mixed:
+        there = [vector for vector in self._vectors if vector is not None]
+        if len({(v.array.size, v.model if v.fallback else None) for v in there}) <= 1:
             return True
         if self._evened:
             raise ProviderError("the provider's vectors have different lengths")
-        self._mixed, self._evened = False, True
+        self._evened = True
         self._known.clear()
         self._leads = {row: self._alone(row) for row in range(len(self._keys))}
         return False

@@ -61,11 +61,13 @@ def test_a_packed_error_leaves_the_facts_of_its_request_behind() -> None:
     assert codec.unpack_error(codec.pack_error(error)).facts is None
 
 
-def test_a_vector_comes_back_whole_at_four_bytes_a_number() -> None:
-    vector = codec.Vector(np.arange(1536, dtype=np.float32), 17, "modèle", estimated=True)
+@pytest.mark.parametrize(("estimated", "fallback"), [(True, False), (False, True), (True, True)])
+def test_a_vector_comes_back_whole_at_four_bytes_a_number(estimated: bool, fallback: bool) -> None:
+    vector = codec.Vector(np.arange(1536, dtype=np.float32), 17, "modèle", estimated, fallback)
     data = codec.pack_vector(vector)
     back = codec.unpack_vector(data)
 
     assert len(data) < 4 * 1536 + 32
-    assert (back.tokens, back.model, back.estimated) == (17, "modèle", True)
+    assert (back.tokens, back.model) == (17, "modèle")
+    assert (back.estimated, back.fallback) == (estimated, fallback)
     np.testing.assert_array_equal(vector.array, back.array)

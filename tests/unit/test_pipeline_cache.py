@@ -313,6 +313,8 @@ async def test_what_is_near_still_counts_against_the_limit(house: Open) -> None:
         {"model": 7},
         {"messages": []},
         {"temperature": "hot"},
+        {"temperature": float("nan")},
+        {"logit_bias": {1, 2}},
         {"n": [1]},
     ],
 )

@@ -117,6 +117,24 @@ async def test_a_fallbacks_vectors_never_stand_beside_the_models_own(house: Open
     assert await ask(here, "texts", "a", input=["one"]) == "hit"
 
 
+async def test_nor_do_those_that_somebody_else_got_from_a_fallback(house: Open) -> None:
+    own = "openai/text-embedding-x"
+    here = await house(max_retries=0, fallbacks=["spare"])
+    gate = asyncio.Event()
+    here.provider.steps[own] = [(gate, ProviderError("down"))]
+    first = asyncio.create_task(here.pipeline.answer(call(here, "texts", "a", input=["one"])))
+    while not here.provider.asked:
+        await settle()
+    both = call(here, "texts", "a", input=["one", "two"])
+    second = asyncio.create_task(here.pipeline.answer(both))
+    for _ in range(20):
+        await settle()
+    gate.set()
+    assert (await first).answer.model == "openai/c"
+    assert (await second).answer.model == own
+    assert here.provider.texts == [["one"], ["two"], ["one"], ["one", "two"]]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_one_tenants_limit_shortens_no_other_tenants_answer(
     house: Open, stream: bool
