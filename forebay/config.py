@@ -240,7 +240,11 @@ class RateLimitConfig(Settings):
     concurrent_requests: Count | None = Field(default=None, description="Most requests in flight.")
     usd_per_day: Usd | None = Field(default=None, description="US dollars per UTC day.")
     usd_per_month: Usd | None = Field(default=None, description="US dollars per UTC month.")
-    count_cache_hits: bool = Field(default=True, description="A cached answer counts as a request.")
+    count_cache_hits: bool = Field(
+        default=True,
+        description="A cached answer counts as a request. Where it does not, it is given back once "
+        "it is found: at the limit nobody gets as far as to look.",
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -6,6 +6,7 @@ Answers are in memory, and behind that in Redis where one is configured (`redis_
 from __future__ import annotations
 
 import asyncio
+import logging
 import random as stdlib_random
 import time
 from collections import Counter
@@ -56,6 +57,8 @@ FREED = "lease over"
 SWEPT = "lease swept"
 RETRY_S = 0.5
 """How often a desk that waits for the lease is looked at, where only others' flights forbid it."""
+
+log = logging.getLogger(__name__)
 
 
 class Cache:
@@ -179,18 +182,27 @@ class Cache:
             begun_s = self._begun_s(landing, now)
             if landing.flight is not None:
                 self._end(landing.flight, landing.outcome, now)
-            if landing.value is not None and landing.ttl_s is not None:
-                if self._swept.forbids(landing.key, landing.scope, begun_s, now):
-                    self._counts["invalidated_under_way"] += 1
-                    continue
-                ttl_s = jittered(landing.ttl_s, self._random())
-                stored = self._entries.put(landing.key, landing.scope, landing.value, ttl_s, now)
-                self._counts["stored" if stored else "not_stored"] += 1
-                if self._tier is not None:
-                    self._tier.store(landing.scope, landing.key, landing.value, ttl_s)
+            try:
+                self._store(landing, begun_s, now)
+            except Exception:
+                # One that makes no sense must not look like an owner that is away.
+                self._counts["refused"] += 1
+                log.exception("an answer cannot be stored")
         self._lapse(now)
         if self._lease.holder(now) is not None:
             self._recall()  # the holder does not know of these
+
+    def _store(self, landing: Landing, begun_s: float, now: float) -> None:
+        if landing.value is None or landing.ttl_s is None:
+            return
+        if self._swept.forbids(landing.key, landing.scope, begun_s, now):
+            self._counts["invalidated_under_way"] += 1
+            return
+        ttl_s = jittered(landing.ttl_s, self._random())
+        stored = self._entries.put(landing.key, landing.scope, landing.value, ttl_s, now)
+        self._counts["stored" if stored else "not_stored"] += 1
+        if self._tier is not None:
+            self._tier.store(landing.scope, landing.key, landing.value, ttl_s)
 
     def _begun_s(self, landing: Landing, now: float) -> float:
         """When its call began, at the latest sure time before; on the owner's clock."""

@@ -375,8 +375,9 @@ class Entries:
     """Owns stored answers: one shelf per scope, each with W-TinyLFU's order (see `tinylfu.py`).
 
     Bounded by `bytes_max`, overhead included, and a scope by `scope_share` of it. A scope over its
-    own bound evicts its own entries. When the whole is full, the largest shelf gives way: a scope
-    that holds no more than an equal share is never evicted by others.
+    own bound evicts its own entries. When the whole is full, what has expired goes first, of all
+    shelves in turn, and then the largest shelf gives way: a scope that holds no more than an equal
+    share is never evicted by others.
     """
 
     def __init__(self, bytes_max: int, scope_share: float = 1.0) -> None:
@@ -393,6 +394,7 @@ class Entries:
         # Shelves by size, largest first; each growth adds a record, stale ones are put right when
         # they come up.
         self._largest: list[tuple[int, str]] = []
+        self._turns: list[str] = []  # shelves that are to be looked through for what has expired
 
     def __len__(self) -> int:
         return self._count
@@ -453,7 +455,8 @@ class Entries:
             self._evict(mark, now)
         self._note_growth(mark, shelf)
         while self.bytes > self.bytes_max:
-            self._evict(self._largest_shelf(), now)
+            if not self._drop_expired(now):
+                self._evict(self._largest_shelf(), now)
         shelf.settle()
         return shelf.entries.get(key) is entry
 
@@ -539,6 +542,19 @@ class Entries:
         self.bytes -= shelf.bytes
         self._count -= len(shelf.entries)
         return len(shelf.entries)
+
+    def _drop_expired(self, now: float) -> bool:
+        """Drop one entry that nobody can be given any more. Looks at one shelf at a time."""
+        if not self._turns:
+            self._turns = list(self._shelves)
+        mark = self._turns[-1]
+        shelf = self._shelves.get(mark)
+        entry = None if shelf is None else shelf.expired(now)
+        if shelf is None or entry is None:
+            self._turns.pop()
+            return False
+        self._drop(mark, shelf, entry)
+        return True
 
     def _evict(self, mark: str, now: float) -> None:
         shelf = self._shelves[mark]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
+from zlib import crc32
 
 from actors.cache.policy import DIGEST_BYTES, Scope, Sweep
 from actors.ref import Clock
@@ -53,9 +54,10 @@ STEADY_S = 10.0
 """Who fails again sooner than this is probed ever more rarely, up to the longer back-off."""
 REASON_MAX = 200
 
-_FORMAT = b"forebay.cache.2\n"
+_FORMAT = b"forebay.cache.3\n"
 _MARK_BYTES = 16
-_HEADER_BYTES = len(_FORMAT) + _MARK_BYTES + DIGEST_BYTES
+_CHECKSUM_BYTES = 4
+_HEADER_BYTES = len(_FORMAT) + _MARK_BYTES + DIGEST_BYTES + _CHECKSUM_BYTES
 
 SEARCH = """
 local found, bytes = {}, 0
@@ -147,14 +149,18 @@ def _name(
 
 def wrap(scope: Scope, key: bytes, value: bytes) -> bytes:
     """A value as it is stored: it says what it is, whose, and the answer to what."""
-    return _FORMAT + _mark(scope.mark) + key[:DIGEST_BYTES] + value
+    return _head(scope, key, value) + value
 
 
 def unwrap(scope: Scope, key: bytes, stored: bytes) -> bytes | None:
-    """The inverse of `wrap`; None for what is of another format, or somebody else's."""
-    if stored[:_HEADER_BYTES] != _FORMAT + _mark(scope.mark) + key[:DIGEST_BYTES]:
-        return None
-    return stored[_HEADER_BYTES:]
+    """The inverse of `wrap`; None for what is of another format, somebody else's, or damaged."""
+    value = stored[_HEADER_BYTES:]
+    return value if stored[:_HEADER_BYTES] == _head(scope, key, value) else None
+
+
+def _head(scope: Scope, key: bytes, value: bytes) -> bytes:
+    checksum = crc32(value).to_bytes(_CHECKSUM_BYTES, "big")
+    return _FORMAT + _mark(scope.mark) + key[:DIGEST_BYTES] + checksum
 
 
 def _mark(mark: str) -> bytes:

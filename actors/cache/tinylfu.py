@@ -217,13 +217,20 @@ class Shelf:
         self.bytes -= entry.bytes
         entry.segment.remove(entry)
 
-    def worst(self, now: float) -> Entry:
-        """The entry that goes next; there must be one."""
-        window, victim = self._window, self._victim()
-        candidate = window.oldest
-        for entry in (victim, self._protected.oldest, candidate):
+    def expired(self, now: float) -> Entry | None:
+        """One whose time is over, if one of those that have waited longest is."""
+        for entry in (self._victim(), self._protected.oldest, self._window.oldest):
             if entry is not None and entry.expires_s <= now:
                 return entry
+        return None
+
+    def worst(self, now: float) -> Entry:
+        """The entry that goes next; there must be one."""
+        expired = self.expired(now)
+        if expired is not None:
+            return expired
+        window, victim = self._window, self._victim()
+        candidate = window.oldest
         if victim is None:
             assert candidate is not None, "an empty shelf is asked for an entry"
             return candidate

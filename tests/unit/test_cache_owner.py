@@ -86,6 +86,14 @@ def test_lifetimes_are_cut_by_a_little_and_never_prolonged(cache: Cache, now: No
     assert isinstance(cache.lookup([ask("b")])[0], Lead)
 
 
+def test_a_landing_that_makes_no_sense_spoils_no_other(cache: Cache) -> None:
+    other = Landing(b"o" * 32, ACME, None, b"v", None, 60, age_s=0.0)
+    absurd: float = 10**400
+    cache.land([landing(None, ttl_s=absurd), other])
+    assert isinstance(cache.lookup([ask("a", key=other.key)])[0], Hit)
+    assert cache.stats()["refused"] == 1
+
+
 def test_who_must_not_read_leads_and_who_must_not_join_flies_alone(cache: Cache) -> None:
     cache.land([landing(None)])
     assert cache.lookup([ask("a", read=False)]) == [Lead(KEY, ACME, "a")]

@@ -314,6 +314,21 @@ def room_for(count: int, scopes: int = 1) -> int:
     return count * (100 + ENTRY_OVERHEAD_BYTES) + scopes * SHELF_OVERHEAD_BYTES
 
 
+def test_what_has_expired_of_idle_tenants_makes_room_for_others() -> None:
+    entries = Entries(200_000)
+    for tenant in range(10):
+        for number in range(50):
+            entries.put(b"%040d" % number, Scope(f"t{tenant}"), b"v" * 200, 60.0, float(number))
+    active, a_day_later = Scope("active"), 86_400.0
+    for _ in range(3):
+        for number in range(100):
+            if entries.get(b"%040d" % number, active, a_day_later) is None:
+                entries.put(b"%040d" % number, active, b"v" * 200, 60.0, a_day_later)
+
+    assert all(entries.get(b"%040d" % number, active, a_day_later) for number in range(100))
+    assert entries.bytes <= 200_000
+
+
 def test_a_tenant_within_an_equal_share_is_never_evicted_by_others() -> None:
     entries = Entries(3 * room_for(10))
     for number in range(10):

@@ -61,6 +61,8 @@ def test_a_value_is_believed_only_in_its_own_place() -> None:
     assert unwrap(OTHER, KEY, stored) is None
     assert unwrap(EVERYBODY, KEY, stored) is None
     assert unwrap(ACME, MORE, stored) is None
+    assert unwrap(ACME, KEY, stored[:-1] + b"!") is None, "damaged"
+    assert unwrap(ACME, KEY, stored[:-1]) is None, "cut"
     for foreign in (b"", b"answer", stored[1:], b"forebay.cache.1\n" + stored[16:], stored[:40]):
         assert unwrap(ACME, KEY, foreign) is None
 
