@@ -237,7 +237,7 @@ class System:
         self.meter = Meter(self._refs.values)
         self.provider: Provider = LiteLLMProvider(models)
         limiters = [ref for name, ref in refs.items() if name.startswith(LIMITER)]
-        pace = Pace(*LIMITER_PACE_S, clock, time.process_time)
+        pace = Pace(*LIMITER_PACE_S, clock, time.process_time, lambda: self.limiter.under_way)
         self.limiter = RateLimiterDesk(limiters, holder, clock, book=self, pace=pace)
         self._layout = Layout(shards=len(limiters))
         self._relaying: asyncio.Task[None] | None = None

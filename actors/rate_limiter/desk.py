@@ -71,6 +71,11 @@ class RateLimiterDesk:
         self._refused = 0
         self._counted = 0
 
+    @property
+    def under_way(self) -> int:
+        """Requests of this process that hold something now, or wait for it."""
+        return len(self._taken) + sum(counter.waiting for counter in self._counters)
+
     async def start(self) -> None:
         """Begin to renew leases."""
         self._started = True

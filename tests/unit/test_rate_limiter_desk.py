@@ -43,7 +43,7 @@ class World:
 
     async def desk(self, holder: str = "process", pace_s: float = 0.0) -> RateLimiterDesk:
         line, time = [self.line], self.time
-        pace = Pace(pace_s, pace_s, time, lambda: 0.0)
+        pace = Pace(pace_s, pace_s, time, lambda: 0.0, lambda: 0)
         desk = RateLimiterDesk(line, holder, time, time.sleep, book=self.ledger, pace=pace)
         await desk.start()
         self.desks.append(desk)
