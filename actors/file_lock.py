@@ -42,6 +42,10 @@ class FileLock:
         self._pause = pause
         self._handle: int | None = None
 
+    @property
+    def held(self) -> bool:
+        return self._handle is not None
+
     def acquire(self, wait_s: float) -> None:
         """Take the lock; blocks for up to `wait_s` seconds while somebody else has it.
 

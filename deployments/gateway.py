@@ -22,9 +22,10 @@ from deployments.admin import Admin
 from deployments.http import build_asgi
 from deployments.http.auth import KeyEntry, Keys
 from deployments.http.service import HttpCall, Reply, StreamReply
+from forebay import logs
 from forebay.call import Call, Facts, Result
 from forebay.config import SystemConfig
-from forebay.errors import ConfigurationError, Overloaded
+from forebay.errors import ConfigurationError, InvalidRequest, Overloaded
 from forebay.health import HealthCheck
 from forebay.secrets import key_secret
 from forebay.system import System, attach, create_owners
@@ -53,6 +54,7 @@ class Gateway:
         Raises:
             ConfigurationError: the address is reachable from elsewhere and nobody needs a key.
         """
+        logs.install()
         config = SystemConfig.from_document(document)
         loop = asyncio.get_running_loop()
         host = await loop.run_in_executor(None, _serving_host)
@@ -250,9 +252,40 @@ class PipelineService(Admin):
             tenant=tenant, since_s=since_s, until_s=until_s, group_by=group_by
         )
 
+    async def record_feedback(
+        self,
+        tenant: str,
+        *,
+        kind: str,
+        content: Any,
+        rating: Any,
+        response_id: str,
+        feedback_id: str | None,
+    ) -> dict[str, Any]:
+        self._system.tenants.require(tenant, param="tenant", status=404)
+        recorded = await self._system.feedback.record(
+            kind,
+            content,
+            tenant=tenant,
+            response_id=response_id,
+            rating=rating,
+            feedback_id=feedback_id,
+        )
+        if recorded is None:
+            raise InvalidRequest(
+                "The feedback loop is off here (enable_feedback_loop, enable_llmops).",
+                code="feedback_loop_off",
+                status=409,
+            )
+        return recorded
+
+    async def feedback_stats(self, tenant: str | None) -> dict[str, Any]:
+        told = await self._system.feedback.statistics(tenant)
+        return told | {"routing": self._system.table.routing}
+
     async def metrics(self) -> bytes:
         await self._system.measure()
-        return self._system.metrics()
+        return await self._system.system_metrics()
 
     async def providers(self, tenant: str) -> list[dict[str, Any]]:
         table = self._system.table
@@ -283,6 +316,7 @@ def _call(http: HttpCall) -> Call:
         cache_read="no-cache" not in control and "no-store" not in control,
         cache_write="no-store" not in control,
         bulk=http.priority == "bulk",
+        trace_parent=http.trace_parent,
     )
 
 

@@ -20,6 +20,7 @@ _HOMES = {
     "GenerateResponse": "schemas",
     "EmbedResponse": "schemas",
     "HealthCheckResult": "schemas",
+    "FeedbackType": "feedback",
     "ValidationLevel": "validation",
     "create_gateway": "functions",
     "configure_gateway": "functions",
@@ -36,6 +37,7 @@ __all__ = [
     "CacheConfig",
     "CircuitBreakerConfig",
     "EmbedResponse",
+    "FeedbackType",
     "GatewayConfig",
     "GenerateResponse",
     "HealthCheckResult",
@@ -59,6 +61,7 @@ __all__ = [
 if TYPE_CHECKING:
     from forebay import errors
     from forebay.config import CacheConfig, CircuitBreakerConfig, GatewayConfig, RateLimitConfig
+    from forebay.feedback import FeedbackType
     from forebay.functions import (
         batch_generate,
         batch_generate_async,

@@ -6,21 +6,27 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from actors.batcher.policy import Paid, Spare
 from actors.ledger.desk import LedgerDesk, OpenEntry
 from actors.ledger.policy import TENANTS_PER_READ_MAX, GroupBy, LedgerFull, Spent
 from actors.rate_limiter.terms import Amount, Seed
 from actors.ref import OwnerUnavailable
+from forebay import bounds
+from forebay.bounds import Bound
 from forebay.call import Call, Facts
 from forebay.codec import Answer, tokens_in
-from forebay.errors import GatewayError, Overloaded
+from forebay.errors import GatewayError, GatewayTimeout, Overloaded, ProviderError
 from forebay.routing import Deployment
+
+if TYPE_CHECKING:
+    from forebay.providers.base import Provider
 
 CLIENT_CLOSED = 499  # nginx's status for a caller who went away; no answer carries it
 HEDGING = "forebay/hedging"  # who pays for second copies; no tenant can be called so
 UNUSED = "another copy of this call was answered first"
+CLIENT_LEFT = "the caller went away"
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +36,8 @@ class Books:
 
     With `enabled` off nothing is written, and a limiter that asks hears that nothing was used
     before and that all is used since. `count_hits` says of a tenant whether answers from the cache
-    count as its requests.
+    count as its requests. `prices` tells what a call may cost at most; without it nobody knows.
+    `strict`: a call is made only when the ledger's store has its intent.
 
     Failure behaviour: the desk's. `full` says that no further paid call may start.
     """
@@ -41,25 +48,43 @@ class Books:
         *,
         enabled: bool,
         count_hits: Callable[[str], bool] = lambda tenant: True,
+        prices: Callable[[], Provider] | None = None,
+        strict: bool = False,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._desk = desk
         self.enabled = enabled
         self._count_hits = count_hits
+        self._prices = prices
+        self._strict = strict
         self._wall = wall
 
     @property
     def full(self) -> bool:
         return self.enabled and self._desk.full
 
-    def open_call(
-        self, call: Call, facts: Facts, deployment: Deployment, *, stream: bool = False
+    async def open_call(
+        self,
+        call: Call,
+        facts: Facts,
+        deployment: Deployment,
+        *,
+        stream: bool = False,
+        bound: Bound | None = None,
     ) -> OpenEntry | None:
-        """The intent of one attempt, before its bytes leave. Raises `Overloaded` when full."""
+        """The intent of one attempt, before its bytes leave.
+
+        Raises `Overloaded` when full, or when a strict ledger does not take the intent: then the
+        attempt is not made. One of which no row tells is no attempt in `facts`.
+        """
         if not self.enabled:
             return None
+        most_nano = self._most(call, deployment, bound)
+        if most_nano is None and self._prices is not None:
+            await self._prices().warm()  # LiteLLM's list comes with it; the call needs it anyway
+            most_nano = self._most(call, deployment, bound)
         try:
-            return self._desk.open(
+            entry = self._desk.open(
                 request_id=call.request_id,
                 tenant=call.tenant,
                 route=call.route,
@@ -67,14 +92,45 @@ class Books:
                 deployment=deployment.id,
                 attempt=facts.attempts,
                 stream=stream,
+                most_nano=most_nano,
             )
         except LedgerFull as error:
+            facts.attempts -= 1
             raise Overloaded(str(error), retry_after_s=error.retry_after_s) from None
+        entry.cache_key = facts.cache_key
+        if self._strict:
+            await self._intend(entry)
+        return entry
+
+    async def _intend(self, entry: OpenEntry) -> None:
+        try:
+            await self._desk.intend(entry)
+        except LedgerFull as error:
+            failure = Overloaded(str(error), retry_after_s=error.retry_after_s)
+            self._desk.void(entry, _line(failure), failure.status)
+            raise failure from None
+        except BaseException:
+            self._desk.void(entry, CLIENT_LEFT, CLIENT_CLOSED)
+            raise
+
+    def _most(self, call: Call, deployment: Deployment, bound: Bound | None) -> int | None:
+        """What an attempt may cost at most, in nano-USD, None if no price is known."""
+        if bound is not None and bound.nano is not None:
+            return bound.nano
+        price = None if self._prices is None else self._prices().price_bound(deployment)
+        if price is None:
+            return None
+        clamp = None if bound is None else bound.clamp
+        return bounds.most_nano(call.route, call.body, price, clamp, deployment.model)
 
     def post_call(
-        self, entry: OpenEntry | None, answer: Answer, error: GatewayError | None = None
+        self,
+        entry: OpenEntry | None,
+        answer: Answer,
+        error: GatewayError | None = None,
+        note: str | None = None,
     ) -> None:
-        """The attempt was answered, at least in part."""
+        """The attempt was answered, at least in part. `note`: why nobody was served with it."""
         if entry is None:
             return
         prompt_tokens, completion_tokens = tokens_in(answer.usage)
@@ -84,18 +140,26 @@ class Books:
             completion_tokens=completion_tokens,
             cost_nano=answer.cost_nano,
             estimated=answer.estimated or answer.usage is None,
-            error=None if error is None else _line(error),
+            error=note if error is None else _line(error),
             http_status=200 if error is None else error.status,
+            tool_calls=_tool_calls(answer),
+            response_id="" if note is not None else str(answer.body.get("id") or ""),
         )
 
     def void_call(self, entry: OpenEntry | None, error: GatewayError | None) -> None:
-        """The attempt failed; None for `error` means that the caller went away."""
+        """The attempt failed; None for `error` means that the caller went away.
+
+        It costs nothing where the provider said so, or has not seen it. Where nobody can tell, the
+        entry is unsettled and holds the most that it may have cost.
+        """
         if entry is None:
             return
-        if error is None:
-            self._desk.void(entry, "the caller went away", CLIENT_CLOSED)
+        line = CLIENT_LEFT if error is None else _line(error)
+        status = CLIENT_CLOSED if error is None else error.status
+        if entry.most_nano != 0 and (error is None or _is_lost(error)):
+            self._desk.unsettle(entry, line, status)
         else:
-            self._desk.void(entry, _line(error), error.status)
+            self._desk.void(entry, line, status)
 
     def fail_call(
         self, entry: OpenEntry | None, error: GatewayError, *, asked: bool = True
@@ -118,6 +182,7 @@ class Books:
                 entry,
                 prompt_tokens=paid.prompt_tokens,
                 cost_nano=paid.cost_nano,
+                estimated=_is_lost(error),
                 error=_line(error),
                 http_status=error.status,
             )
@@ -139,6 +204,7 @@ class Books:
                 model=facts.group,
                 deployment=deployment.id,
                 attempt=facts.attempts + 1,  # it is no request; those are counted by their first
+                most_nano=spare.cost_nano,
             )
         except LedgerFull:
             log.warning("a second copy of %s is in no ledger: %s", call.request_id, spare)
@@ -155,6 +221,7 @@ class Books:
 
     def free(self, call: Call, facts: Facts, took_s: float) -> None:
         """An answer that cost nothing: from the cache, or from somebody else's call."""
+        facts.booked = True
         if self.enabled:
             self._desk.note(
                 "hit" if facts.cache == "hit" else "joined",
@@ -163,7 +230,43 @@ class Books:
                 route=call.route,
                 model=facts.group,
                 latency_ms=int(took_s * 1000),
+                saved_nano=facts.saved_nano,
+                response_id=facts.response_id,
+                cache_key=facts.cache_key,
             )
+
+    def end_call(self, call: Call, facts: Facts | None, outcome: str) -> None:
+        """A request is over: `outcome` is `ok`, `cancelled`, `error` or the status of its error.
+
+        One of which no row tells yet has one now: refused, gone, or joined to a call that failed.
+        `facts` is None where it was not even understood.
+        """
+        if not self.enabled or (facts is not None and (facts.attempts or facts.booked)):
+            return
+        known = {"cancelled": CLIENT_CLOSED, "error": 500}
+        status = known[outcome] if outcome in known else int(outcome)
+        kind: Literal["refused", "voided"] = "voided" if outcome in known else "refused"
+        model = "" if facts is None else facts.group
+        if facts is not None and facts.cache == "joined":
+            self._desk.note(
+                "joined",
+                request_id=call.request_id,
+                tenant=call.tenant,
+                route=call.route,
+                model=model,
+                error=f"the call that it joined ended with {status}",
+                http_status=status,
+            )
+            return
+        self._desk.refuse(
+            request_id=call.request_id,
+            tenant=call.tenant,
+            route=call.route,
+            model=model,
+            error=CLIENT_LEFT if status == CLIENT_CLOSED else f"answered with {status}",
+            http_status=status,
+            status=kind,
+        )
 
     def mark(self) -> int:
         """A name for all that this process has recorded so far."""
@@ -240,6 +343,22 @@ def _seed(spent: Spent, count_hits: bool) -> Seed:
         spent.month_nano,
         tuple(sorted(requests.items())),
     )
+
+
+def _is_lost(error: GatewayError) -> bool:
+    """Whether a provider may have done the work although no answer came of it."""
+    if isinstance(error, GatewayTimeout | ProviderError):
+        return error.sent and error.upstream_status is None
+    # The Batcher went away with the call; the error that says so was raised while handling that.
+    return isinstance(error.__context__, OwnerUnavailable)
+
+
+def _tool_calls(answer: Answer) -> int:
+    count = 0
+    for choice in answer.body.get("choices") or ():
+        message = choice.get("message") or {}
+        count += len(message.get("tool_calls") or ()) + bool(message.get("function_call"))
+    return count
 
 
 def _line(error: GatewayError) -> str:

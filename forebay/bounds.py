@@ -262,6 +262,16 @@ def bound(
     return Bound(prompt.tokens, each, choices, asked is not None, tokens, nano, clamp, rate)
 
 
+def most_nano(
+    route: str, body: Mapping[str, Any], price: PriceBound, clamp: int | None, model: str
+) -> int:
+    """What a checked `body` costs at most, in nano-USD, whatever is limited or not."""
+    prompt = _Prompt((model,), None).measure(route, body)
+    each = _asked_each(route, body) if clamp is None else clamp
+    most = (GUESS_MOST if each is None else each) * _choices(route, body)
+    return price.rate(prompt.tokens, prompt.is_plain).nano(prompt.tokens, most)
+
+
 def lowered(bound: Bound, nano_left: int) -> Bound | None:
     """The same request for the money that is left; None if that does not buy any answer."""
     if bound.nano is None or bound.rate is None or bound.nano <= nano_left:

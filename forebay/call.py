@@ -34,6 +34,7 @@ class Call:
     cache_write: bool = True
     cache_ttl_s: float | None = None
     bulk: bool = False
+    trace_parent: str | None = None  # W3C's, of the trace that it is a part of
 
     @classmethod
     def of(cls, route: Route, keywords: Mapping[str, Any]) -> Self:
@@ -101,6 +102,10 @@ class Facts:
     cache: Literal["hit", "miss", "joined", "off"] = "off"
     cached: int = 0  # vectors that came from the cache
     cost_nano: int | None = 0
+    saved_nano: int = 0  # what it would have cost, where it cost nothing
+    response_id: str = ""  # the answer's own, where somebody else was asked for it
+    cache_key: str = ""  # hexadecimal: what the cache has the answer under, if it does
+    booked: bool = False  # the ledger has it, though no provider was asked
     provider_s: float = 0.0
     total_s: float = 0.0
     config_version: int = 0

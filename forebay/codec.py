@@ -41,6 +41,12 @@ class Answer:
     estimated: bool = False
     clamped: int | None = None
     json: bytes | None = field(default=None, compare=False, repr=False)
+    packed_id: str | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def id(self) -> str:
+        """The provider's name for it, "" where it gave none."""
+        return str(self.body.get("id") or "") if self.packed_id is None else self.packed_id
 
     def __getattr__(self, name: str) -> Any:
         # Only what has no value yet is looked up here: the body of an answer made by `unpack`.
@@ -69,6 +75,7 @@ def pack(answer: Answer) -> bytes:
             "usage": answer.usage,
             "cost_nano": answer.cost_nano,
             "model": answer.model,
+            "id": answer.id,
             "estimated": answer.estimated,
             "clamped": answer.clamped,
             "shape": None if array is None else array.shape,
@@ -87,7 +94,8 @@ def unpack(data: bytes) -> Answer:
     header = orjson.loads(data[_LENGTHS.size : body_at])
     shape = header.pop("shape")
     array = None if shape is None else np.frombuffer(data, "<f4", offset=end).reshape(shape)
-    answer = Answer({}, **header, array=array, json=data[body_at:end])
+    name = header.pop("id", None)
+    answer = Answer({}, **header, array=array, json=data[body_at:end], packed_id=name)
     del answer.body  # read when somebody asks for it
     return answer
 

@@ -40,6 +40,8 @@ from pydantic.json_schema import SkipJsonSchema
 from actors.ledger.policy import nano
 from actors.rate_limiter.terms import Limits
 from forebay import routing, secrets
+from forebay.checks.finding import BuiltIn
+from forebay.checks.patterns import Pattern
 from forebay.defaults import USUAL, default_models, models_of
 from forebay.errors import ConfigurationError
 from forebay.faults import Fault, dotted, nearest, refusal, refuse, translated
@@ -53,7 +55,7 @@ from forebay.model_list import (
 from forebay.not_built import not_built
 from forebay.routing import ModelTable
 from forebay.secrets import Vault, hash_key, is_malformed_reference, is_text, new_key
-from forebay.validation import ValidationLevel
+from forebay.validation import OWN_RULES_MAX, ValidationLevel
 from forebay.yaml_lines import Lines, Unreadable
 
 __all__ = [
@@ -85,7 +87,7 @@ __all__ = [
 ]
 
 PREFIX = "FOREBAY_"
-SERVER_PREFIX = "FOREBAY_SERVER_"
+OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 OTHER_VARIABLES = frozenset({"FOREBAY_CONFIG", "FOREBAY_KEY_SECRET", "FOREBAY_HAPROXY"})
 TENANTS_MAX = 100_000
 MODELS_MAX = 10_000
@@ -93,6 +95,7 @@ BATCH_TEXTS_MAX = 100_000
 LIFETIME_S_MAX = 366 * 86_400
 """A year: Redis and the clocks take no lifetime that is endless."""
 SLOW_CALL_RATE = 0.5
+POSTGRES_SCHEMES = frozenset({"postgresql", "postgresql+psycopg", "postgres"})
 REDIS_SCHEMES = frozenset({"redis", "rediss", "dragonfly", "unix"})
 REDIS_TLS_OPTIONS = frozenset(
     {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_cert_reqs", "ssl_check_hostname"}
@@ -102,12 +105,26 @@ REDIS_TLS_OPTIONS = frozenset(
 # ------------------------------------------------------------------------------------ vocabulary
 
 
-def _sqlite_url(url: str) -> str:
-    if url.startswith("postgres"):
-        return url
-    if not url.startswith("sqlite:///") or url in ("sqlite:///", "sqlite:///:memory:"):
-        raise ValueError("must be sqlite:///PATH; leave it out for the default")
-    return url
+def _ledger_url(url: str | SecretStr) -> str | SecretStr:
+    """A reference, a file, or a server: hidden as a whole when there may be a password in it."""
+    text = url.get_secret_value() if isinstance(url, SecretStr) else url
+    if secrets.is_reference(text):
+        return text
+    if text.startswith("sqlite:///") and text not in ("sqlite:///", "sqlite:///:memory:"):
+        return text
+    try:
+        parts = urlsplit(text)
+        there = parts.scheme in POSTGRES_SCHEMES and "//" in text and parts.port != 0
+    except ValueError:
+        there = False
+    if is_malformed_reference(text) or not there:
+        raise ValueError(
+            "must be sqlite:///PATH, postgresql://USER:PASSWORD@HOST/DATABASE, or os.environ/NAME; "
+            "leave it out for the default"
+        )
+    if parts.fragment or "@" in parts.path:
+        raise ValueError("has a password with signs that must be written as %XX, such as %23 for #")
+    return SecretStr(text) if "@" in parts.netloc or parts.query else text
 
 
 def _is_text(url: Any) -> Any:
@@ -148,7 +165,12 @@ Usd = Annotated[float, Field(ge=1e-6, le=1e9)]
 Count = Annotated[int, Field(ge=1)]
 Lifetime = Annotated[int, Field(ge=1, le=LIFETIME_S_MAX)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:@-]+$")]
-LedgerUrl = Annotated[str, AfterValidator(_sqlite_url)]
+LedgerUrl = Annotated[
+    str | SecretStr,
+    BeforeValidator(_is_text),
+    AfterValidator(_ledger_url),
+    WithJsonSchema({"type": "string"}),
+]
 RedisUrl = Annotated[
     str | SecretStr,
     BeforeValidator(_is_text),
@@ -412,6 +434,60 @@ class TenantConfig(Settings):
     admin: bool = Field(default=False, description="May use /admin and see every tenant's usage.")
 
 
+class LedgerConfig(Settings):
+    """How what calls cost is kept."""
+
+    durability: Literal["spool", "strict"] = Field(
+        default="spool",
+        description="spool: a call is in a file of its process before it is made, which a killed "
+        "process survives; strict: the ledger's store has it before it is made.",
+    )
+
+
+class ValidationConfig(Settings):
+    """What answers are checked for, beside what is always checked."""
+
+    off: list[BuiltIn] = Field(default=[], description="Rules that are not checked.")
+    blocked_patterns: Annotated[dict[str, str], Field(max_length=OWN_RULES_MAX)] = Field(
+        default={},
+        description="Name → regular expression that no answer may hold, of the kind that takes "
+        "linear time: no look-around, no back-references.",
+    )
+    validators: Annotated[list[Name], Field(max_length=OWN_RULES_MAX)] = Field(
+        default=[],
+        description="Names of validators that installed packages offer as entry points of "
+        "'forebay.validators': f(text, request) -> what is wrong, or None.",
+    )
+    moderation_model: ModelName | None = Field(
+        default=None,
+        description="Group that is asked of each whole answer whether it is safe. Paid for by the "
+        "tenant; streams are not asked about, and then not stored.",
+    )
+    repair: bool = Field(
+        default=False,
+        description="Ask once more where an answer is not valid, saying what is wrong. Paid for "
+        "by the tenant; what comes of it counts only if it is valid.",
+    )
+
+    @field_validator("blocked_patterns", mode="after")
+    @classmethod
+    def _take_linear_time(cls, patterns: dict[str, str]) -> dict[str, str]:
+        refuse(
+            Fault((name,), f"is {fault}")
+            for name, text in patterns.items()
+            if (fault := _pattern_fault(text)) is not None
+        )
+        return patterns
+
+
+def _pattern_fault(text: str) -> str | None:
+    try:
+        Pattern(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 class GatewayConfig(Settings):
     """How requests are answered: models, retries, limits, and which concerns are on.
 
@@ -468,6 +544,7 @@ class GatewayConfig(Settings):
     rate_limit_config: RateLimitConfig | None = None
     circuit_breaker_config: CircuitBreakerConfig | None = None
     validation_level: ValidationLevel = ValidationLevel.MODERATE
+    validation: ValidationConfig = ValidationConfig()
     cache: SkipJsonSchema[Any] = Field(default=None, exclude=True)
     cache_config: CacheConfig | None = None
     batch_size: Annotated[int, Field(ge=1, le=BATCH_TEXTS_MAX)] | None = Field(
@@ -488,7 +565,13 @@ class GatewayConfig(Settings):
         description="Provider → key, for its deployments that have no api_key of their own.",
     )
     tenants: Annotated[list[TenantConfig], Field(max_length=TENANTS_MAX)] = []
-    ledger_url: LedgerUrl | None = Field(default=None, repr=False)
+    ledger_url: LedgerUrl | None = Field(
+        default=None,
+        repr=False,
+        description="sqlite:///PATH, postgresql://USER:PASSWORD@HOST/DATABASE, or os.environ/NAME "
+        "of the latter; absent = ledger.db in the data directory.",
+    )
+    ledger: LedgerConfig = LedgerConfig()
     redis_url: RedisUrl | None = Field(
         default=None,
         repr=False,
@@ -508,7 +591,7 @@ class GatewayConfig(Settings):
         default="weighted",
         description="How a group's deployments of one order are ranked: by weight; fewest calls "
         "in flight; soonest first token or answer; cheapest; where the prompt's beginning was "
-        "sent before. What is alike goes by weight.",
+        "sent before; best rated by those who were answered. What is alike goes by weight.",
     )
 
     @classmethod
@@ -627,6 +710,22 @@ class GatewayConfig(Settings):
         return tenants
 
     @model_validator(mode="after")
+    def _validation_is_on(self) -> Self:
+        if not self.enable_validation and self.validation != ValidationConfig():
+            refuse([Fault(("validation",), "has no effect with enable_validation: false")])
+        if self.validation.repair and self.validation_level is ValidationLevel.LENIENT:
+            refuse([Fault(("validation", "repair"), "has no effect with validation_level lenient")])
+        return self
+
+    @model_validator(mode="after")
+    def _feedback_is_kept(self) -> Self:
+        kept = self.enable_feedback_loop and self.enable_llmops
+        if self.routing == "feedback" and not kept:
+            remedy = "needs enable_feedback_loop and enable_llmops, which keep the ratings"
+            refuse([Fault(("routing",), f"'feedback' {remedy}")])
+        return self
+
+    @model_validator(mode="after")
     def _names_exist(self) -> Self:
         """With an empty `model_list` the names are checked once the defaults are filled in."""
         if self.model_list:
@@ -672,6 +771,29 @@ class ServerConfig(Settings):
     )
 
 
+def _otlp_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be the http:// or https:// address of an OTLP/HTTP receiver")
+    if parts.username or parts.password or parts.query:
+        raise ValueError("must have no credentials in it; OTEL_EXPORTER_OTLP_HEADERS takes them")
+    return url
+
+
+class TelemetryConfig(Settings):
+    """What is told to whom, beside /metrics."""
+
+    otlp_endpoint: Annotated[str, AfterValidator(_otlp_url)] | None = Field(
+        default=None,
+        description="Where OpenTelemetry's GenAI spans and metrics go by OTLP/HTTP, such as "
+        "http://127.0.0.1:4318; OTEL_EXPORTER_OTLP_ENDPOINT where absent. OpenTelemetry's own "
+        "variables hold for the rest.",
+    )
+    request_log: Literal["none", "failed", "all"] = Field(
+        default="failed", description="Which requests have a line in the log; failed: 5xx."
+    )
+
+
 class SystemConfig(Settings):
     """A whole system: what a configuration file says.
 
@@ -680,6 +802,7 @@ class SystemConfig(Settings):
 
     gateway: GatewayConfig = GatewayConfig()
     server: ServerConfig = ServerConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     data_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
         default_factory=lambda: data_dir(os.environ),
         description="Holds ledger, registry, key secret and vault.",
@@ -717,7 +840,7 @@ class SystemConfig(Settings):
         return config_schema()
 
     @property
-    def ledger_url(self) -> str | None:
+    def ledger_url(self) -> str | SecretStr | None:
         """Where the ledger is; None = `ledger.db` in the data directory."""
         return self.gateway.ledger_url
 
@@ -890,7 +1013,11 @@ def around(config: GatewayConfig, environ: Mapping[str, str]) -> SystemConfig:
     Raises:
         ConfigurationError: a name in it exists in no group.
     """
-    return SystemConfig(gateway=with_default_models(config, environ), data_dir=data_dir(environ))
+    return SystemConfig(
+        gateway=with_default_models(config, environ),
+        telemetry=TelemetryConfig(otlp_endpoint=environ.get(OTLP_VARIABLE) or None),
+        data_dir=data_dir(environ),
+    )
 
 
 def with_default_models(config: GatewayConfig, environ: Mapping[str, str]) -> GatewayConfig:
@@ -912,9 +1039,14 @@ def data_dir(environ: Mapping[str, str]) -> Path:
     return _absolute(Path(environ.get("FOREBAY_DATA_DIR") or "~/.local/share/forebay"))
 
 
-def sqlite_path(url: str | None) -> Path | None:
-    """The file of a `sqlite:///PATH` URL; `~` is the home directory, `sqlite:////` absolute."""
-    return None if url is None else _absolute(Path(url.removeprefix("sqlite:///")))
+def sqlite_path(url: str | SecretStr | None) -> Path | None:
+    """The file of a `sqlite:///PATH` URL; `~` is the home directory, `sqlite:////` absolute.
+
+    None if it is something else.
+    """
+    if not isinstance(url, str) or not url.startswith("sqlite:///"):
+        return None
+    return _absolute(Path(url.removeprefix("sqlite:///")))
 
 
 def revealed(text: str | SecretStr, vault: Vault) -> str:
@@ -992,6 +1124,9 @@ def _lines(path: Path) -> tuple[Lines | None, list[Problem]]:
 def _fill_in(data: dict[str, Any], environ: Mapping[str, str]) -> None:
     """What `forebay up` takes where nothing is said."""
     data.setdefault("data_dir", data_dir(environ))
+    telemetry = data.setdefault("telemetry", {})
+    if environ.get(OTLP_VARIABLE) and isinstance(telemetry, dict):
+        telemetry.setdefault("otlp_endpoint", environ[OTLP_VARIABLE])
     gateway = data["gateway"]
     if not isinstance(gateway, dict):
         return  # a fault, and pydantic finds it
@@ -1004,8 +1139,13 @@ def _fill_in(data: dict[str, Any], environ: Mapping[str, str]) -> None:
 def _overlay(data: dict[str, Any], environ: Mapping[str, str], source: _Source) -> list[Fault]:
     """Put `FOREBAY_…` variables over the file's values."""
     places: dict[str, tuple[str | int, ...]] = {f"{PREFIX}DATA_DIR": ("data_dir",)}
-    for part, settings in (("gateway", GatewayConfig), ("server", ServerConfig)):
-        prefix = SERVER_PREFIX if part == "server" else PREFIX
+    parts: dict[str, type[Settings]] = {
+        "gateway": GatewayConfig,
+        "server": ServerConfig,
+        "telemetry": TelemetryConfig,
+    }
+    for part, settings in parts.items():
+        prefix = PREFIX if part == "gateway" else f"{PREFIX}{part.upper()}_"
         places |= {f"{prefix}{n.upper()}": (part, n) for n in settings.model_fields if n != "cache"}
     faults = []
     for variable, text in environ.items():

@@ -73,6 +73,7 @@ class GatewayError(Exception):
         self.provider = provider
         self.upstream_status = upstream_status
         self.figures = figures
+        self.sent = True  # False where it is certain that no provider has seen the call
 
     def __str__(self) -> str:
         return self.message

@@ -18,10 +18,13 @@ from forebay.cache import ResponseCache, prefix_figures
 from forebay.call import Call, Result
 from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, InvalidRequest
+from forebay.feedback import FeedbackLoop, FeedbackType
 from forebay.health import HealthCheck
 from forebay.loop import LoopThread
 from forebay.schemas import EmbedResponse, GenerateResponse, HealthCheckResult, Usage
 from forebay.system import System, choose_runtime, open_system
+from forebay.tenants import DEFAULT_TENANT
+from forebay.validation import ValidationManager
 
 T = TypeVar("T")
 Runtime = Literal["auto", "ray", "inline"]
@@ -213,6 +216,81 @@ class LiteLLMGateway:
         since = _hours_ago(time_range_hours)
         return self._loop.run(self._system.books.cost(tenant=tenant_id, since_s=since))
 
+    # ---------------------------------------------------------------------------- feedback
+
+    def record_feedback(
+        self,
+        query: str | None,
+        response: str | GenerateResponse | None,
+        feedback_type: FeedbackType | str,
+        content: Any = None,
+        tenant_id: str | None = None,
+        response_id: str | None = None,
+    ) -> str | None:
+        """Keep what somebody thinks of an answer; its id, or None where the feedback loop is off.
+
+        Args:
+            query: what was asked; kept beside the feedback, and may be None.
+            response: the `GenerateResponse` itself, or its text.
+            feedback_type: correction, rating, useful, improvement or error.
+            content: a rating is 1 to 5, True or False, or "up" or "down"; else any text or JSON.
+            tenant_id: whose answer it was.
+            response_id: the answer's `id`; that of `response` if it is a `GenerateResponse`.
+                Without either it counts for the tenant, and for no deployment.
+
+        A correction takes the answer out of the cache.
+
+        Raises:
+            InvalidRequest: something is wrong with it (400), this tenant had no such answer (404).
+            Overloaded: the ledger does not take it now; try again.
+        """
+        return self._loop.run(
+            self._record(query, response, feedback_type, content, tenant_id, response_id)
+        )
+
+    async def record_feedback_async(
+        self,
+        query: str | None,
+        response: str | GenerateResponse | None,
+        feedback_type: FeedbackType | str,
+        content: Any = None,
+        tenant_id: str | None = None,
+        response_id: str | None = None,
+    ) -> str | None:
+        """As `record_feedback`."""
+        return await self._loop.hand_over(
+            self._record(query, response, feedback_type, content, tenant_id, response_id)
+        )
+
+    async def _record(
+        self,
+        query: str | None,
+        response: str | GenerateResponse | None,
+        feedback_type: FeedbackType | str,
+        content: Any,
+        tenant_id: str | None,
+        response_id: str | None,
+    ) -> str | None:
+        tenant = DEFAULT_TENANT if tenant_id is None else tenant_id
+        self._system.tenants.require(tenant)
+        recorded = await self._system.feedback.record(
+            feedback_type,
+            content,
+            tenant=tenant,
+            response_id=response_id,
+            query=query,
+            response=response,
+        )
+        return None if recorded is None else str(recorded["id"])
+
+    def get_feedback_stats(self, tenant_id: str | None = None) -> dict[str, Any]:
+        """How much feedback there is, of a tenant or of all; see `FeedbackLoop.statistics`."""
+        return self._loop.run(self._system.feedback.statistics(tenant_id))
+
+    async def get_feedback_stats_async(self, tenant_id: str | None = None) -> dict[str, Any]:
+        """As `get_feedback_stats`."""
+        return await self._loop.hand_over(self._system.feedback.statistics(tenant_id))
+
     # --------------------------------------------------------------------------- the desks
 
     @property
@@ -266,6 +344,17 @@ class LiteLLMGateway:
     def llmops(self) -> Any:
         """The ledger's desk, None where `enable_llmops` is off."""
         return self._system.books if self.config.enable_llmops else None
+
+    @property
+    def validation_manager(self) -> ValidationManager | None:
+        """The rules that answers are held against: `validate`, `add_validator`,
+        `add_blocked_pattern`, `stats`. None where `enable_validation` is off."""
+        return self._system.validation if self.config.enable_validation else None
+
+    @property
+    def feedback_loop(self) -> FeedbackLoop | None:
+        """What takes feedback and hands ratings to routing, None where that is off."""
+        return self._system.feedback if self._system.feedback.enabled else None
 
     @property
     def health_check(self) -> Any:

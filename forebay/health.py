@@ -315,6 +315,9 @@ def _ledger(seen: Seen) -> Check:
     if not seen.gateway.enable_llmops:
         return _check("healthy", "enable_llmops is off", **figures)
     wrong = _away(seen, "ledger", "entries are kept here until it answers")
+    failing = seen.owners.get("ledger", {}).get("failing")
+    if failing:
+        wrong.append(f"its store takes nothing, entries are kept here: {failing}")
     if desk.get("full"):
         words = "as many entries as may wait here do: no further paid call may start"
         return _check("unhealthy", "; ".join([*wrong, words]), **figures)

@@ -1,260 +1,306 @@
-"""What is counted, under the names of the contract, in this process's own Prometheus registry.
+"""What is counted, under the names of the contract.
 
-Bounded: label values come from the configuration (models, deployments) or are folded into `other`
-(tenants beyond TENANTS_MAX), so that no client can mint time series.
+Rule 1: a process counts in plain integers (times in ns, money in nano-USD), so that counts of all
+        processes add up exactly; Prometheus's text is made of them when somebody asks.
+Rule 2: label values come from the configuration (models, deployments) or are folded into `other`
+        (tenants beyond TENANTS_MAX, series beyond SERIES_MAX), so that no client can mint series.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from actors.ref import OwnerRef
+from actors.registry.sums import OTHER, Figures, Numbers, Series
 
 TENANTS_MAX = 200
+SERIES_MAX = 2_000
+"""Of one process. Those that come later are counted with `other` for each label."""
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 OVERHEAD_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+NANO = 1e9
+
+Source = Callable[[], Figures]
+"""Counts that are kept elsewhere in this process."""
 
 
-class _Stored(Collector):
-    """What is in the cache, as its owners told it last; nothing while they are away."""
+class Family(NamedTuple):
+    """Series that differ in their labels. Their numbers are `per_unit` times what is shown; those
+    with `bounds` are histograms: a number per bucket, and the sum of what was observed."""
 
-    def __init__(self) -> None:
-        self.told: Mapping[str, int] | None = None
-
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        told = self.told
-        if told is None:
-            return
-        yield GaugeMetricFamily("forebay_cache_entries", "Answers stored.", told["entries"])
-        yield GaugeMetricFamily("forebay_cache_bytes", "Memory that they take.", told["bytes"])
-        words = "Answers that gave way."
-        yield CounterMetricFamily("forebay_cache_evictions", words, told["evicted"])
+    name: str
+    words: str
+    labels: tuple[str, ...] = ()
+    per_unit: float = 1
+    bounds: tuple[float, ...] = ()
+    kind: Literal["counter", "gauge"] = "counter"
 
 
-class PromptCache(Collector):
+FAMILIES = (
+    Family("forebay_requests", "Requests by outcome.", ("route", "model", "tenant", "status")),
+    Family(
+        "forebay_request_seconds",
+        "From the first step of the pipeline to the last.",
+        ("route",),
+        NANO,
+        SECONDS,
+    ),
+    Family(
+        "forebay_overhead_seconds",
+        "A request's time less what the provider took.",
+        ("route",),
+        NANO,
+        OVERHEAD_SECONDS,
+    ),
+    Family("forebay_time_to_first_token_seconds", "Streams only.", ("route",), NANO, SECONDS),
+    Family("forebay_queue_seconds", "Waiting for a limit.", (), NANO, SECONDS),
+    Family("forebay_tokens", "Tokens used.", ("kind",)),
+    Family("forebay_cost_usd", "Cost of posted calls.", (), NANO),
+    Family("forebay_cache", "Look-ups.", ("outcome",)),
+    Family("forebay_coalesced_texts", "Texts that shared a provider call with another caller's."),
+    Family(
+        "forebay_provider_calls",
+        "Provider calls by what the breaker learnt from them.",
+        ("deployment", "outcome"),
+    ),
+    Family("forebay_rate_limited", "Refusals.", ("tenant", "kind")),
+    Family(
+        "forebay_validation_findings",
+        "What the validation found in answers: rules broken (error), or only bent (warning).",
+        ("rule", "severity"),
+    ),
+    Family("forebay_owner_messages", "Messages that desks sent to owners.", ("owner", "method")),
+    Family(
+        "forebay_prompt_cache_tokens",
+        "Prompt tokens that providers read from their caches, or wrote there.",
+        ("kind",),
+    ),
+    # No counter: what is written and never read is a loss.
+    Family(
+        "forebay_prompt_cache_saved_usd",
+        "The usual price of the prompts less what was paid.",
+        (),
+        NANO,
+        kind="gauge",
+    ),
+)
+
+
+def prompt_cache(told: Callable[[], Mapping[str, Any]]) -> Source:
     """What providers reported of their prompt caches to this process; `told` has its figures."""
 
-    def __init__(self, told: Callable[[], Mapping[str, Any]]) -> None:
-        self._told = told
+    def read() -> Figures:
+        now = told()
+        return {
+            ("forebay_prompt_cache_tokens", "read"): (now["cached_tokens"],),
+            ("forebay_prompt_cache_tokens", "written"): (now["written_tokens"],),
+            ("forebay_prompt_cache_saved_usd",): (round(now["saved_usd"] * NANO),),
+        }
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        told = self._told()
-        tokens = CounterMetricFamily(
-            "forebay_prompt_cache_tokens",
-            "Prompt tokens that providers read from their caches, or wrote there.",
-            labels=["kind"],
-        )
-        tokens.add_metric(["read"], told["cached_tokens"])
-        tokens.add_metric(["written"], told["written_tokens"])
-        yield tokens
-        # No counter: what is written and never read is a loss.
-        yield GaugeMetricFamily(
-            "forebay_prompt_cache_saved_usd",
-            "The usual price of the prompts less what was paid.",
-            told["saved_usd"],
-        )
-
-
-class _OwnerMessages(Collector):
-    """Messages sent to each owner, by method, read off the lines when somebody asks."""
-
-    def __init__(self, refs: Callable[[], Iterable[OwnerRef]]) -> None:
-        self._refs = refs
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        family = CounterMetricFamily(
-            "forebay_owner_messages",
-            "Messages that desks of this process sent to owners.",
-            labels=["owner", "method"],
-        )
-        for ref in self._refs():
-            for method, count in ref.sent.items():
-                family.add_metric([ref.name, method], count)
-        yield family
-
-
-class _Counts(Collector):
-    """A counter that every request passes: plain integers, until somebody asks."""
-
-    def __init__(self, name: str, documentation: str, labels: Sequence[str]) -> None:
-        self._told = (name, documentation)
-        self._labels = labels
-        self.by: dict[tuple[str, ...], int] = {}
-
-    def count(self, labels: tuple[str, ...]) -> None:
-        self.by[labels] = self.by.get(labels, 0) + 1
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        family = CounterMetricFamily(*self._told, labels=self._labels)
-        for labels, count in list(self.by.items()):
-            family.add_metric(labels, count)
-        yield family
-
-
-class _Spread(Collector):
-    """A histogram that every request passes: its buckets by route."""
-
-    def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
-        self._told = (name, documentation)
-        self._bounds = bounds
-        self._names = [*(str(float(bound)) for bound in bounds), "+Inf"]
-        self._by: dict[str, list[int]] = {}
-        self._sums: dict[str, float] = {}
-
-    def observe(self, route: str, seconds: float) -> None:
-        buckets = self._by.get(route)
-        if buckets is None:
-            buckets = self._by[route] = [0] * len(self._names)
-            self._sums[route] = 0.0
-        buckets[bisect_left(self._bounds, seconds)] += 1
-        self._sums[route] += seconds
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        family = HistogramMetricFamily(*self._told, labels=["route"])
-        for route, buckets in list(self._by.items()):
-            counts = zip(self._names, accumulate(buckets), strict=True)
-            family.add_metric([route], list(counts), self._sums[route])
-        yield family
+    return read
 
 
 class Meter:
-    """This process's counters. Incrementing one costs about a microsecond, and less where every
-    request does it."""
+    """This process's counts. Adding to one costs a fraction of a microsecond.
+
+    Bounds: SERIES_MAX series, TENANTS_MAX tenants by name.
+    """
 
     def __init__(self, refs: Callable[[], Iterable[OwnerRef]]) -> None:
-        self.registry = CollectorRegistry()
-        registry = self.registry
-        self._requests = _Counts(
-            "forebay_requests", "Requests by outcome.", ["route", "model", "tenant", "status"]
-        )
-        self._seconds = _Spread(
-            "forebay_request_seconds", "From the first step of the pipeline to the last.", SECONDS
-        )
-        self._overhead = _Spread(
-            "forebay_overhead_seconds",
-            "A request's time less what the provider took.",
-            OVERHEAD_SECONDS,
-        )
-        self._cache = _Counts("forebay_cache", "Look-ups.", ["outcome"])
-        self._first_token = Histogram(
-            "forebay_time_to_first_token_seconds",
-            "Streams only.",
-            ["route"],
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._tokens = Counter("forebay_tokens", "Tokens used.", ["kind"], registry=registry)
-        self._cost = Counter("forebay_cost_usd", "Cost of posted calls.", registry=registry)
-        self._stored = _Stored()
-        registry.register(self._stored)
-        self.looked_up: Callable[[], None] = lambda: None
-        self._coalesced = Counter(
-            "forebay_coalesced_texts",
-            "Texts that shared a provider call with another caller's.",
-            registry=registry,
-        )
-        self._calls = Counter(
-            "forebay_provider_calls",
-            "Provider calls by what the breaker learnt from them.",
-            ["deployment", "outcome"],
-            registry=registry,
-        )
-        self._limited = Counter(
-            "forebay_rate_limited", "Refusals.", ["tenant", "kind"], registry=registry
-        )
-        self._queue = Histogram(
-            "forebay_queue_seconds", "Waiting for a limit.", buckets=SECONDS, registry=registry
-        )
-        self._breaker = Gauge(
-            "forebay_breaker_state",
-            "0 closed, 1 half open, 2 open.",
-            ["deployment"],
-            registry=registry,
-        )
-        self._breakers_told: set[str] = set()
-        self._breakers_shown: set[str] = set()
-        for collector in (
-            self._requests,
-            self._seconds,
-            self._overhead,
-            self._cache,
-            _OwnerMessages(refs),
-        ):
-            registry.register(collector)
+        self._counts: dict[Series, int] = {}
+        self._spreads: dict[Series, list[int]] = {}
         self._tenants: set[str] = set()
+        self._refs = refs
+        self._sources: list[Source] = [self._messages]
+        self._breakers: dict[str, int] = {}
+        self._stored: Mapping[str, int] | None = None
+        self._unsettled: int | None = None
+        self.looked_up: Callable[[], None] = lambda: None
+
+    def add(self, source: Source) -> None:
+        """Have the counts of `source` among this process's, under names of `FAMILIES`."""
+        self._sources.append(source)
 
     def request(
         self, route: str, model: str, tenant: str, status: str, total_s: float, provider_s: float
     ) -> None:
         """One request came to its end."""
-        self._requests.count((route, model, self._tenant(tenant), status))
-        self._seconds.observe(route, total_s)
-        self._overhead.observe(route, max(0.0, total_s - provider_s))
+        self._count(("forebay_requests", route, model, self._tenant(tenant), status))
+        self._observe(("forebay_request_seconds", route), SECONDS, total_s)
+        own_s = max(0.0, total_s - provider_s)
+        self._observe(("forebay_overhead_seconds", route), OVERHEAD_SECONDS, own_s)
 
     def usage(self, prompt_tokens: int, completion_tokens: int, cost_nano: int | None) -> None:
         """A provider call was posted."""
-        self._tokens.labels("prompt").inc(prompt_tokens)
-        self._tokens.labels("completion").inc(completion_tokens)
+        self._count(("forebay_tokens", "prompt"), prompt_tokens)
+        self._count(("forebay_tokens", "completion"), completion_tokens)
         if cost_nano:
-            self._cost.inc(cost_nano / 1e9)
+            self._count(("forebay_cost_usd",), cost_nano)
 
     def first_token(self, route: str, seconds: float) -> None:
         """A stream's first chunk was handed over."""
-        self._first_token.labels(route).observe(seconds)
+        self._observe(("forebay_time_to_first_token_seconds", route), SECONDS, seconds)
 
     def cache(self, outcome: str) -> None:
         """A look-up ended as `hit`, `miss` or `joined`."""
-        self._cache.count((outcome,))
+        self._count(("forebay_cache", outcome))
         self.looked_up()
-
-    def stored(self, told: Mapping[str, int] | None) -> None:
-        """`entries`, `bytes` and `evicted` of the cache, for the next `render`; None: unknown."""
-        self._stored.told = told
 
     def lookups(self) -> tuple[int, int, int]:
         """How many look-ups of this process ended as hit, miss and joined."""
-        hit, miss, joined = (self._cache.by.get((name,), 0) for name in ("hit", "miss", "joined"))
-        return int(hit), int(miss), int(joined)
+        hits, misses, joined = (
+            self._counts.get(("forebay_cache", outcome), 0) for outcome in ("hit", "miss", "joined")
+        )
+        return hits, misses, joined
 
     def coalesced(self, texts: int) -> None:
         """That many texts of a caller travelled with somebody else's."""
-        self._coalesced.inc(texts)
+        self._count(("forebay_coalesced_texts",), texts)
 
     def provider_call(self, deployment: str, outcome: str) -> None:
         """A provider call ended with this verdict: success, slow, failure, unreachable, …"""
-        self._calls.labels(deployment, outcome).inc()
+        self._count(("forebay_provider_calls", deployment, outcome))
 
     def limited(self, tenant: str, kind: str) -> None:
         """A limit refused a request."""
-        self._limited.labels(self._tenant(tenant), kind).inc()
+        self._count(("forebay_rate_limited", self._tenant(tenant), kind))
 
     def queued(self, seconds: float) -> None:
         """A request waited for a limit before it went on."""
-        self._queue.observe(seconds)
+        self._observe(("forebay_queue_seconds",), SECONDS, seconds)
+
+    # What is not counted here, but told before each `render`, which forgets it.
 
     def breaker(self, deployment: str, level: int) -> None:
-        """How a breaker stands, for the next `render`: 0 closed, 1 half open, 2 open."""
-        self._breaker.labels(deployment).set(level)
-        self._breakers_told.add(deployment)
+        """How a breaker stands: 0 closed, 1 half open, 2 open."""
+        self._breakers[deployment] = level
 
-    def render(self) -> bytes:
-        """Prometheus text format. A breaker that nobody told of since the last one is gone."""
-        for gone in self._breakers_shown - self._breakers_told:
-            self._breaker.remove(gone)
-        self._breakers_shown, self._breakers_told = self._breakers_told, set()
-        return generate_latest(self.registry)
+    def stored(self, told: Mapping[str, int] | None) -> None:
+        """`entries`, `bytes` and `evicted` of the cache; None: unknown."""
+        self._stored = told
+
+    def unsettled(self, entries: int | None) -> None:
+        """The ledger's entries of which nobody knows what they cost; None: unknown."""
+        self._unsettled = entries
+
+    def figures(self) -> dict[Series, Numbers]:
+        """All that this process has counted since it began."""
+        told: dict[Series, Numbers] = {series: (n,) for series, n in self._counts.items()}
+        told.update((series, tuple(numbers)) for series, numbers in self._spreads.items())
+        for source in self._sources:
+            told.update(source())
+        return told
+
+    def render(self, figures: Figures | None = None) -> bytes:
+        """Prometheus text of the figures; None: of this process's."""
+        registry = CollectorRegistry()
+        registry.register(_Families(self.figures() if figures is None else figures))
+        registry.register(_Told(self._breakers, self._stored, self._unsettled))
+        self._breakers, self._stored, self._unsettled = {}, None, None
+        return generate_latest(registry)
+
+    def _count(self, series: Series, by: int = 1) -> None:
+        counts = self._counts
+        if series not in counts and len(counts) + len(self._spreads) >= SERIES_MAX:
+            series = (series[0], *[OTHER] * (len(series) - 1))
+        counts[series] = counts.get(series, 0) + by
+
+    def _observe(self, series: Series, bounds: tuple[float, ...], seconds: float) -> None:
+        numbers = self._spreads.get(series)
+        if numbers is None:  # by route at the most, of which there are few
+            numbers = self._spreads[series] = [0] * (len(bounds) + 2)
+        numbers[bisect_left(bounds, seconds)] += 1
+        numbers[-1] += int(seconds * NANO)
+
+    def _messages(self) -> Figures:
+        return {
+            ("forebay_owner_messages", ref.name, method): (count,)
+            for ref in self._refs()
+            for method, count in ref.sent.items()
+        }
 
     def _tenant(self, tenant: str) -> str:
         if tenant in self._tenants:
             return tenant
         if len(self._tenants) >= TENANTS_MAX:
-            return "other"
+            return OTHER
         self._tenants.add(tenant)
         return tenant
+
+
+class _Families(Collector):
+    """Figures as Prometheus's families; those of a family that is not known here are left out."""
+
+    def __init__(self, figures: Figures) -> None:
+        self._by_family: dict[str, list[tuple[tuple[str, ...], Numbers]]] = {}
+        for series, numbers in figures.items():
+            self._by_family.setdefault(series[0], []).append((series[1:], numbers))
+
+    def collect(self) -> Iterator[Metric]:
+        for family in FAMILIES:
+            told = self._by_family.get(family.name) or _nothing(family)
+            if family.bounds:
+                yield _histogram(family, told)
+                continue
+            made = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+            metric = made(family.name, family.words, labels=family.labels)
+            for labels, numbers in told:
+                metric.add_metric(labels, numbers[0] / family.per_unit)
+            yield metric
+
+
+def _nothing(family: Family) -> list[tuple[tuple[str, ...], Numbers]]:
+    """A family without labels is there from the beginning, so that its first count is seen."""
+    return [] if family.labels else [((), (0,) * (len(family.bounds) + 2))]
+
+
+def _histogram(family: Family, told: Iterable[tuple[tuple[str, ...], Numbers]]) -> Metric:
+    metric = HistogramMetricFamily(family.name, family.words, labels=family.labels)
+    edges = (*family.bounds, math.inf)
+    names = [str(floatToGoString(edge)) for edge in edges]  # type: ignore[no-untyped-call]
+    for labels, numbers in told:
+        if len(numbers) != len(names) + 1:
+            continue  # of a version with other buckets
+        buckets = list(zip(names, accumulate(numbers[:-1]), strict=True))
+        metric.add_metric(labels, buckets, numbers[-1] / family.per_unit)
+    return metric
+
+
+class _Told(Collector):
+    """How things stand now, which does not add up; nothing where it is not known."""
+
+    def __init__(
+        self, breakers: Mapping[str, int], stored: Mapping[str, int] | None, unsettled: int | None
+    ) -> None:
+        self._breakers = breakers
+        self._stored = stored
+        self._unsettled = unsettled
+
+    def collect(self) -> Iterator[Metric]:
+        words = "0 closed, 1 half open, 2 open."
+        breakers = GaugeMetricFamily("forebay_breaker_state", words, labels=["deployment"])
+        for deployment, level in self._breakers.items():
+            breakers.add_metric([deployment], level)
+        yield breakers
+        if self._unsettled is not None:
+            words = "Ledger entries of calls of which nobody knows what they cost."
+            yield GaugeMetricFamily("forebay_ledger_unsettled", words, self._unsettled)
+        if (told := self._stored) is not None:
+            yield GaugeMetricFamily("forebay_cache_entries", "Answers stored.", told["entries"])
+            yield GaugeMetricFamily("forebay_cache_bytes", "Memory that they take.", told["bytes"])
+            words = "Answers that gave way."
+            yield CounterMetricFamily("forebay_cache_evictions", words, told["evicted"])

@@ -29,21 +29,9 @@ _LEAVE_OUT = "is not enforced yet; leave it out"
 NOT_BUILT = (
     NotBuilt(
         "GatewayConfig",
-        "routing",
-        _only("weighted", "least_busy", "latency", "cost", "prefix"),
-        "is not built yet; there are weighted, least_busy, latency, cost and prefix",
-    ),
-    NotBuilt(
-        "GatewayConfig",
         "cache",
         _only(None),
         "a cache object of your own has no effect yet; leave it out and set enable_caching",
-    ),
-    NotBuilt(
-        "GatewayConfig",
-        "ledger_url",
-        lambda url: url is None or not url.startswith("postgres"),
-        "PostgreSQL is not built yet; give sqlite:///PATH",
     ),
     NotBuilt("ServerConfig", "lane", _only("auto", "litellm"), "'relay' is not built yet"),
     NotBuilt("litellm_params", "itpm", _only(None), _LEAVE_OUT),

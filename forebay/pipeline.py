@@ -35,8 +35,12 @@ from forebay import bounds, codec, schemas, validation
 from forebay.attempts import Plan, Try, pass_unasked, refused_by, why_of
 from forebay.bounds import Bound
 from forebay.call import Call, Facts, Result, Stream
+from forebay.checks import aside
+from forebay.checks.finding import Finding
+from forebay.checks.shape import texts_of
 from forebay.codec import Answer
 from forebay.config import RateLimitConfig
+from forebay.ended import Ended, Tried
 from forebay.errors import (
     BudgetExceeded,
     DeploymentsBusy,
@@ -71,6 +75,7 @@ dimensions 25 ms and 12 MB, where the list itself costs 5 ms (measured in one pr
 are jobs, which read each text once; two of them seldom have the same texts under way."""
 OWN_ENDS = ("stop", "tool_calls", "function_call")
 NANO_PER_USD = 1e9
+UNKNOWN = "unknown"  # the model and provider of a request that was not even understood
 TEXTS_FIELD: dict[str, str] = {"chat": "messages", "completion": "prompt", "embedding": "input"}
 
 
@@ -92,7 +97,11 @@ class _Request:
     reserved: bool = False
     used: Amount = NOTHING_USED
     doubted: bool = False  # the validation had something to say of the answer
+    invalid: tuple[dict[str, Any], list[str]] | None = None  # an answer, and what is wrong with it
     prompt: Reading | None = None  # what its beginnings are called
+    streams: bool = False
+    answer: Answer | None = None  # the last one that a provider gave for it
+    tried: tuple[Tried, ...] = ()  # its attempts, where somebody wants to know
 
 
 @dataclass(slots=True)
@@ -203,6 +212,7 @@ class Pipeline:
         request: _Request | None = None
         try:
             request = self._check(call)
+            request.streams = True
             await self._count(request)
             found = await self._look_up_stream(request)
             return found if isinstance(found, Stream) else await self._lead_stream(request, found)
@@ -282,6 +292,7 @@ class Pipeline:
             return None
         scope = self._scope(call)
         address = _address(scope, call, request.group)
+        facts.cache_key = self._cache_key(address)
         try:
             found = await system.cache.lookup(
                 address, scope, read=read, join=join, patience_s=self._left(request)
@@ -303,6 +314,8 @@ class Pipeline:
         """A stored answer, or that of somebody else's call."""
         answer, facts = codec.unpack(found.value), request.facts
         facts.cache = "hit" if isinstance(found, Hit) else "joined"
+        facts.saved_nano = answer.cost_nano or 0
+        facts.response_id = answer.id
         if answer.clamped is not None:
             self._tell_clamp(request, answer.clamped)
         return answer
@@ -315,6 +328,7 @@ class Pipeline:
             return None
         scope = self._scope(call)
         address = _address(scope, call, request.group)
+        facts.cache_key = self._cache_key(address)
         for _ in range(ROUNDS_MAX):
             # Who leads may have to go on for others when its own time is up.
             ends_s = max(0.0, request.ends_s - system.clock())
@@ -345,7 +359,8 @@ class Pipeline:
                 else:
                     facts.cache = "joined"
                     left_s, lost = partial(self._left, request), partial(self._lost, request)
-                    chunks = followed(listening, news, call.route, call.body, left_s, lost)
+                    heard = partial(self._heard, request)
+                    chunks = followed(listening, news, call.route, call.body, left_s, lost, heard)
             shared = self._share_out(request, chunks)
             system.meter.first_token(call.route, system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
@@ -356,6 +371,11 @@ class Pipeline:
         facts.cache = "miss"
         system.meter.cache("miss")
         return found
+
+    def _heard(self, request: _Request, whole: Answer) -> None:
+        """The end of a stream that was somebody else's."""
+        request.facts.saved_nano = whole.cost_nano or 0
+        request.facts.response_id = whole.id
 
     async def _share_out(
         self, request: _Request, chunks: AsyncGenerator[dict[str, Any], None]
@@ -398,6 +418,10 @@ class Pipeline:
         join = config.deduplicate == "all" or not _asks_for_variety(call.body)
         return read, join and config.enable_request_deduplication
 
+    def _cache_key(self, address: bytes) -> str:
+        """What a correction of the answer is to take out of the cache, if anything."""
+        return address.hex() if self._system.config.gateway.enable_caching else ""
+
     def _free(self, request: _Request) -> None:
         """An answer from the cache, or from somebody else's call: it costs nothing."""
         system, call, facts = self._system, request.call, request.facts
@@ -431,12 +455,16 @@ class Pipeline:
             facts.cache = "miss" if texts.sent_any else "joined"
             raise codec.unpack_error(failure.error) from None
         facts.cached = texts.cached
+        answer = texts.answer()
         if texts.sent_any:
             system.meter.cache("miss")
         else:
             facts.cache = "hit" if facts.cached else "joined"
+            first = request.group.deployments[0]
+            saved = system.provider.price(first, answer.usage, model=answer.model)
+            facts.saved_nano = saved or 0
             self._free(request)
-        return texts.answer()
+        return answer
 
     # 4 ----------------------------------------------------------------------------- reserve
 
@@ -565,6 +593,9 @@ class Pipeline:
         try:
             return await self._attempts(request, plan, filtered)
         except GatewayError:
+            repaired = await self._repair(request)
+            if repaired is not None:
+                return repaired
             if not filtered:
                 raise
         deployment, answer = filtered[-1]
@@ -574,13 +605,20 @@ class Pipeline:
         return answer
 
     async def _attempts(
-        self, request: _Request, plan: Plan, filtered: list[tuple[Deployment, Answer]]
+        self,
+        request: _Request,
+        plan: Plan,
+        filtered: list[tuple[Deployment, Answer]],
+        note: str | None = None,
     ) -> Answer:
-        """The attempts themselves; what a filter kept back on the way is added to `filtered`."""
+        """The attempts themselves; what a filter kept back on the way is added to `filtered`.
+
+        `note` tells the ledger why the answer is not the request's own; nobody validates it then.
+        """
         while True:
             attempt = await self._next(request, plan)
             system, facts = self._system, request.facts
-            entry = self._open_entry(request, attempt)
+            entry = await self._open_entry(request, attempt)
             self._begin(attempt)
             try:
                 answer = await self._provider_call(request, attempt)
@@ -618,12 +656,12 @@ class Pipeline:
                 if _is_filtered(answer) and plan.turn_aside("content_policy"):
                     filtered.append((attempt.deployment, answer))
                     continue
-                warnings = self._validate(request, answer)
+                warnings = [] if note else await self._validate_whole(request, answer)
             except GatewayError as error:
                 broken = error
                 raise
             finally:  # whatever it is worth, it is paid for
-                system.books.post_call(entry, answer, broken)
+                system.books.post_call(entry, answer, broken, note)
             facts.warnings += warnings
             request.doubted = bool(warnings)
             return answer
@@ -725,15 +763,19 @@ class Pipeline:
             return begun_s
         return min(request.deadline_s, begun_s + told.queue_timeout)
 
-    def _open_entry(
+    async def _open_entry(
         self, request: _Request, attempt: _Attempt, *, stream: bool = False
     ) -> OpenEntry | None:
         """The ledger's entry of an attempt. The breaker has its leave back where there is none."""
         try:
-            return self._system.books.open_call(
-                request.call, request.facts, attempt.deployment, stream=stream
+            return await self._system.books.open_call(
+                request.call,
+                request.facts,
+                attempt.deployment,
+                stream=stream,
+                bound=request.bound,
             )
-        except GatewayError:
+        except BaseException:
             self._give_back(attempt)
             raise
 
@@ -866,7 +908,7 @@ class Pipeline:
         while True:
             attempt = await self._next(request, plan)
             system, facts, call = self._system, request.facts, request.call
-            entry = self._open_entry(request, attempt, stream=True)
+            entry = await self._open_entry(request, attempt, stream=True)
             self._begin(attempt)
             open_stream = (
                 system.provider.chat_stream
@@ -959,10 +1001,11 @@ class Pipeline:
         self._learn(request, answer)
         system.meter.usage(*codec.tokens_in(answer.usage), answer.cost_nano)
         self._settle(request)
+        if ending.status == "ok":
+            request.doubted = self._is_doubtful(request, answer)
         if lead is not None:
             landed, told, ttl_s = None, None, None
             if ending.status == "ok":
-                request.doubted = self._is_doubtful(request, answer)
                 landed, ttl_s = self._keep(request, answer)
             elif ending.error is not None and not ending.own:
                 told = codec.pack_error(ending.error)
@@ -996,6 +1039,8 @@ class Pipeline:
         verdict = Verdict.IGNORED if ignored else self._verdict(request, attempt, error)
         self._end(attempt, verdict)
         self._system.meter.provider_call(attempt.deployment.circuit, verdict.value)
+        if self._system.telemetry is not None:
+            request.tried += (self._tried(attempt, verdict, error),)
         self._system.kv_cache.learn(request.call.tenant, attempt.deployment, usage)
         if attempt.quota is not None:
             prompt, completion = codec.tokens_in(usage)
@@ -1004,6 +1049,16 @@ class Pipeline:
             retry_after_s = None if error is None else error.retry_after_s
             self._system.breaker.judge(attempt.admitted, verdict, retry_after_s)
         return verdict
+
+    def _tried(self, attempt: _Attempt, verdict: Verdict, error: GatewayError | None) -> Tried:
+        return Tried(
+            attempt.deployment,
+            attempt.begun_s,
+            self._system.clock(),
+            attempt.took_s,
+            verdict.value,
+            None if error is None else type(error).__name__,
+        )
 
     def _verdict(self, request: _Request, attempt: _Attempt, error: GatewayError | None) -> Verdict:
         system = self._system
@@ -1028,15 +1083,102 @@ class Pipeline:
     # 7 ---------------------------------------------------------------------------- validate
 
     def _validate(self, request: _Request, answer: Answer) -> list[str]:
-        config = self._system.config.gateway
-        if not config.enable_validation or request.call.route == "embedding":
+        """What all rules that need nobody else say. Raises ResponseValidationError by the level."""
+        call = request.call
+        if not self._system.config.gateway.enable_validation or call.route == "embedding":
             return []
-        return validation.validate(answer.body, request.call.body, config.validation_level)
+        judgement = self._system.validation.judge(
+            answer.body, call.body, tenant=call.tenant, request_id=call.request_id
+        )
+        return judgement.require(answer.body.get("model"))
+
+    async def _validate_whole(self, request: _Request, answer: Answer) -> list[str]:
+        """As `_validate`, the moderation's model included. What can be repaired is noted."""
+        call, gateway = request.call, self._system.config.gateway
+        if not gateway.enable_validation or call.route == "embedding":
+            return []
+        manager = self._system.validation
+        judgement = manager.validate(answer.body, call.body)
+        if gateway.validation.moderation_model is not None and not judgement.fatal:
+            judgement = judgement.and_also(await self._moderate(request, answer))
+        manager.tell(judgement, answer.body, tenant=call.tenant, request_id=call.request_id)
+        if gateway.validation.repair and call.route == "chat" and judgement.repairable:
+            request.invalid = answer.body, judgement.fatal
+        return judgement.require(answer.body.get("model"))
+
+    async def _moderate(self, request: _Request, answer: Answer) -> list[Finding]:
+        """What the moderation's model says of each choice's text. The tenant pays for it."""
+        system, facts = self._system, request.facts
+        name = system.config.gateway.validation.moderation_model
+        assert name is not None, "nobody is asked where none is configured"
+        found: list[Finding] = []
+        for text in texts_of(answer.body):
+            own = replace(facts, group=name, cost_nano=0, warnings=[])
+            call = replace(request.call, route="chat", body=aside.question(text, name))
+            asked = replace(
+                request,
+                call=call,
+                group=system.table.group(name),
+                facts=own,
+                limits=None,
+                bound=None,
+                hold=None,
+                used=NOTHING_USED,
+            )
+            tokens = 0
+            try:
+                told = await self._attempts(asked, self._plan(asked), [], note=aside.MODERATION)
+                tokens = sum(codec.tokens_in(told.usage))
+                found += aside.verdict(told.body)
+            except GatewayError as error:
+                found.append(aside.unknown(error))
+            facts.attempts, facts.provider_s = own.attempts, own.provider_s
+            facts.cost_nano = codec.costs_of(facts.cost_nano, own.cost_nano)
+            request.tried = asked.tried
+            self._use(request, Amount(asked.used.tokens + tokens, own.cost_nano or 0))
+        return found
+
+    async def _repair(self, request: _Request) -> Answer | None:
+        """Another answer in place of one that is not valid, None if that is none either.
+
+        It is a call like any other: limits must let it through, and it is paid for.
+        """
+        if request.invalid is None:
+            return None
+        (body, problems), request.invalid = request.invalid, None
+        call, facts, limits = request.call, request.facts, request.limits
+        again = replace(call, body=aside.repair(call.body, body, problems))
+        own = replace(facts, warnings=[])
+        asked = replace(request, call=again, facts=own, hold=None, used=NOTHING_USED)
+        try:
+            if request.ticket is not None:
+                self._settle(request)  # what the first answer left of its reservation may be needed
+                if asked.bound is not None and limits is not None:
+                    asked.bound = await self._system.bounds.of(again, request.group, limits)
+                held = await self._hold(asked, 0.0)
+                if isinstance(held, Refusal):
+                    return None
+                asked.hold = held
+            answer = await self._attempts(asked, self._plan(asked), [])
+        except (GatewayError, OwnerUnavailable):
+            return None
+        finally:
+            self._settle(asked)
+            facts.attempts, facts.provider_s = own.attempts, own.provider_s
+            facts.cost_nano = own.cost_nano
+            request.tried = asked.tried
+        request.answer = answer
+        facts.deployment, facts.fallbacks = own.deployment, own.fallbacks
+        facts.warnings += [*own.warnings, aside.note(problems)]
+        request.doubted = bool(own.warnings)
+        return answer
 
     def _is_doubtful(self, request: _Request, answer: Answer) -> bool:
         """Whether the validation has something to say of a stream that has been handed on."""
+        gateway = self._system.config.gateway
+        moderated = gateway.enable_validation and gateway.validation.moderation_model is not None
         try:
-            return bool(self._validate(request, answer))
+            return bool(self._validate(request, answer)) or moderated  # which nobody has done
         except GatewayError:
             return True
 
@@ -1077,6 +1219,7 @@ class Pipeline:
 
     def _learn(self, request: _Request, answer: Answer) -> None:
         """An answer was paid for: so much of the reservation is used."""
+        request.answer = answer
         bound, limits = request.bound, request.limits
         if bound is None or limits is None:
             return
@@ -1095,14 +1238,37 @@ class Pipeline:
 
     def _finish(self, call: Call, request: _Request | None, status: str) -> None:
         system = self._system
+        system.books.end_call(call, None if request is None else request.facts, status)
         if request is None:
-            system.meter.request(call.route, "unknown", call.tenant, status, 0.0, 0.0)
+            system.meter.request(call.route, UNKNOWN, call.tenant, status, 0.0, 0.0)
+            if system.tells(status):
+                now = system.clock()
+                system.tell(Ended(call, status, UNKNOWN, UNKNOWN, False, now, now))
             return
         facts = request.facts
         facts.total_s = system.clock() - request.started_s
         pattern = request.group.pattern  # a wildcard's filled-in name would be the client's choice
         system.meter.request(
             call.route, pattern, call.tenant, status, facts.total_s, facts.provider_s
+        )
+        if system.tells(status):
+            system.tell(self._ended(request, call, status))
+
+    def _ended(self, request: _Request, call: Call, status: str) -> Ended:
+        facts, group = request.facts, request.group
+        last = [d for d in group.deployments if d.id == facts.deployment] or group.deployments
+        provider = request.tried[-1].deployment.provider if request.tried else last[0].provider
+        return Ended(
+            call,
+            status,
+            group.pattern,
+            provider,
+            request.streams,
+            request.started_s,
+            request.started_s + facts.total_s,
+            facts,
+            request.answer,
+            request.tried,
         )
 
     # ----------------------------------------------------------------------------------------

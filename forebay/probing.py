@@ -147,7 +147,7 @@ class Prober:
                 self._counts["limited"] += 1
                 return
             facts = Facts(deployment.group, deployment.id, attempts=1)
-            entry = system.books.open_call(call, facts, deployment)
+            entry = await system.books.open_call(call, facts, deployment)
             begun_s, timeout_s = system.clock(), system.config.gateway.timeout
             came = await self._ask(deployment, call, entry, timeout_s)
             if isinstance(came, GatewayError):

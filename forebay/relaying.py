@@ -331,11 +331,13 @@ async def followed(
     asked: dict[str, Any],
     left_s: Callable[[], float],
     lost: Callable[[], GatewayError],
+    heard: Callable[[codec.Answer], None],
 ) -> AsyncGenerator[dict[str, Any], None]:
     """Somebody else's stream, from its first `pieces` on, as it comes.
 
     What its pieces have not told is in the whole answer at the end. `asked` is the body that asks
-    for it. Raises the leader's error, and what `lost` makes of a leader that is not heard of.
+    for it; `heard` is told the whole answer. Raises the leader's error, and what `lost` makes of a
+    leader that is not heard of.
     """
     news: list[bytes] | Joined | None = pieces
     try:
@@ -345,8 +347,10 @@ async def followed(
             news = await listening.more(left_s())
         if news is None:
             raise lost()
+        whole = codec.unpack(news.value)
+        heard(whole)
         told = replay.told(route, listening.taken, asked)
-        for chunk in replay.chunks(route, codec.unpack(news.value), told):
+        for chunk in replay.chunks(route, whole, told):
             yield chunk
     except FlightFailed as failure:
         raise codec.unpack_error(failure.error) from None

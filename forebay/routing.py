@@ -190,6 +190,9 @@ class ModelTable:
             name = getattr(config, setting)
             if name is not None:
                 found += self._unknown((setting,), name)
+        moderator = config.validation.moderation_model
+        if moderator is not None:
+            found += self._unknown(("validation", "moderation_model"), moderator)
         for index, tenant in enumerate(config.tenants):
             for place, name in enumerate(tenant.models or ()):
                 if not any(_regex(name).fullmatch(known) for known in self._groups):

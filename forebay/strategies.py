@@ -3,7 +3,12 @@
 Rule 1: lower `order` first, whatever the strategy; what the breaker holds back last.
 Rule 2: within one `order` the strategy ranks; whatever it finds alike is shuffled by weight. A
         weight of 0 means: after all others of its order.
-Rule 3: what is known of deployments is this process's own experience; nobody is asked.
+Rule 3: what is known of deployments is this process's own experience; nobody is asked. Only what
+        they are rated comes from the ledger, from time to time.
+
+By feedback it is Thompson sampling (Thompson, 1933; Chapelle, Li, 2011): a draw from the beta
+distribution of each deployment's good and bad ratings, and the highest goes first. One that is
+little known, or was rated long ago, draws high often enough to be tried.
 
 By prefix, prompts that begin alike go to one deployment, whose server then has the beginning in its
 cache. It is highest random weight hashing (Thaler, Ravishankar, 1998), so that all processes agree
@@ -26,6 +31,7 @@ from forebay.routing import Deployment, Group, ModelTable
 
 if TYPE_CHECKING:
     from actors.circuit_breaker.policy import Standing
+    from actors.ledger.policy import Rating
     from actors.ref import Clock
 
 KNOWN_FOR_S = 60.0  # a latency older than this is asked for anew
@@ -90,12 +96,15 @@ class Router:
             "latency": self._by_latency,
             "cost": self._by_price,
             "prefix": self._by_prefix,
+            "feedback": self._by_feedback,
         }
         self.strategy = "weighted"
         self._rank: Rank = self._by_weight
         self._seen: dict[str, _Seen] = {}
         self._circuits: frozenset[str] = frozenset()
         self._prices: dict[str, int] = {}
+        self.ratings: Mapping[str, Rating] = {}
+        """By deployment id; whoever knows of newer ones replaces it."""
 
     def learn_table(self, table: ModelTable) -> None:
         """Go by this table's strategy and deployments from now on; what is known of them stays."""
@@ -224,6 +233,21 @@ class Router:
             ranked.sort(key=lambda deployment: deployment.circuit != affinity.home)
         full = self._full(tier)
         return sorted(ranked, key=lambda deployment: deployment.circuit in full)
+
+    def _by_feedback(self, tier: Sequence[Deployment]) -> list[Deployment]:
+        """Best rated first, by a draw from what their ratings leave open."""
+        ratings, draw = self.ratings, self._rng.betavariate
+        known = {d.id: ratings[d.id] for d in tier if d.id in ratings}
+        shuffled_by_weight = self._by_weight(tier)
+        if not known:
+            return shuffled_by_weight
+        drawn = {
+            d.id: draw(1 + rating.good, 1 + rating.bad)
+            if (rating := known.get(d.id))
+            else draw(1, 1)
+            for d in tier
+        }
+        return sorted(shuffled_by_weight, key=lambda d: -drawn[d.id])
 
     # ------------------------------------------------------------------------ what they go by
 

@@ -8,6 +8,7 @@ Rule 3: ray is imported only where the runtime is `ray`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import random
 import socket
@@ -17,6 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import SecretStr
 
 from actors.batcher.desk import BatcherDesk
 from actors.batcher.owner import Batcher
@@ -30,7 +33,9 @@ from actors.circuit_breaker.policy import CLEAN, Rules, State, Verdict
 from actors.circuit_breaker.policy import Refusal as BreakerRefusal
 from actors.holders import holder_id
 from actors.ledger.desk import LedgerDesk
+from actors.ledger.orphans import Orphans
 from actors.ledger.owner import Ledger
+from actors.ledger.policy import Rating, StoreFailed
 from actors.rate_limiter.deaths import DeathWatch
 from actors.rate_limiter.desk import RateLimiterDesk
 from actors.rate_limiter.owner import RateLimiter
@@ -39,7 +44,8 @@ from actors.rate_limiter.terms import Amount, Layout, Refusal, Seed
 from actors.ref import Clock, InlineRef, OwnerRef, OwnerUnavailable
 from actors.registry.desk import RegistryDesk
 from actors.registry.owner import Registry
-from actors.registry.policy import Access
+from actors.registry.policy import Access, RegistryUnavailable
+from actors.registry.sums import Figures, SumsDesk
 from forebay import config as configuration
 from forebay import health, running, secrets
 from forebay.attempts import pass_unasked, refusal_error, spent_error
@@ -52,6 +58,7 @@ from forebay.config import (
     GatewayConfig,
     SystemConfig,
 )
+from forebay.ended import Ended
 from forebay.errors import (
     ConfigurationError,
     DeploymentsBusy,
@@ -61,9 +68,12 @@ from forebay.errors import (
     Overloaded,
     ProviderError,
 )
+from forebay.feedback import FeedbackLoop
 from forebay.health import is_cache
-from forebay.kv_cache import Figures, KVCacheManager, Reading
-from forebay.metrics import Meter, PromptCache
+from forebay.kv_cache import KVCacheManager, Reading
+from forebay.ledger_place import LedgerUrl
+from forebay.logs import RequestLog
+from forebay.metrics import Meter, prompt_cache
 from forebay.pipeline import Pipeline
 from forebay.probing import Prober
 from forebay.providers.base import NO_BASE64, STALLED, Provider, verdict_of
@@ -74,7 +84,9 @@ from forebay.routing import Deployment, ModelTable
 from forebay.secrets import Vault
 from forebay.stalls import StallWatch
 from forebay.strategies import USUAL_CALL, Router
+from forebay.telemetry import Telemetry
 from forebay.tenants import Tenants
+from forebay.validation import Listener, ValidationManager
 
 NAMESPACE = "forebay"
 LIMITER = "rate-limiter-"
@@ -99,6 +111,7 @@ class Boot:
     data_dir: str = ""
     registry_path: str | None = None
     ledger_path: str | None = None
+    ledger_url: str | None = None
     limiter_shards: int = 1
     cache_shards: int = 1
     cache_bytes_max: int = 256 * 1024 * 1024
@@ -115,14 +128,16 @@ class Boot:
         cache = gateway.cache_config or CacheConfig()
         data_dir = Path(config.data_dir).expanduser()
         url = secrets.refer(gateway.cache_url, Vault(data_dir)) if durable else None
-        ledger = configuration.sqlite_path(config.ledger_url or gateway.ledger_url)
-        if ledger is None and durable:
+        ledger = configuration.sqlite_path(config.ledger_url)
+        if config.ledger_url is None and durable:
             ledger = data_dir / "ledger.db"
+        elsewhere = config.ledger_url if ledger is None and durable else None
         return cls(
             namespace=namespace,
             data_dir=str(data_dir),
             registry_path=str(data_dir / "registry.db") if durable else None,
             ledger_path=None if ledger is None else str(ledger),
+            ledger_url=secrets.refer(elsewhere, Vault(data_dir)),
             limiter_shards=config.server.limiter_shards,
             cache_shards=config.server.cache_shards,
             cache_bytes_max=cache.max_bytes,
@@ -174,8 +189,13 @@ def owners(boot: Boot) -> dict[str, tuple[type, dict[str, Any]]]:
         "circuit-breaker": (CircuitBreaker, {}),
         **{name: _cache(boot) for name in cache_names(boot.cache_shards)},
         "batcher": (Batcher, {"factory": BatcherCalls(boot)}),
-        "ledger": (Ledger, {"path": boot.ledger_path}),
+        "ledger": (Ledger, {"path": boot.ledger_path, "url": _ledger_url(boot, boot.ledger_url)}),
     }
+
+
+def _ledger_url(boot: Boot, url: str | SecretStr | None) -> LedgerUrl | None:
+    """None for a file, and for memory."""
+    return None if url is None or boot.ledger_path is not None else LedgerUrl(url, boot.data_dir)
 
 
 def cache_names(shards: int) -> list[str]:
@@ -219,10 +239,15 @@ class System:
         private: bool,
         models: LocalModels,
         more: Callable[[str, type, dict[str, Any]], OwnerRef],
+        spools: Path | None = None,
         clock: Clock = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        """`more` reaches an owner that `refs` lack, by name, class and arguments."""
+        """`more` reaches an owner that `refs` lack, by name, class and arguments.
+
+        `spools` is where this node's processes keep what the ledger has not taken yet; without it,
+        a ledger in memory, they keep it in memory too.
+        """
         self.runtime = runtime
         self.holder = holder
         self.clock = clock
@@ -249,10 +274,16 @@ class System:
         own_batcher = InlineRef("own-batcher", Batcher(factory=lambda: self.embed_call))
         self._own_batcher = BatcherDesk(own_batcher, holder)
         self._own_batcher_owner: Any = own_batcher.owner
-        self._ledger = LedgerDesk(refs["ledger"], holder, clock)
+        self._ledger = LedgerDesk(refs["ledger"], holder, clock, spools=spools)
+        self._orphans = None if spools is None else Orphans(spools, refs["ledger"], holder, clock)
         self.registry = RegistryDesk(refs["registry"], self._configured, self._accessed)
+        self.sums = SumsDesk(refs["registry"], holder, self.meter.figures)
         self.bounds = Reckoner(self.provider, self._candidates)
         self.router = Router(self.rng, clock, self._usual_price)
+        self.validation = ValidationManager()
+        self.meter.add(self.validation.figures)
+        self.feedback = FeedbackLoop(self._ledger, told=self._rated)
+        self.feedback.forget = lambda key: self.cache.invalidate(None, None, key)
         self.kv_cache = KVCacheManager(
             clock=clock,
             price_of=self._price_of,
@@ -262,11 +293,14 @@ class System:
         )
         self.tallies = TallyDesk(refs[caches[0]], holder, self._tally)
         self.meter.looked_up = self.tallies.changed
-        self.meter.registry.register(PromptCache(self.kv_cache.stats))
+        self.meter.add(prompt_cache(self.kv_cache.stats))
         self.stalls = StallWatch(clock)
         self.pipeline = Pipeline(self)
         self.prober = Prober(self)
         self.problem: str | None = None
+        self.telemetry: Telemetry | None = None
+        self._told_to: str | None = None
+        self._closing: set[asyncio.Task[None]] = set()
         self._listeners: list[Callable[[System], None]] = []
         self._apply(config)
 
@@ -274,6 +308,7 @@ class System:
 
     def _apply(self, config: SystemConfig) -> None:
         table = ModelTable.build(config.gateway)
+        self.validation.configure(config.gateway)
         self.config = config
         self.table = table
         self.router.learn_table(table)
@@ -282,6 +317,10 @@ class System:
             float(config.gateway.kv_cache_ttl),
             affinity=table.routing == "prefix",
         )
+        self.feedback.configure(
+            enabled=config.gateway.enable_feedback_loop and config.gateway.enable_llmops,
+            follows=table.routing == "feedback",
+        )
         self.access = self.registry.last_access or Access()
         self.tenants = Tenants(config.gateway, self.access, self.version)
         self.quotas = Quotas(self.limiter, self.bounds, self.version)
@@ -289,7 +328,11 @@ class System:
             self._ledger,
             enabled=config.gateway.enable_llmops,
             count_hits=self.tenants.counts_cache_hits,
+            prices=lambda: self.provider,
+            strict=config.gateway.ledger.durability == "strict",
         )
+        self.request_log = RequestLog(config.telemetry.request_log)
+        self._tell_to(config.telemetry.otlp_endpoint)
         if not self._private or self.runtime == "inline":
             self.breaker.set_rules(_rules(config.gateway), self.version)
         for listener in self._listeners:
@@ -315,13 +358,59 @@ class System:
         for listener in self._listeners:
             listener(self)
 
-    def metrics(self) -> bytes:
-        """This process's counters, in Prometheus text format."""
+    # ---------------------------------------------------------------------- what is told of it
+
+    def _tell_to(self, endpoint: str | None) -> None:
+        """Where OpenTelemetry's spans and metrics go from now on."""
+        if endpoint == self._told_to:
+            return
+        before, self._told_to = self.telemetry, endpoint
+        self.telemetry = None if endpoint is None else Telemetry.open(endpoint, self.holder)
+        self.tell_evaluations(None if self.telemetry is None else self.telemetry.evaluated)
+        if before is not None:
+            closing = asyncio.get_running_loop().create_task(before.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
+    def tells(self, status: str) -> bool:
+        """Whether anybody is to be told of a request that ended so."""
+        return self.telemetry is not None or self.request_log.wants(status)
+
+    def tell(self, ended: Ended) -> None:
+        """A request is over."""
+        trace_id = None if self.telemetry is None else self.telemetry.ended(ended)
+        if self.request_log.wants(ended.status):
+            self.request_log.ended(ended, trace_id)
+
+    async def system_metrics(self) -> bytes:
+        """The counts of all processes that are or were, in Prometheus text format.
+
+        Raises:
+            Overloaded: they cannot be had now. Others would go back, and then seem to jump.
+        """
+        try:
+            figures = await self.sums.sums()
+        except (OwnerUnavailable, RegistryUnavailable) as error:
+            raise Overloaded(f"metrics cannot be read now: {error}", retry_after_s=1.0) from None
+        self.meter.unsettled(await self._unsettled())
+        return self.metrics(figures)
+
+    async def _unsettled(self) -> int | None:
+        if not self.books.enabled:
+            return None
+        try:
+            totals = await self._refs["ledger"].ask("usage", timeout_s=STATS_TIMEOUT_S)
+        except (OwnerUnavailable, StoreFailed):
+            return None  # the ledger says itself what is wrong with it
+        return int(totals["unsettled_entries"])
+
+    def metrics(self, figures: Figures | None = None) -> bytes:
+        """Counts in Prometheus text format; None: this process's."""
         levels = {State.CLOSED: 0, State.FORCED_CLOSED: 0, State.HALF_OPEN: 1}
         for deployment in self.table.deployments():
             state = self.breaker.standing(deployment.circuit).state
             self.meter.breaker(deployment.circuit, levels.get(state, 2))
-        return self.meter.render()
+        return self.meter.render(figures)
 
     def on_change(self, listener: Callable[[System], None]) -> None:
         """Call `listener` now and after each change of the configuration."""
@@ -396,6 +485,8 @@ class System:
         return self.books.commit_of(mark)
 
     async def seeds(self, tenants: list[str]) -> list[Seed]:
+        if self._orphans is not None:
+            await self._orphans.look()
         return await self.books.seeds(tenants)
 
     # ------------------------------------------------------------------------------ routing
@@ -404,6 +495,14 @@ class System:
         """The group's deployments in the order to try them now, for this prompt."""
         affinity = self.kv_cache.affinity(prompt, group)
         return self.router.order(self.table.group(group), self.breaker.standing, affinity)
+
+    def _rated(self, ratings: Mapping[str, Rating]) -> None:
+        self.router.ratings = ratings
+
+    def tell_evaluations(self, listener: Listener | None) -> None:
+        """Have `listener` hear what validation and feedback say of each answer. It must be quick,
+        and must not raise."""
+        self.validation.listener = self.feedback.listener = listener
 
     def _usual_price(self, deployment: Deployment) -> int | None:
         return self.provider.price(deployment, USUAL_CALL)
@@ -566,6 +665,8 @@ class System:
         if self._relaying is not None:
             await asyncio.gather(self._relaying, return_exceptions=True)
         closing: list[Any] = [*reversed(self._desks()), self.provider, self._models]
+        closing += [] if self.telemetry is None else [self.telemetry]
+        await asyncio.gather(*self._closing, return_exceptions=True)
         failures: list[Exception] = []
         for part in [*closing, *inline, self._own_batcher_owner]:
             try:
@@ -579,17 +680,20 @@ class System:
         return [
             self.registry,
             self.breaker,
+            self.sums,  # closed after all that count
             self.limiter,
             self.batcher,
             self._own_batcher,
             self._ledger,
             self.tallies,
+            self.feedback,
             self._deaths,
             self.prober,
+            *([] if self._orphans is None else [self._orphans]),
             self.cache,  # closed first: the streams that it carries settle holds and entries
         ]
 
-    def _tally(self) -> Figures:
+    def _tally(self) -> Mapping[str, tuple[int, ...]]:
         """What this process has counted since it began, for the sums of all processes."""
         held = self.cache.held()
         return {**self.kv_cache.figures(), "cache": self.meter.lookups(), f"{NOW}cache": held}
@@ -660,6 +764,15 @@ class System:
 # --------------------------------------------------------------------------------------------
 
 
+def _spools(boot: Boot, url: LedgerUrl | None) -> Path | None:
+    """Where the spools for this ledger are, of the processes of this machine."""
+    name = boot.ledger_path if url is None else url.name
+    if name is None:
+        return None
+    ledger = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return Path(boot.data_dir) / "spool" / f"{socket.gethostname()}-{ledger}"
+
+
 def _rules(gateway: GatewayConfig) -> Rules:
     told = gateway.circuit_breaker_config or CircuitBreakerConfig()
     rules = Rules(
@@ -720,8 +833,11 @@ def _system_config(config: GatewayConfig | None) -> SystemConfig:
 async def open_inline(config: SystemConfig) -> System:
     """A whole system in this process: the same owners and desks, without Ray."""
     boot = Boot.of(config, NAMESPACE, durable=False)
+    ledger = _ledger_url(boot, config.ledger_url)
     refs: dict[str, OwnerRef] = {}
     for name, (cls, arguments) in owners(boot).items():
+        if cls is Ledger:
+            arguments = {**arguments, "url": ledger}
         if cls is RateLimiter:
             arguments = {**arguments, "fresh": True}
         if cls is Cache:
@@ -744,6 +860,7 @@ async def open_inline(config: SystemConfig) -> System:
         private=True,
         models=InProcessModels(),
         more=lambda name, cls, arguments: InlineRef(name, cls(**arguments)),
+        spools=_spools(boot, ledger),
     )
     calls.append(system)
     await system.start()
@@ -794,6 +911,7 @@ async def attach(
         private=private is not None,
         models=ServedModels(),
         more=reach,
+        spools=_spools(boot, _ledger_url(boot, boot.ledger_url)),
     )
     system.version = version
     system.boot = boot

@@ -1,33 +1,52 @@
-"""Whether a provider's answer is what was asked for.
+"""Whether a provider's answer is what was asked for, and fit to be handed on.
 
 Rule 1: a rule is broken (an error) or bent (a warning); the level decides what follows.
-Rule 2: an answer that was cut short by its own token limit is bent, never broken: the caller asked
-        for that limit and sees `finish_reason`.
-Rule 3: schemas come from callers, so evaluating one is bounded: no fetching of references, no
-        regular expressions of theirs, STEPS_MAX keywords per answer.
+Rule 2: what is checked, how, and what bounds it, is in `checks`, one kind of rule to a file.
+Rule 3: validators of the operator's own run in the request's own process and are trusted; one
+        that fails bends the rules and does not fail the request.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
-from typing import Any
+from functools import cache, partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
 
-import orjson
+from forebay.checks import content
+from forebay.checks.finding import RULES, Finding
+from forebay.checks.patterns import Pattern
+from forebay.checks.shape import shape, texts_of
+from forebay.errors import ConfigurationError, ResponseValidationError
 
-from forebay.errors import ResponseValidationError
+if TYPE_CHECKING:
+    from forebay.config import GatewayConfig
 
-STEPS_MAX = 10_000
-"""Keywords evaluated for one answer; a plain schema needs one or two per value."""
-SCHEMAS_MAX = 128
-"""Compiled schemas kept; applications send the same few again and again."""
-SCHEMA_BYTES_MAX = 32 * 1024
+__all__ = [
+    "Evaluation",
+    "Finding",
+    "Judgement",
+    "ValidationLevel",
+    "ValidationManager",
+    "findings",
+    "offered",
+    "validate",
+]
 
-_CUT = ("length", "content_filter")
-_IGNORED = ("pattern", "patternProperties", "unevaluatedProperties", "uniqueItems", "format")
+OWN_RULES_MAX = 64
+"""Most validators, and most blocked patterns, of one process."""
+FINDINGS_MAX = 20
+"""Most findings told of one answer."""
+MESSAGE_CHARS_MAX = 300
+ENTRY_POINTS = "forebay.validators"
+"""Installed packages offer validators to configurations under this group of entry points."""
+
+Validator = Callable[[str, Mapping[str, Any]], str | Iterable[str] | None]
+"""Given the text of a choice and the request: what is wrong with it, None or nothing if it is
+fine. It must be quick: the request, and others of its process, wait for it."""
 
 
 class ValidationLevel(StrEnum):
@@ -39,177 +58,316 @@ class ValidationLevel(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """Something about an answer that its caller should know."""
+class Evaluation:
+    """What was found out about an answer, for whoever listens: OpenTelemetry's
+    `gen_ai.evaluation.result`.
 
-    message: str
-    broken: bool
-
-
-def validate(body: Mapping[str, Any], request: Mapping[str, Any], level: str) -> list[str]:
-    """What is wrong with the OpenAI-shaped answer `body` to `request`: one sentence each.
-
-    Raises ResponseValidationError (502) at level strict for any finding, at moderate for broken
-    rules: no choices, an empty answer, JSON that was asked for and is none or does not fit its
-    schema, tool arguments that are no JSON.
+    `name` is a rule, `validation` for all of them together, or `feedback.` and its type. `label`
+    is pass, warn or fail; `score` is 0 to 1, None where there is none. `explanation` quotes
+    nothing of the answer.
     """
-    found = list(findings(body, request))
-    fatal = [
-        finding.message
-        for finding in found
-        if level == ValidationLevel.STRICT or (level == ValidationLevel.MODERATE and finding.broken)
-    ]
-    if fatal:
-        message = "The provider's answer is not valid: " + "; ".join(fatal) + "."
-        raise ResponseValidationError(message, model=body.get("model"))
-    return [finding.message for finding in found]
+
+    name: str
+    label: str
+    score: float | None
+    explanation: str
+    tenant: str
+    model: str
+    response_id: str
+    request_id: str
+
+
+Listener = Callable[[Evaluation], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What an answer's findings come to at a level."""
+
+    findings: tuple[Finding, ...]
+    level: ValidationLevel
+
+    @property
+    def fatal(self) -> list[str]:
+        """Why the answer is not to be handed on; empty if it may be."""
+        if self.level is ValidationLevel.LENIENT:
+            return []
+        strict = self.level is ValidationLevel.STRICT
+        return [finding.message for finding in self.findings if strict or finding.broken]
+
+    @property
+    def repairable(self) -> bool:
+        """Whether asking once more may help: it does not for more room, or for more goodwill."""
+        hopeless = ("truncated", "refusal")
+        return bool(self.fatal) and any(one.rule not in hopeless for one in self.findings)
+
+    def and_also(self, more: Iterable[Finding]) -> Judgement:
+        """The same with more findings."""
+        return Judgement((*self.findings, *more), self.level)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a rule is broken, whatever the level makes of it."""
+        return bool(self.fatal) or any(finding.broken for finding in self.findings)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [finding.message for finding in self.findings]
+
+    def require(self, model: str | None) -> list[str]:
+        """The warnings. Raises ResponseValidationError (502) where the level does not let it by."""
+        fatal = self.fatal
+        if fatal:
+            message = "The provider's answer is not valid: " + "; ".join(fatal) + "."
+            raise ResponseValidationError(message, model=model)
+        return self.warnings
 
 
 def findings(body: Mapping[str, Any], request: Mapping[str, Any]) -> Iterator[Finding]:
-    """Every finding about every choice, in order. Decides nothing."""
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not choices:
-        yield Finding("the answer has no choices", broken=True)
-        return
-    for choice in choices:
-        yield from _of_choice(choice, request)
+    """Every finding about the shape of the OpenAI-shaped answer `body`. Decides nothing."""
+    return shape(body, request)
 
 
-def _of_choice(choice: Mapping[str, Any], request: Mapping[str, Any]) -> Iterator[Finding]:
-    message: Mapping[str, Any] = choice.get("message") or {}
-    text = message.get("content") or choice.get("text") or ""
-    calls = message.get("tool_calls") or []
-    reason = choice.get("finish_reason")
-    cut = reason in _CUT
-    if reason == "length":
-        yield Finding("the answer was cut at its token limit", broken=False)
-    elif reason == "content_filter":
-        yield Finding("the provider's content filter cut the answer", broken=False)
-    if not cut and _empty(text, message):
-        # A stop sequence of the caller's may well come first.
-        yield Finding("the answer is empty", broken=not request.get("stop"))
-    for call in calls:
-        yield from _of_call(call, cut)
-    if text and isinstance(text, str) and not calls:
-        yield from _of_json(text, request.get("response_format"), cut)
+def validate(body: Mapping[str, Any], request: Mapping[str, Any], level: str) -> list[str]:
+    """What is wrong with the shape of the OpenAI-shaped answer `body`: one sentence each.
+
+    Raises ResponseValidationError (502) at level strict for any finding, at moderate for broken
+    rules: no choices, an empty answer, JSON that was asked for and is none or does not fit its
+    schema, tool calls that cannot be made.
+    """
+    judgement = Judgement(tuple(findings(body, request)), ValidationLevel(level))
+    return judgement.require(body.get("model"))
 
 
-def _empty(text: Any, message: Mapping[str, Any]) -> bool:
-    others = ("tool_calls", "function_call", "refusal", "audio", "images")
-    said = text.strip() if isinstance(text, str) else text
-    return not said and not any(message.get(name) for name in others)
+class ValidationManager:
+    """`gateway.validation_manager`: all rules, the operator's own among them.
 
+    Owns the rules of this process: OWN_RULES_MAX validators and as many patterns, those of the
+    configuration and those added here. An answer is looked at up to `content.CHARS_MAX` characters
+    a choice. Its methods may be called from any thread.
 
-def _of_call(call: Mapping[str, Any], cut: bool) -> Iterator[Finding]:
-    function = call.get("function")
-    if not isinstance(function, dict):
-        return
-    arguments = function.get("arguments")
-    if arguments in (None, ""):  # a function without parameters
-        return
-    value, ok = _parsed(arguments)
-    if not ok or not isinstance(value, dict):
-        name = str(function.get("name"))[:64]
-        yield Finding(f"the arguments of the call to {name!r} are no JSON object", broken=not cut)
+    Failure behaviour: none of its own; see Rule 3.
+    """
 
+    def __init__(
+        self,
+        gateway: GatewayConfig | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        """`listener` hears of every evaluation; it must be quick, and must not raise."""
+        self.listener = listener
+        self._added: dict[str, Validator] = {}
+        self._added_patterns: dict[str, tuple[Pattern, bool]] = {}
+        self._told: dict[str, Validator] = {}
+        self._told_patterns: dict[str, tuple[Pattern, bool]] = {}
+        self._validators: dict[str, Validator] = {}
+        self._patterns: dict[str, tuple[Pattern, bool]] = {}
+        self._off: frozenset[str] = frozenset()
+        self._judged = self._invalid = 0
+        self._found: Counter[tuple[str, bool]] = Counter()
+        self.level = ValidationLevel.MODERATE
+        if gateway is not None:
+            self.configure(gateway)
 
-def _of_json(text: str, response_format: Any, cut: bool) -> Iterator[Finding]:
-    kind = response_format.get("type") if isinstance(response_format, dict) else None
-    if kind not in ("json_object", "json_schema"):
-        return
-    value, ok = _parsed(text)
-    if not ok:
-        yield Finding("the answer is not the JSON that was asked for", broken=not cut)
-        return
-    schema = (response_format.get("json_schema") or {}).get("schema")
-    if kind == "json_schema" and isinstance(schema, dict):
-        yield from _of_schema(value, schema)
+    def configure(
+        self,
+        gateway: GatewayConfig,
+        find: Callable[[str], Validator | None] | None = None,
+    ) -> None:
+        """Go by this configuration from now on; what was added by hand stays, and goes first.
 
+        `find` gets a validator by its name; without it, installed packages are asked.
 
-def _parsed(text: Any) -> tuple[Any, bool]:
-    try:
-        return orjson.loads(text), True
-    except orjson.JSONDecodeError:
-        return None, False
-
-
-# --- schemas ----------------------------------------------------------------------------------
-
-
-class _TooMuch(Exception):
-    """The schema needs more steps than it may have."""
-
-
-def _of_schema(value: Any, schema: dict[str, Any]) -> Iterator[Finding]:
-    text = json.dumps(schema, sort_keys=True)
-    if len(text) > SCHEMA_BYTES_MAX:
-        yield Finding("the schema is too large to check the answer against", broken=False)
-        return
-    errors = _compiled(text)
-    if errors is None:
-        yield Finding("the schema is no valid JSON schema; the answer is unchecked", broken=False)
-        return
-    from referencing.exceptions import Unresolvable
-
-    try:
-        first = next(iter(errors(value)), None)
-    except (_TooMuch, RecursionError):
-        yield Finding("the schema takes too long to check the answer against", broken=False)
-    except Unresolvable:
-        yield Finding("the schema refers to what it does not hold", broken=False)
-    else:
-        if first is not None:
-            yield Finding(f"the answer does not fit its schema at {first}", broken=True)
-
-
-@lru_cache(maxsize=SCHEMAS_MAX)
-def _compiled(text: str) -> Callable[[Any], Iterable[str]] | None:
-    """A function from a value to the places where it breaks the schema; None for a bad schema."""
-    # 60 ms to import, and only structured outputs need it.
-    from jsonschema import (  # type: ignore[import-untyped]
-        Draft202012Validator,
-        SchemaError,
-        validators,
-    )
-    from referencing import Registry
-
-    schema = json.loads(text)
-    rules = Draft202012Validator.VALIDATORS
-
-    def additional(validator: Any, rule: Any, instance: Any, schema: Any) -> Iterator[Any]:
-        if "patternProperties" not in schema:  # else it would need a regular expression
-            yield from rules["additionalProperties"](validator, rule, instance, schema)
-
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError:
-        return None
-
-    def errors(value: Any) -> Iterator[str]:
-        steps = iter(range(STEPS_MAX))
-        keywords = {
-            name: _counted(keyword, steps)
-            for name, keyword in rules.items()
-            if name not in _IGNORED
+        Raises:
+            ConfigurationError: a validator is offered by nobody.
+        """
+        told = gateway.validation
+        self._told = {
+            name: self._added.get(name) or _required(name, find or offered)
+            for name in told.validators
         }
-        keywords["additionalProperties"] = _counted(additional, steps)
-        bounded = validators.create(
-            Draft202012Validator.META_SCHEMA,
-            keywords,
-            type_checker=Draft202012Validator.TYPE_CHECKER,
+        self._told_patterns = {
+            name: (Pattern(text), True) for name, text in told.blocked_patterns.items()
+        }
+        self.level = gateway.validation_level
+        self._off = frozenset(told.off)
+        self._merge()
+
+    def add_validator(self, name: str, validator: Validator) -> None:
+        """Have `validator(text, request)` look at each choice's text, from now on.
+
+        It returns what is wrong (a str, or several), or None. Finding something breaks the rules.
+
+        Raises:
+            ConfigurationError: it cannot be called, or there are OWN_RULES_MAX.
+        """
+        if not callable(validator):
+            raise ConfigurationError("validator must be callable: f(text, request)")
+        _require_room(name, self._validators, "validators")
+        self._added[name] = validator
+        self._merge()
+
+    def add_blocked_pattern(self, name: str, pattern: str, *, broken: bool = True) -> None:
+        """Look for a regular expression in each choice's text from now on.
+
+        `name` is what findings say, never the match. With `broken=False` it is only a warning.
+
+        Raises:
+            ConfigurationError: it is no pattern of linear time, or there are OWN_RULES_MAX.
+        """
+        _require_room(name, self._patterns, "blocked patterns")
+        try:
+            compiled = Pattern(pattern)
+        except ValueError as error:
+            raise ConfigurationError(f"pattern {name!r}: {error}", param="pattern") from None
+        self._added_patterns[name] = (compiled, broken)
+        self._merge()
+
+    def remove(self, name: str) -> bool:
+        """Take back what was added under this name. Whether there was something."""
+        taken = [kind.pop(name, None) for kind in (self._added, self._added_patterns)]
+        self._merge()
+        return any(one is not None for one in taken)
+
+    def _merge(self) -> None:
+        """Replaced as a whole, since other threads may be reading them."""
+        self._validators = {**self._told, **self._added}
+        self._patterns = {**self._told_patterns, **self._added_patterns}
+
+    def validate(
+        self,
+        answer: Mapping[str, Any] | str,
+        request: Mapping[str, Any] | None = None,
+        level: str | None = None,
+    ) -> Judgement:
+        """What all rules say of an answer: a text, or an OpenAI-shaped object. Raises nothing."""
+        body: Mapping[str, Any] = (
+            {"choices": [{"text": answer}]} if isinstance(answer, str) else answer
         )
-        for error in bounded(schema, registry=Registry()).iter_errors(value):
-            yield f"{error.json_path} ({error.validator})"
+        found = self._findings(body, request or {})
+        kept = tuple(one for one, _ in zip(found, range(FINDINGS_MAX), strict=False))
+        return Judgement(kept, self.level if level is None else ValidationLevel(level))
 
-    return errors
+    def judge(
+        self,
+        body: Mapping[str, Any],
+        request: Mapping[str, Any],
+        *,
+        tenant: str = "",
+        request_id: str = "",
+    ) -> Judgement:
+        """As `validate`, and counted, and told to who listens."""
+        judgement = self.validate(body, request)
+        self.tell(judgement, body, tenant=tenant, request_id=request_id)
+        return judgement
+
+    def tell(
+        self, judgement: Judgement, body: Mapping[str, Any], *, tenant: str, request_id: str
+    ) -> None:
+        """Count a judgement, and tell it to who listens."""
+        self._judged += 1
+        self._invalid += judgement.broken
+        for one in judgement.findings:
+            self._found[one.rule, one.broken] += 1
+        if self.listener is None:
+            return
+        details = (tenant, str(body.get("model") or ""), str(body.get("id") or ""), request_id)
+        for one in judgement.findings:
+            label = "fail" if one.broken else "warn"
+            self.listener(Evaluation(one.rule, label, None, one.message, *details))
+        label = "fail" if judgement.broken else "warn" if judgement.findings else "pass"
+        score = {"pass": 1.0, "warn": 0.5, "fail": 0.0}[label]
+        whole = "; ".join(judgement.warnings)
+        self.listener(Evaluation("validation", label, score, whole, *details))
+
+    def stats(self) -> dict[str, Any]:
+        """The level, the operator's rules, and what was found, by rule."""
+        return {
+            "level": self.level.value,
+            "judged": self._judged,
+            "invalid": self._invalid,
+            "findings": {rule: n for rule in RULES if (n := self._count_of(rule))},
+            "validators": sorted(self._validators),
+            "blocked_patterns": sorted(self._patterns),
+            "off": sorted(self._off),
+        }
+
+    def figures(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """What was found since this process began, for its metrics."""
+        return {
+            ("forebay_validation_findings", rule, "error" if broken else "warning"): (count,)
+            for (rule, broken), count in self._found.copy().items()
+        }
+
+    def _count_of(self, rule: str) -> int:
+        return self._found[rule, True] + self._found[rule, False]
+
+    def _findings(self, body: Mapping[str, Any], request: Mapping[str, Any]) -> Iterator[Finding]:
+        off = self._off
+        for finding in shape(body, request):
+            if finding.rule not in off:
+                yield finding
+        said = cache(partial(content.said, request))
+        for whole in texts_of(body):
+            text = whole[: content.CHARS_MAX]
+            if "secret" not in off:
+                yield from content.secrets(text, said)
+            if "pii" not in off:
+                yield from content.personal_data(text, said)
+            if "markup" not in off:
+                yield from content.unsafe_markup(text)
+            for name, (pattern, broken) in self._patterns.items():
+                if pattern.is_in(text):
+                    yield Finding(f"the answer holds what {name!r} blocks", broken, "blocked")
+            for name, validator in self._validators.items():
+                yield from _own(name, validator, text, request)
 
 
-def _counted(keyword: Callable[..., Any], steps: Iterator[int]) -> Callable[..., Iterator[Any]]:
-    """The keyword's check, taking one of `steps` each time."""
+def _own(
+    name: str, validator: Validator, text: str, request: Mapping[str, Any]
+) -> Iterator[Finding]:
+    try:
+        told = validator(text, request)
+        wrong: Sequence[str] = [told] if isinstance(told, str) else list(told or ())
+    except Exception as error:  # noqa: BLE001 - somebody else's code, and the answer is paid for
+        yield Finding(f"validator {name!r} failed: {type(error).__name__}", False, "validator")
+        return
+    for message in wrong:
+        yield Finding(f"{name}: {message}"[:MESSAGE_CHARS_MAX], True, "validator")
 
-    def check(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
-        if next(steps, None) is None:
-            raise _TooMuch
-        yield from keyword(validator, value, instance, schema) or ()
 
-    return check
+def _required(name: str, find: Callable[[str], Validator | None]) -> Validator:
+    found = find(name)
+    if found is None:
+        raise ConfigurationError(
+            f"validation.validators: no installed package offers {name!r} under the entry points "
+            f"{ENTRY_POINTS!r}; install it, or use gateway.validation_manager.add_validator",
+            param="validation",
+        )
+    return found
+
+
+def offered(
+    name: str, points: Callable[..., Iterable[EntryPoint]] = entry_points
+) -> Validator | None:
+    """The validator that an installed package offers under this name.
+
+    Raises:
+        ConfigurationError: it cannot be loaded.
+    """
+    for point in points(group=ENTRY_POINTS, name=name):
+        try:
+            found: Validator = point.load()
+        except Exception as error:  # noqa: BLE001 - importing runs somebody else's code
+            raise ConfigurationError(
+                f"validation.validators: {name!r} cannot be loaded: {error!r}", param="validation"
+            ) from None
+        return found
+    return None
+
+
+def _require_room(name: str, rules: Mapping[str, Any], what: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise ConfigurationError("name must be a non-empty string", param="name")
+    if name not in rules and len(rules) >= OWN_RULES_MAX:
+        raise ConfigurationError(f"there are {OWN_RULES_MAX} {what}, which is the most")

@@ -9,19 +9,24 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from actors.ledger.policy import (
     COST_NANO_MAX,
     ERROR_CHARS_MAX,
     TOKENS_MAX,
     Entry,
+    Feedback,
     GroupBy,
     LedgerFull,
+    Rating,
+    Recorded,
     Spent,
     Status,
     StoreFailed,
 )
+from actors.ledger.spool import Place, Spool, SpoolFull
 from actors.ref import Clock, OwnerRef, OwnerUnavailable
 
 ENTRIES_BUFFERED_MAX = 50_000
@@ -32,6 +37,18 @@ COMMITS_KEPT = 10_000
 SEND_AFTER_S = 0.1
 BACK_OFF_S = (0.05, 1.0)
 CLOSE_WAIT_S = 5.0
+INTENT_WAIT_S = 5.0
+"""How long a call waits at most for the ledger to have its intent, where that is asked for."""
+REFUSAL_KINDS_MAX = 1_000
+"""Most kinds of refusals that are counted apart; beyond, they are counted by status only."""
+REFUSALS_COUNTED_S = 1.0
+OTHERS = "forebay/others"
+"""For whom such refusals are counted; no tenant can be called so."""
+RESPONSE_ID_CHARS_MAX = 200
+FEEDBACK_AGAIN_S = 0.5
+"""After so long, what another process has answered is in the ledger."""
+PAID = ("posted", "voided", "unsettled", "open")
+"""What is never dropped."""
 
 
 @dataclass(slots=True)
@@ -49,23 +66,69 @@ class OpenEntry:
     stream: bool
     at_ms: int
     started_s: float
+    most_nano: int | None
+    place: Place | None = None
+    told: bool = False
     settled: bool = False
+    cache_key: str = ""
+
+    def values(self) -> tuple[Any, ...]:
+        """The fields of an `Entry` that says so, in order."""
+        most_nano = self.most_nano
+        return (
+            self.id,
+            self.request_id,
+            self.attempt,
+            self.tenant,
+            self.route,
+            self.model,
+            self.deployment,
+            "open",
+            0,
+            0,
+            most_nano or 0,
+            most_nano is None,
+            False,
+            self.stream,
+            0,
+            self.at_ms,
+            None,
+            0,
+            "",
+            0,
+            0,
+            most_nano or 0,
+        )
+
+
+@dataclass(slots=True)
+class _Refusals:
+    """Those of one kind in one second, which become one entry."""
+
+    values: list[Any]
+    place: Place | None
+    count: int = 1
 
 
 class LedgerDesk:
     """Owns the entries of this process that the ledger has not acknowledged yet.
 
-    They leave in order, SEND_AFTER_S after the first one or as soon as ENTRIES_PER_MESSAGE_MAX
-    wait, and are kept until the owner says that they are durable. A message that was not
-    acknowledged is sent again with the same entries and no others, so that one commit is true of
-    all of them. Of acknowledged messages the last COMMITS_KEPT commits are remembered.
+    With a spool, calls under way and entries are in a file before anything else happens, and
+    whoever finds the file after this process has died hands them in. Entries leave in order,
+    SEND_AFTER_S after the first one or as soon as ENTRIES_PER_MESSAGE_MAX wait, and are kept until
+    the owner says that they are durable. A message that was not acknowledged is sent again with the
+    same entries and no others, so that one commit is true of all of them. Of acknowledged messages
+    the last COMMITS_KEPT commits are remembered.
 
-    Bounded by ENTRIES_BUFFERED_MAX, calls under way included: then `full` is true, `open` raises
-    LedgerFull, and entries of answers that cost nothing (hits, refusals) are dropped and counted.
+    Bounded by ENTRIES_BUFFERED_MAX, calls under way included, and by the spool: then `full` is
+    true and `open` raises LedgerFull; at ENTRIES_BUFFERED_MAX entries of answers that cost nothing
+    are dropped and counted. Refusals of one kind, of which there are at most REFUSAL_KINDS_MAX,
+    make one entry a second, and while the desk is full one in all.
 
     Failure behaviour: with the owner away or its store failing, the desk keeps everything and tries
-    again for ever, until it is full and paid calls stop. When this process dies, what it had not
-    handed in is lost: at most SEND_AFTER_S of entries with the owner well.
+    again for ever, until it is full and paid calls stop. When this process dies, its spool has all
+    of it. Without a spool that is lost: with the owner well, the calls under way and at most
+    SEND_AFTER_S of entries.
     """
 
     def __init__(
@@ -76,14 +139,21 @@ class LedgerDesk:
         wall: Callable[[], float] = time.time,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         nonce: str | None = None,
+        spools: Path | None = None,
     ) -> None:
+        """`spools` is the directory of this node's spools; without it there is none."""
         self._ref = ref
         self._holder = holder
         self._clock = clock
         self._wall = wall
         self._pause = pause
         # Ids must never come again, not even from a process of the same name.
-        self._prefix = f"{holder}-{nonce or secrets.token_hex(8)}"
+        nonce = nonce or secrets.token_hex(8)
+        self._prefix = f"{holder}-{nonce}"
+        self._spool = None if spools is None else Spool(spools, holder, nonce, clock)
+        self._refusals: dict[tuple[str, str, str, int], _Refusals] = {}
+        self._refusals_s = 0.0
+        self._refusals_timer: asyncio.TimerHandle | None = None
         self._minted = 0
         self._buffer: list[Entry] = []
         self._opened = 0
@@ -110,21 +180,36 @@ class LedgerDesk:
                 self._due.set()
 
     async def close(self) -> None:
-        """Hands in what it can within CLOSE_WAIT_S; the rest is lost and `stats` says how much."""
-        if self._task is None:
-            return
-        await self.flush(CLOSE_WAIT_S)
-        task, self._task = self._task, None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        task.cancel()
-        await asyncio.wait([task])
+        """Hands in what it can within CLOSE_WAIT_S.
+
+        The rest stays in the spool for others to hand in, with the calls that have not ended; or,
+        without one, is lost, and `stats` says how much.
+        """
+        if self._task is not None:
+            await self.flush(CLOSE_WAIT_S)
+            task, self._task = self._task, None
+            if self._refusals_timer is not None:
+                self._refusals_timer.cancel()
+                self._refusals_timer = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            task.cancel()
+            await asyncio.wait([task])
+        if self._spool is not None:
+            self._spool.close()
 
     @property
     def full(self) -> bool:
         """True when no further paid call may start."""
-        return len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX
+        return bool(self.refusal)
+
+    @property
+    def refusal(self) -> str:
+        """Why no further paid call may start; empty when one may."""
+        if len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX:
+            return f"{ENTRIES_BUFFERED_MAX} calls and entries wait for the ledger"
+        return "" if self._spool is None else self._spool.refusal
 
     def open(
         self,
@@ -136,16 +221,17 @@ class LedgerDesk:
         deployment: str,
         attempt: int = 1,
         stream: bool = False,
+        most_nano: int | None = None,
     ) -> OpenEntry:
         """The intent to make a paid attempt, before its bytes leave. Settle it in `finally`.
 
-        Attempts count from 1. Raises LedgerFull.
+        Attempts count from 1. `most_nano` is the most that it can cost, None if that is not known.
+        Raises LedgerFull.
         """
         assert attempt >= 1, "attempts are numbered from 1"
         if len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX:
-            raise LedgerFull(BACK_OFF_S[1])
-        self._opened += 1
-        return OpenEntry(
+            raise LedgerFull(BACK_OFF_S[1], self.refusal)
+        entry = OpenEntry(
             self._mint(),
             request_id,
             attempt,
@@ -156,7 +242,27 @@ class LedgerDesk:
             stream,
             int(self._wall() * 1000),
             self._clock(),
+            most_nano if most_nano is None else min(max(most_nano, 0), COST_NANO_MAX),
         )
+        if self._spool is not None:
+            try:
+                entry.place = self._spool.begin(entry.values())
+            except SpoolFull as error:
+                raise LedgerFull(BACK_OFF_S[1], error.reason) from None
+        self._opened += 1
+        return entry
+
+    async def intend(self, entry: OpenEntry) -> None:
+        """Returns when the ledger has the intent. It is to be settled, whatever happens here.
+
+        Raises LedgerFull: INTENT_WAIT_S have passed.
+        """
+        entry.told = True
+        self._keep(Entry(*entry.values()))
+        mark = self._recorded
+        await self.flush(INTENT_WAIT_S)
+        if self._acknowledged < mark:
+            raise LedgerFull(BACK_OFF_S[1], "the ledger did not take the intent of a call in time")
 
     def post(
         self,
@@ -168,6 +274,8 @@ class LedgerDesk:
         estimated: bool = False,
         error: str | None = None,
         http_status: int = 200,
+        tool_calls: int = 0,
+        response_id: str = "",
     ) -> Entry | None:
         """The attempt was answered, at least in part: it is paid. None if it is settled already.
 
@@ -189,6 +297,8 @@ class LedgerDesk:
             estimated or not sane or not 0 <= cost <= COST_NANO_MAX,
             error,
             http_status,
+            tool_calls,
+            response_id,
         )
 
     def void(self, entry: OpenEntry, error: str, http_status: int = 0) -> Entry | None:
@@ -200,11 +310,30 @@ class LedgerDesk:
             return None
         return self._settle(entry, "voided", 0, 0, 0, False, False, error, http_status)
 
+    def unsettle(self, entry: OpenEntry, error: str, http_status: int = 0) -> Entry | None:
+        """The answer was lost, and the attempt may have cost as much as was reserved for it.
+
+        None if it is settled already.
+        """
+        if entry.settled:
+            return None
+        most, unknown = entry.most_nano or 0, entry.most_nano is None
+        return self._settle(entry, "unsettled", 0, 0, most, unknown, False, error, http_status)
+
     def drop(self, entry: OpenEntry) -> None:
-        """The attempt was not made after all: nothing is recorded of it."""
-        if not entry.settled:
-            entry.settled = True
-            self._opened -= 1
+        """The attempt was not made after all: nothing is recorded of it.
+
+        One whose intent the ledger may have is voided instead.
+        """
+        if entry.settled:
+            return
+        if entry.told:
+            self.void(entry, "not made")
+            return
+        entry.settled = True
+        self._opened -= 1
+        if self._spool is not None and entry.place is not None:
+            self._spool.end(entry.place)
 
     def note(
         self,
@@ -220,8 +349,14 @@ class LedgerDesk:
         latency_ms: int = 0,
         error: str | None = None,
         http_status: int = 200,
+        saved_nano: int = 0,
+        response_id: str = "",
+        cache_key: str = "",
     ) -> None:
-        """Records an answer that cost nothing: a hit, a joined request, a refusal."""
+        """Records an answer that cost nothing: a hit, a joined request.
+
+        `saved_nano` is what it would have cost.
+        """
         self.record(
             Entry(
                 self._mint(),
@@ -242,13 +377,74 @@ class LedgerDesk:
                 int(self._wall() * 1000),
                 error if error is None else error[:ERROR_CHARS_MAX],
                 http_status,
+                "",
+                min(max(saved_nano, 0), COST_NANO_MAX),
+                response_id=response_id[:RESPONSE_ID_CHARS_MAX],
+                cache_key=cache_key,
             )
         )
+
+    def refuse(
+        self,
+        *,
+        request_id: str,
+        tenant: str,
+        route: str,
+        model: str,
+        error: str,
+        http_status: int,
+        status: Status = "refused",
+    ) -> None:
+        """Counts a request for which no provider was asked.
+
+        Those of the same tenant, route, model and status in the same second are one entry, which
+        tells of the first of them.
+        """
+        now = self._clock()
+        if now - self._refusals_s >= REFUSALS_COUNTED_S:
+            self._count_refusals()
+            self._refusals_s = now
+        key = (tenant, route, model, http_status)
+        if len(self._refusals) >= REFUSAL_KINDS_MAX and key not in self._refusals:
+            key = (OTHERS, "", "", http_status)
+        same = self._refusals.get(key)
+        if same is not None:
+            same.count += 1
+            if self._spool is not None and same.place is not None:
+                self._spool.count(same.place, same.count)
+            return
+        if self._loop is not None and not self._refusals:
+            self._refusals_timer = self._loop.call_later(REFUSALS_COUNTED_S, self._count_refusals)
+        values = [
+            self._mint(),
+            request_id,
+            1,
+            *key[:3],
+            "",
+            status,
+            *(0, 0, 0, False, False, False, 0),
+            int(self._wall() * 1000),
+            error[:ERROR_CHARS_MAX],
+            http_status,
+            "",
+            *(0, 0, 0),
+        ]
+        place = None if self._spool is None else self._spool.tally(values)
+        self._refusals[key] = _Refusals(values, place)
+
+    def _count_refusals(self) -> None:
+        """What was refused so far becomes entries, if there is room; if not, it is counted on."""
+        if len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX:
+            return
+        counted, self._refusals = self._refusals, {}
+        for same in counted.values():
+            self._keep(Entry(*[*same.values, same.count]), same.place)
 
     def record(self, entry: Entry) -> None:
         """Takes a finished entry. Its id must be one that nobody else ever uses."""
         assert entry.attempt >= 1, "attempts are numbered from 1"
-        if self.full and entry.status not in ("posted", "voided"):
+        full = len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX
+        if full and entry.status not in PAID:
             self._dropped += 1
             return
         self._keep(entry)
@@ -258,6 +454,7 @@ class LedgerDesk:
 
         Returns how many entries are still not acknowledged: 0 means all are durable.
         """
+        self._count_refusals()
         if self._acknowledged == self._recorded:
             return 0
         if self._task is None:
@@ -320,11 +517,51 @@ class LedgerDesk:
             raise OwnerUnavailable(self._ref.name, error.reason) from None
         return answer
 
+    async def feedback(self, feedback: Feedback) -> Recorded | None:
+        """Hands in what a tenant thinks of an answer; durable when it returns.
+
+        None where the tenant has had no such answer. One that another process has just given may
+        not be in the ledger yet, so it is asked twice.
+
+        Raises:
+            OwnerUnavailable: also for a store that fails; sending it again is safe.
+            ValueError: the tenant has said enough about this answer.
+        """
+        await self.flush()
+        try:
+            found: Recorded | None = await self._ref.ask("record", feedback)
+            if found is None:
+                await self._pause(FEEDBACK_AGAIN_S)
+                found = await self._ref.ask("record", feedback)
+        except StoreFailed as error:
+            raise OwnerUnavailable(self._ref.name, error.reason) from None
+        return found
+
+    async def feedback_sums(
+        self, tenant: str | None = None
+    ) -> list[tuple[str, str, str, int, int, int]]:
+        """As the owner's `feedback`. Raises OwnerUnavailable, also for a store that fails."""
+        return cast(
+            "list[tuple[str, str, str, int, int, int]]", await self._read("feedback", tenant)
+        )
+
+    async def ratings(self) -> dict[str, Rating]:
+        """What the deployments were rated. Raises OwnerUnavailable, also for a store that fails."""
+        return cast("dict[str, Rating]", await self._read("ratings", int(self._wall() * 1000)))
+
+    async def _read(self, verb: str, *args: Any) -> Any:
+        try:
+            return await self._ref.ask(verb, *args)
+        except StoreFailed as error:
+            raise OwnerUnavailable(self._ref.name, error.reason) from None
+
     def stats(self) -> dict[str, Any]:
         return {
             "open": self._opened,
             "buffered": len(self._buffer),
             "full": self.full,
+            "why_full": self.refusal,
+            "spool_bytes": 0 if self._spool is None else self._spool.size_bytes,
             "recorded": self._recorded,
             "acknowledged": self._acknowledged,
             "dropped": self._dropped,
@@ -348,6 +585,8 @@ class LedgerDesk:
         estimated: bool,
         error: str | None,
         http_status: int,
+        tool_calls: int = 0,
+        response_id: str = "",
     ) -> Entry:
         entry.settled = True
         self._opened -= 1
@@ -370,11 +609,31 @@ class LedgerDesk:
             entry.at_ms,
             error if error is None else error[:ERROR_CHARS_MAX],
             http_status,
+            "",
+            0,
+            tool_calls,
+            max(entry.most_nano or 0, cost_nano) if estimated or status == "unsettled" else 0,
+            1,
+            response_id[:RESPONSE_ID_CHARS_MAX],
+            entry.cache_key if response_id else "",
         )
-        self._keep(final)
+        if self._spool is not None:
+            self._spool.keep(final.values(), entry.place)
+        self._send(final)
         return final
 
-    def _keep(self, entry: Entry) -> None:
+    def _keep(self, entry: Entry, place: Place | None = None) -> None:
+        """`place` is where the spool has it, if it does."""
+        if self._spool is not None:
+            if place is not None:
+                self._spool.tallied(place)
+            elif entry.status == "open":
+                self._spool.pass_over()
+            else:
+                self._spool.keep(entry.values())
+        self._send(entry)
+
+    def _send(self, entry: Entry) -> None:
         self._buffer.append(entry)
         self._recorded += 1
         if self._loop is None:
@@ -418,6 +677,8 @@ class LedgerDesk:
             del self._buffer[: len(batch)]
             self._sending = 0
             self._acknowledged += len(batch)
+            if self._spool is not None:
+                self._spool.acknowledge(len(batch))
             self._commits.append((self._acknowledged, commit))
             self._wake_flushers()
             if self._can_wait():

@@ -4,38 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from actors.ledger.policy import TENANTS_PER_READ_MAX, Entry, GroupBy, Spent, StoreFailed
-from actors.ledger.store import SqliteStore
+from actors.ledger.policy import (
+    DAY_MS,
+    FEEDBACK_PER_RESPONSE_MAX,
+    TENANTS_PER_READ_MAX,
+    Entry,
+    Feedback,
+    GroupBy,
+    Rating,
+    Recorded,
+    Spent,
+    StoreFailed,
+)
 from actors.ref import Clock
+
+if TYPE_CHECKING:
+    from actors.ledger.store import Store
 
 ROWS_PER_COMMIT_MAX = 5000
 """Most rows that share one fsync, so that no waiter waits for an endless transaction."""
 ROWS_QUEUED_MAX = 200_000
 """Most rows between the actor and its disk; beyond, `append` fails and desks keep theirs."""
 LOCK_WAIT_S = 10.0
+HOLDERS_PER_READ_MAX = 1000
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Work for the writer thread, and who waits for it: `entries` to append, or `read` to run."""
+    """Work for the writer thread, and who waits for it: `entries` to append, or `do` to run."""
 
     future: asyncio.Future[Any]
-    entries: list[Entry]
-    read: Callable[[], Any] | None = None
-    last: bool = False
+    holder: str = ""
+    entries: Sequence[Entry] = ()
+    do: Callable[[Store], Any] | None = None
+
+    @property
+    def closes(self) -> bool:
+        return not self.entries and self.do is None
+
+
+class _Refused(StoreFailed):
+    """What was asked cannot be done with this store, which is well."""
 
 
 class Ledger:
-    """Owns the store of entries: a SQLite file, or memory when `path` is None.
+    """Owns the store of entries: a PostgreSQL database where `url` is given, and says which; else
+    the SQLite file `path`, or memory when that is None.
 
     Appends of all desks that arrive while the disk is busy share the next commit (group commit), in
     the one thread that ever touches the connection; reads go through the same thread, after the
@@ -43,20 +65,25 @@ class Ledger:
 
     Failure behaviour: what was acknowledged is on disk and survives the process and the machine.
     What was not acknowledged is still in the desks, which send it again; ids make that harmless. A
-    store that cannot be opened or written (locked, full, failing) fails the message with
-    StoreFailed, acknowledges nothing, and is opened anew for the next one. In memory, nothing
-    survives.
+    store that cannot be opened or written (locked, full, failing, away) fails the message and all
+    that wait behind it with StoreFailed, acknowledges nothing, says why in `stats`, and is opened
+    anew for the next one. In memory, nothing survives.
     """
 
-    PROTOCOL = 2
+    PROTOCOL = 4
 
     def __init__(
         self,
         path: str | None = None,
         clock: Clock = time.monotonic,
         lock_wait_s: float = LOCK_WAIT_S,
+        url: Callable[[], str] | None = None,
     ) -> None:
-        self._store = SqliteStore(path, clock, lock_wait_s)
+        self._path = path
+        self._url = url
+        self._clock = clock
+        self._lock_wait_s = lock_wait_s
+        self._store: Store | None = None
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._closed = False
@@ -65,14 +92,23 @@ class Ledger:
         self._rows_new = 0
         self._rows_known = 0
         self._commits = 0
+        self._doomed: list[_Job] = []
+        # Of which day, and after how much feedback.
+        self._ratings: tuple[int, int, dict[str, Rating]] | None = None
+        self._feedback = 0
         self._failures = 0
+        self._failing: str | None = None
         self._last_error: str | None = None
 
     def protocol(self) -> int:
         return self.PROTOCOL
 
     async def append(self, holder: str, seq: int, entries: list[Entry]) -> int:
-        """Makes all of the entries durable and returns their commit, a number.
+        """Makes all of the entries durable, or none, and returns their commit, a number.
+
+        An open entry announces a call; it counts for nothing, and the entry with its id that is
+        settled takes its place. What is settled stays so: whatever comes later under the same id
+        is passed over.
 
         A `spent` with this `commit` or a later one has all of them in it, one with an earlier
         commit lacks at least one; it has none of them if all came in this message for the first
@@ -80,12 +116,25 @@ class Ledger:
         `holder` and `seq` name the message in the log of a session; the ids decide.
         """
         if not entries:
-            return await self._read(self._store.last)
+            return await self._do(lambda store: store.last())
         if self._rows_queued + len(entries) > ROWS_QUEUED_MAX:
             raise StoreFailed(f"{self._rows_queued} rows wait for the disk")
         self._rows_queued += len(entries)
         self._messages += 1
-        return int(await self._put(entries))
+        return int(await self._put(_Job(self._future(), holder, entries)))
+
+    async def holders(self) -> dict[str, int]:
+        """Who announced calls that are not settled yet, and how many: HOLDERS_PER_READ_MAX at
+        most."""
+        return await self._do(lambda store: store.holders(HOLDERS_PER_READ_MAX))
+
+    async def holder_gone(self, holder: str) -> int:
+        """A process has ended, and what it left is handed in or lost.
+
+        What it announced and did not settle is unsettled from now on, at the most that it may have
+        cost. Returns how many entries that are. Safe to repeat.
+        """
+        return await self._do(lambda store: store.settle_lost(holder))
 
     async def usage(
         self,
@@ -100,7 +149,7 @@ class Ledger:
         """
         if group_by not in (None, *get_args(GroupBy)):
             raise ValueError(f"group_by is one of {get_args(GroupBy)}, not {group_by!r}")
-        return await self._read(lambda: self._store.usage(tenant, since_ms, until_ms, group_by))
+        return await self._do(lambda store: store.usage(tenant, since_ms, until_ms, group_by))
 
     async def spent(self, tenants: list[str], at_ms: int) -> list[Spent]:
         """What each of the tenants had used at `at_ms` (UTC epoch ms), in their order.
@@ -110,19 +159,50 @@ class Ledger:
         """
         if len(tenants) > TENANTS_PER_READ_MAX:
             raise ValueError(f"{len(tenants)} tenants in one read, {TENANTS_PER_READ_MAX} may be")
-        return await self._read(lambda: self._store.spent(tenants, at_ms))
+        return await self._do(lambda store: store.spent(tenants, at_ms))
+
+    async def record(self, feedback: Feedback) -> Recorded | None:
+        """Makes feedback durable; None where the tenant has had no such answer.
+
+        Safe to repeat: with an id that is known, what came first stays.
+
+        Raises:
+            ValueError: there are FEEDBACK_PER_RESPONSE_MAX of this tenant on this answer.
+        """
+        recorded = await self._do(lambda store: _recorded(store, feedback))
+        self._feedback += 1
+        if isinstance(recorded, str):
+            raise ValueError(recorded)
+        return recorded
+
+    async def feedback(
+        self, tenant: str | None = None
+    ) -> list[tuple[str, str, str, int, int, int]]:
+        """Feedback of a tenant, or of all: (model, deployment, type, how many, how many of them
+        with a score, the sum of the scores)."""
+        return await self._do(lambda store: store.feedback(tenant))
+
+    async def ratings(self, at_ms: int) -> dict[str, Rating]:
+        """What the deployments were rated until `at_ms` (UTC epoch ms), by all tenants."""
+        day, known = at_ms // DAY_MS, self._feedback
+        if self._ratings is None or self._ratings[:2] != (day, known):
+            self._ratings = (day, known, await self._do(lambda store: store.ratings(at_ms)))
+        return self._ratings[2]
 
     async def count(self) -> int:
-        """Rows in the store."""
-        return await self._read(self._store.count)
+        """Settled entries in the store."""
+        return await self._do(lambda store: store.last())
 
     async def entries(self, request_id: str) -> list[Entry]:
-        """The entries of one request id, oldest first."""
-        return await self._read(lambda: self._store.entries(request_id))
+        """The settled entries of one request id, oldest first."""
+        return await self._do(lambda store: store.entries(request_id))
 
     def stats(self) -> dict[str, Any]:
+        """`failing` says why the store takes nothing now, and is None when it is well."""
         return {
-            "path": self._store.path,
+            "store": self._name(),
+            "failing": self._failing,
+            "open": 0 if self._store is None else self._store.open_count,
             "messages": self._messages,
             "rows_new": self._rows_new,
             "rows_known": self._rows_known,
@@ -133,74 +213,92 @@ class Ledger:
         }
 
     async def close(self) -> None:
-        """Finishes what is queued, then lets go of the file. Later messages fail."""
+        """Finishes what is queued, then lets go of the store. Later messages fail."""
         if self._closed:
             return
         if self._writer is not None:
-            closing = self._put([], last=True)
+            closing = self._put(_Job(self._future()))
             self._closed = True
             await closing
             self._writer.join()
         self._closed = True
 
-    async def _read(self, read: Callable[[], T]) -> T:
-        result: T = await self._put([], read)
+    async def _do(self, work: Callable[[Store], T]) -> T:
+        result: T = await self._put(_Job(self._future(), do=work))
         return result
 
-    def _put(
-        self, entries: list[Entry], read: Callable[[], Any] | None = None, last: bool = False
-    ) -> asyncio.Future[Any]:
+    def _future(self) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().create_future()
+
+    def _put(self, job: _Job) -> asyncio.Future[Any]:
         if self._closed:
+            self._rows_queued -= len(job.entries)
             raise StoreFailed("the ledger is closed")
         if self._writer is None:
-            # A daemon: what it has acknowledged is on disk, so a process may leave at any time.
+            # A daemon: what it has acknowledged is durable, so a process may leave at any time.
             self._writer = threading.Thread(target=self._write, name="ledger-writer", daemon=True)
             self._writer.start()
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._jobs.put(_Job(future, entries, read, last))
-        return future
+        self._jobs.put(job)
+        return job.future
 
     def _answer(self, job: _Job, result: Any) -> None:
         self._rows_queued -= len(job.entries)
         if job.future.done():  # the caller gave up
             return
         if isinstance(result, StoreFailed):
-            job.future.set_exception(result)
+            job.future.set_exception(StoreFailed(result.reason))
         else:
             job.future.set_result(result)
+
+    def _name(self) -> str:
+        if self._store is not None:
+            return self._store.place.name
+        return "postgresql" if self._url is not None else self._path or "memory"
 
     # What follows runs in the writer thread.
 
     def _write(self) -> None:
-        last = False
-        while not last:
-            jobs = self._take()
-            last = any(job.last for job in jobs)
-            self._commit([job for job in jobs if job.entries])
-            for job in jobs:
-                if job.read is not None:
-                    self._settle(job, self._attempt(job.read))
-                elif not job.entries:
-                    if job.last:
-                        self._close_store()
-                    self._settle(job, 0)
+        while True:
+            appends, other = self._take()
+            failure = self._commit(appends)
+            if other is not None and other.closes:
+                self._close_store()
+                self._settle(other, None)
+                return
+            if other is not None and failure is None:
+                assert other.do is not None, "neither an append nor the end"
+                result = self._attempt(other.do)
+                self._settle(other, result)
+                failure = _of_store(result)
+            elif other is not None:
+                self._settle(other, failure)
+            doomed, self._doomed = self._doomed, []
+            self._settle_all(doomed, failure)
 
-    def _take(self) -> list[_Job]:
-        """The next job and what waits behind it, up to one commit's worth or the first read."""
-        jobs = [self._jobs.get()]
-        rows = len(jobs[0].entries)
-        while jobs[-1].entries and rows < ROWS_PER_COMMIT_MAX:
+    def _take(self) -> tuple[list[_Job], _Job | None]:
+        """The appends that wait, up to one commit's worth, and what comes next if it is no append.
+
+        Blocks until there is something."""
+        appends: list[_Job] = []
+        rows = 0
+        job = self._jobs.get()
+        while job.entries:
+            appends.append(job)
+            rows += len(job.entries)
+            if rows >= ROWS_PER_COMMIT_MAX:
+                return appends, None
             try:
-                jobs.append(self._jobs.get_nowait())
+                job = self._jobs.get_nowait()
             except queue.Empty:
-                break
-            rows += len(jobs[-1].entries)
-        return jobs
+                return appends, None
+        return appends, job
 
-    def _commit(self, jobs: list[_Job]) -> None:
+    def _commit(self, jobs: list[_Job]) -> StoreFailed | None:
+        """Stores the entries of the jobs together. Returns why the store takes nothing now."""
         if not jobs:
-            return
-        done = self._attempt(lambda: self._store.append([job.entries for job in jobs]))
+            return None
+        messages = [(job.holder, job.entries) for job in jobs]
+        done = self._attempt(lambda store: store.append(messages))
         if not isinstance(done, StoreFailed):
             new, commits = done
             self._commits += 1
@@ -208,37 +306,75 @@ class Ledger:
             self._rows_known += sum(len(job.entries) for job in jobs) - new
             for job, commit in zip(jobs, commits, strict=True):
                 self._settle(job, commit)
-        elif len(jobs) > 1:
+            return None
+        failure = _of_store(done)
+        if failure is None and len(jobs) > 1:
             # One message that cannot be stored must not fail those that shared its commit.
-            for job in jobs:
-                self._commit([job])
+            for number, job in enumerate(jobs):
+                failure = self._commit([job])
+                if failure is not None:
+                    self._settle_all(jobs[number + 1 :], failure)
+                    break
         else:
-            self._settle(jobs[0], done)
-
-    def _attempt(self, work: Callable[[], T]) -> T | StoreFailed:
-        """The result, or the failure as a value; after a failure the store starts afresh."""
-        try:
-            return work()
-        except StoreFailed as error:
-            failure = error
-        except (sqlite3.Error, OSError) as error:
-            failure = StoreFailed(f"{type(error).__name__}: {error}")
-            if self._store.path is not None:
-                self._close_store()
-        except Exception as error:  # noqa: BLE001
-            # A value that the store cannot take. The waiting caller hears of it; the thread, on
-            # which all others depend, must not end.
-            failure = StoreFailed(f"{type(error).__name__}: {error}")
-        self._failures += 1
-        self._last_error = failure.reason
+            self._settle_all(jobs, done)
         return failure
 
-    def _close_store(self) -> None:
+    def _attempt(self, work: Callable[[Store], T]) -> T | StoreFailed:
+        """The result, or the failure as a value; after one of the store it starts afresh."""
+        # Imported here, since every process that has a desk imports this file.
+        from actors.ledger.store import failure_of
+
         try:
-            self._store.close()
-        except sqlite3.Error as error:
+            result = work(self._open_store())
+        except Exception as error:  # noqa: BLE001
+            # The waiting caller hears of it; the thread, on which all others depend, must not end.
+            failure, is_stores = failure_of(error)
+        else:
+            self._failing = None
+            return result
+        self._failures += 1
+        self._last_error = failure.reason
+        if not is_stores:
+            return _Refused(failure.reason)
+        self._failing = failure.reason
+        self._close_store(afresh=True)
+        self._doom()
+        return failure
+
+    def _open_store(self) -> Store:
+        from actors.ledger.place import PostgresPlace, SqlitePlace
+        from actors.ledger.store import Store
+
+        if self._store is None:
+            if self._url is not None:
+                self._store = Store(PostgresPlace(self._url, self._clock, self._lock_wait_s))
+            else:
+                self._store = Store(SqlitePlace(self._path, self._clock, self._lock_wait_s))
+        return self._store
+
+    def _close_store(self, afresh: bool = False) -> None:
+        """`afresh`: it is opened again, so what would be lost by closing stays open."""
+        store = self._store
+        if store is None or (afresh and not store.place.durable):
+            return
+        try:
+            store.close()
+        except Exception as error:  # noqa: BLE001 - it is given up either way
             self._failures += 1
-            self._last_error = f"closing failed: {error}"
+            self._last_error = f"closing failed: {type(error).__name__}"
+
+    def _doom(self) -> None:
+        """What came while the store was failing has waited long enough. Its senders come again."""
+        for _ in range(self._jobs.qsize()):
+            job = self._jobs.get()
+            if job.closes:  # nothing comes after it
+                self._jobs.put(job)
+                return
+            self._doomed.append(job)
+
+    def _settle_all(self, jobs: list[_Job], result: Any) -> None:
+        for job in jobs:
+            self._settle(job, result)
 
     def _settle(self, job: _Job, result: Any) -> None:
         try:
@@ -246,3 +382,17 @@ class Ledger:
         except RuntimeError:
             # The loop is closed, so nobody waits. What was written stays written.
             return
+
+
+def _recorded(store: Store, feedback: Feedback) -> Recorded | str | None:
+    try:
+        return store.record(feedback)
+    except OverflowError:
+        return f"there are {FEEDBACK_PER_RESPONSE_MAX} of them on this answer, which is the most"
+
+
+def _of_store(result: object) -> StoreFailed | None:
+    """The failure, if it is one of the store and not of what was asked."""
+    if isinstance(result, StoreFailed) and not isinstance(result, _Refused):
+        return result
+    return None

@@ -1,7 +1,9 @@
 """What a ledger entry is, and the arithmetic on entries.
 
 Rule 1: money is an integer number of nano-USD; floats end at `nano`.
-Rule 2: an entry is never changed. A second delivery of the same id is the same entry.
+Rule 2: a call is opened, then posted, voided or unsettled, under one id. What is settled is never
+        changed: a second delivery of the same id is the same entry, and an opening that comes late
+        is none.
 Rule 3: totals are a plain sum over entries. Each entry counts by itself, so any order, any grouping
         and any batching of the same entries gives the same totals.
 Rule 4: the attempts of a request are numbered from 1, and exactly one of its entries is number 1.
@@ -16,11 +18,16 @@ from datetime import date, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Any, Literal, NamedTuple, get_args
 
-Status = Literal["posted", "voided", "refused", "hit", "joined"]
-"""posted: a provider was paid or may be. voided: the attempt failed and costs nothing. refused: no
-provider was asked. hit: answered from the cache. joined: answered by somebody else's call."""
+Settled = Literal["posted", "voided", "unsettled", "refused", "hit", "joined"]
+"""posted: a provider was paid or may be. voided: the attempt failed and costs nothing. unsettled:
+the outcome was lost with its process, and `cost_nano` is the most that it may have cost. refused:
+no provider was asked. hit: answered from the cache. joined: answered by somebody else's call."""
 
-STATUSES: tuple[str, ...] = get_args(Status)
+Status = Literal["open"] | Settled
+"""open: a call is about to be made, and `cost_nano` is the most that it may cost."""
+
+STATUSES: tuple[str, ...] = get_args(Settled)
+"""What an entry can be in the end."""
 SERVED = ("posted", "hit", "joined")
 """What ends a request well, when the entry has no error."""
 
@@ -46,7 +53,12 @@ class Entry:
 
     `model` is the group the caller asked for, `deployment` what was called (empty if nothing was).
     `at_ms` is UTC epoch milliseconds. `unpriced`: the cost is unknown, not zero. `estimated`: the
-    provider did not say how much was used.
+    provider did not say how much was used. `price_version` names the prices that made the cost,
+    and is empty where nothing was priced. `saved_nano` is what a hit or a joined request would
+    have cost. `tool_calls` are those that the answer asks for. `most_nano` is the most that it may
+    have cost, where an answer was lost or cut. `requests` is more than 1 only where refusals of one
+    kind are one entry. `response_id` is the answer's own id, as its caller knows it; `cache_key`,
+    in hexadecimal, is what the cache may have it under.
     """
 
     id: str
@@ -67,6 +79,13 @@ class Entry:
     at_ms: int
     error: str | None
     http_status: int
+    price_version: str = ""
+    saved_nano: int = 0
+    tool_calls: int = 0
+    most_nano: int = 0
+    requests: int = 1
+    response_id: str = ""
+    cache_key: str = ""
 
     def values(self) -> tuple[Any, ...]:
         """The fields in order: an SQL row."""
@@ -89,6 +108,13 @@ class Entry:
             self.at_ms,
             self.error,
             self.http_status,
+            self.price_version,
+            self.saved_nano,
+            self.tool_calls,
+            self.most_nano,
+            self.requests,
+            self.response_id,
+            self.cache_key,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -115,6 +141,10 @@ class Totals:
     unpriced: int = 0
     estimated: int = 0
     latency_ms: int = 0
+    unsettled: int = 0
+    unsettled_nano: int = 0
+    saved_nano: int = 0
+    tool_calls: int = 0
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*(a + b for a, b in zip(self._sums(), other._sums(), strict=True)))
@@ -142,6 +172,10 @@ class Totals:
             "total_cost_nano": self.cost_nano,
             "unpriced_entries": self.unpriced,
             "estimated_entries": self.estimated,
+            "unsettled_entries": self.unsettled,
+            "unsettled_cost_nano": self.unsettled_nano,
+            "saved_cost_nano": self.saved_nano,
+            "tool_calls": self.tool_calls,
             "latency_ms_mean": self.latency_ms / self.succeeded if self.succeeded else 0.0,
         }
 
@@ -150,13 +184,13 @@ SUMS: tuple[str, ...] = tuple(field.name for field in fields(Totals))
 
 
 def count(entry: Entry) -> Totals:
-    """What one entry adds. Tokens and money are those of posted entries only."""
+    """What one settled entry adds. Tokens and money are those of posted entries only."""
     posted = entry.status == "posted"
     served = entry.status in SERVED and entry.error is None
     return Totals(
-        requests=int(entry.attempt == 1),
+        requests=entry.requests if entry.attempt == 1 else 0,
         succeeded=int(served),
-        refused=int(entry.status == "refused"),
+        refused=entry.requests if entry.status == "refused" else 0,
         hits=int(entry.status == "hit"),
         joined=int(entry.status == "joined"),
         entries=1,
@@ -166,11 +200,15 @@ def count(entry: Entry) -> Totals:
         unpriced=int(entry.unpriced),
         estimated=int(entry.estimated),
         latency_ms=entry.latency_ms if served else 0,
+        unsettled=int(entry.status == "unsettled"),
+        unsettled_nano=entry.cost_nano if entry.status == "unsettled" else 0,
+        saved_nano=entry.saved_nano,
+        tool_calls=entry.tool_calls,
     )
 
 
 def fold(entries: Iterable[Entry]) -> Totals:
-    """The totals of entries with distinct ids. The store's SQL says the same; a test compares."""
+    """The totals of settled entries with distinct ids. A test compares it with the store's SQL."""
     totals = Totals()
     for entry in entries:
         totals += count(entry)
@@ -181,10 +219,10 @@ class Spent(NamedTuple):
     """What one tenant used of its limits over time, as far as the ledger knows at one moment.
 
     `commit` is the number of the last entry known then. `day` counts UTC days since 1970, `month`
-    is year * 12 + month - 1; `day_nano` and `month_nano` were paid in them. `minutes` are requests
-    that were not refused, as (age in whole minutes, how many) of the last MINUTES_TOLD, those
-    answered from the cache in `hit_minutes` instead. What comes from a clock that is ahead has
-    age 0.
+    is year * 12 + month - 1; `day_nano` and `month_nano` were paid in them, or may have been where
+    the outcome was lost. `minutes` are requests that were not refused, as (age in whole minutes,
+    how many) of the last MINUTES_TOLD, those answered from the cache in `hit_minutes` instead. What
+    comes from a clock that is ahead has age 0.
     """
 
     commit: int
@@ -232,6 +270,60 @@ def nano(usd: float | Decimal) -> int:
     return int(exact.scaleb(9).to_integral_value(ROUND_HALF_EVEN))
 
 
+FeedbackType = Literal["correction", "rating", "useful", "improvement", "error"]
+FEEDBACK_PER_RESPONSE_MAX = 100
+"""Most feedback of a tenant on one response."""
+SCORE_MAX = 1000
+RATING_HALF_LIFE_DAYS = 7
+"""A rating that is so many days old counts half, one twice as old a quarter."""
+RATING_DAYS_MAX = 8 * RATING_HALF_LIFE_DAYS
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What somebody thinks of an answer. `score` is 0 to SCORE_MAX, None where it says nothing of
+    how good the answer was. `response_id` is empty where nobody knows which answer it is about."""
+
+    id: str
+    tenant: str
+    response_id: str
+    type: FeedbackType
+    score: int | None
+    content: str
+    query: str
+    response: str
+    at_ms: int
+
+
+class Recorded(NamedTuple):
+    """Feedback that is in the ledger: about which model and deployment, empty where unknown, and
+    what the cache may have the answer under. `new`: it was not there before."""
+
+    id: str
+    model: str
+    deployment: str
+    cache_key: str
+    new: bool
+
+
+class Rating(NamedTuple):
+    """What a deployment's answers were rated: so many good ones and so many bad ones, the older
+    the less they count."""
+
+    good: float
+    bad: float
+
+
+def rating_of(days: Iterable[tuple[int, int, int]], today: int) -> Rating:
+    """The rating that days' (day, sum of scores, ratings) come to. Days count from 1970."""
+    good = bad = 0.0
+    for day, score, count in days:
+        weight = 0.5 ** (max(0, today - day) / RATING_HALF_LIFE_DAYS)
+        good += weight * score / SCORE_MAX
+        bad += weight * (count - score / SCORE_MAX)
+    return Rating(good, bad)
+
+
 class StoreFailed(Exception):
     """The store did not make the entries durable, or could not be read. Asking again is safe."""
 
@@ -241,11 +333,12 @@ class StoreFailed(Exception):
 
 
 class LedgerFull(Exception):
-    """Too much waits to be recorded, so no paid call may start. Come back in `retry_after_s`."""
+    """No paid call may start, because it could not be recorded. Come back in `retry_after_s`."""
 
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__(retry_after_s)
+    def __init__(self, retry_after_s: float, reason: str) -> None:
+        super().__init__(retry_after_s, reason)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
     def __str__(self) -> str:
-        return "the ledger cannot record more calls until its store answers again"
+        return f"the ledger cannot record more calls: {self.reason}"

@@ -1,256 +1,352 @@
-"""Entries in one SQLite file, by one connection, on one thread.
+"""Entries in a database, by one connection, on one thread.
 
-SQLite up to 3.51.2 can corrupt a WAL file that two connections write to, so there is exactly one,
-and a lock file beside the database keeps a second system out.
+Rule 1: an append is one transaction, and so is a read. What is written in one is the entries, their
+        part of the sums, and the calls that they settle.
+Rule 2: the statements are the same for SQLite and PostgreSQL (SQLAlchemy Core).
+Rule 3: a ledger whose sums are not the fold of its entries is not opened.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date
+from functools import cache
+from itertools import islice
 from typing import Any
 
-from actors.file_lock import FileLock, FileLocked
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    Integer,
+    Row,
+    Select,
+    Subquery,
+    Table,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    literal_column,
+    select,
+    union_all,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+
+from actors.ledger.place import Place, reason
 from actors.ledger.policy import (
     COLUMNS,
     DAY_MS,
+    FEEDBACK_PER_RESPONSE_MAX,
     MINUTE_MS,
     MINUTES_TOLD,
+    RATING_DAYS_MAX,
     SERVED,
     SUMS,
     Entry,
+    Feedback,
     GroupBy,
+    Rating,
+    Recorded,
     Spent,
     StoreFailed,
     Totals,
     calendar,
+    rating_of,
 )
-from actors.ref import Clock
+from actors.ledger.schema import (
+    CHECKPOINTS,
+    ENTRIES,
+    FEEDBACK,
+    FEEDBACK_SUMS,
+    FLAGS,
+    OPENED,
+    RATINGS,
+    TOTALS,
+    ensure,
+)
 
-SCHEMA_VERSION = 2
 GROUPS_MAX = 1000
 """Most groups of one usage answer; what is beyond them is added up as `OTHERS`."""
 OTHERS = "(others)"
+CHECKPOINT_ENTRIES = 50_000
+"""A start folds about so many entries at most."""
+IDS_PER_QUERY = 1000
+TEXT_CHARS_MAX = 300
+"""Longest text that is part of an index: four bytes a sign at most, and PostgreSQL takes 2,700."""
+LOST = "the process that made the call ended before it was answered"
+INDEXED = frozenset(("request_id", "tenant", "model", "response_id"))
+RATING_ROWS_MAX = 50_000
+"""Most days of deployments that ratings are made of; the latest ones."""
 
-SCHEMA = """
-CREATE TABLE entries (
-    id TEXT NOT NULL UNIQUE,
-    request_id TEXT NOT NULL,
-    attempt INTEGER NOT NULL,
-    tenant TEXT NOT NULL,
-    route TEXT NOT NULL,
-    model TEXT NOT NULL,
-    deployment TEXT NOT NULL,
-    status TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL,
-    completion_tokens INTEGER NOT NULL,
-    cost_nano INTEGER NOT NULL,
-    unpriced INTEGER NOT NULL,
-    estimated INTEGER NOT NULL,
-    stream INTEGER NOT NULL,
-    latency_ms INTEGER NOT NULL,
-    at_ms INTEGER NOT NULL,
-    error TEXT,
-    http_status INTEGER NOT NULL
-);
-CREATE INDEX entries_by_tenant ON entries (tenant, at_ms);
-CREATE INDEX entries_by_request ON entries (request_id);
-"""
+_EPOCH = date(1970, 1, 1).toordinal()
 
-# What each tenant paid per UTC day since 1970: a sum over entries, kept so that a month of millions
-# of them is read as 31 rows. It is written in the transaction of the entries that it sums.
-SCHEMA_DAYS = """
-CREATE TABLE days (
-    tenant TEXT NOT NULL,
-    day INTEGER NOT NULL,
-    cost_nano INTEGER NOT NULL,
-    PRIMARY KEY (tenant, day)
-) WITHOUT ROWID;
-"""
 
-# Every name in the SQL of this file is written here; every value is bound.
-# ruff: noqa: S608
+def _one(condition: ColumnElement[bool]) -> ColumnElement[int]:
+    return case((condition, 1), else_=0)
 
-# Only a known id is passed over: OR IGNORE would also swallow a row that breaks another constraint.
-INSERT = (
-    f"INSERT INTO entries ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
-    " ON CONFLICT (id) DO NOTHING"
+
+def _whole(dividend: ColumnElement[int], divisor: int) -> ColumnElement[int]:
+    # A literal, since PostgreSQL does not take two bound values for one expression.
+    return dividend // literal_column(str(divisor), Integer)
+
+
+def _figures(t: FromClause) -> dict[str, ColumnElement[int]]:
+    """`policy.count`, in SQL. A test compares."""
+    posted, lost = t.c.status == "posted", t.c.status == "unsettled"
+    served = and_(t.c.status.in_(SERVED), t.c.error.is_(None))
+    return {
+        "requests": case((t.c.attempt == 1, t.c.requests), else_=0),
+        "succeeded": _one(served),
+        "refused": case((t.c.status == "refused", t.c.requests), else_=0),
+        "hits": _one(t.c.status == "hit"),
+        "joined": _one(t.c.status == "joined"),
+        "entries": literal_column("1", Integer),
+        "prompt_tokens": case((posted, t.c.prompt_tokens), else_=0),
+        "completion_tokens": case((posted, t.c.completion_tokens), else_=0),
+        "cost_nano": case((posted, t.c.cost_nano), else_=0),
+        "unpriced": t.c.unpriced,
+        "estimated": t.c.estimated,
+        "latency_ms": case((served, t.c.latency_ms), else_=0),
+        "unsettled": _one(lost),
+        "unsettled_nano": case((lost, t.c.cost_nano), else_=0),
+        "saved_nano": t.c.saved_nano,
+        "tool_calls": t.c.tool_calls,
+    }
+
+
+_DAY = _whole(ENTRIES.c.at_ms, DAY_MS)
+_ADDED = [func.sum(figure).label(name) for name, figure in _figures(ENTRIES).items()]
+_NUMBERED = bindparam("after", type_=Integer)
+
+
+def _folded(columns: Mapping[str, ColumnElement[int]]) -> list[ColumnElement[Any]]:
+    return [func.coalesce(func.sum(columns[name]), 0).label(name) for name in SUMS]
+
+
+_FOLD_ENTRIES = select(*_folded(_figures(ENTRIES))).where(ENTRIES.c.number > _NUMBERED)
+_FOLD_TOTALS = select(*_folded({name: TOTALS.c[name] for name in SUMS}))
+_LAST = select(func.coalesce(func.max(ENTRIES.c.number), 0))
+_GROUPS = (
+    select(ENTRIES.c.tenant, _DAY.label("day"), ENTRIES.c.model, *_ADDED)
+    .where(ENTRIES.c.number > _NUMBERED)
+    .group_by(ENTRIES.c.tenant, _DAY, ENTRIES.c.model)
 )
-
-ADD_TO_DAYS = f"""
-INSERT INTO days (tenant, day, cost_nano)
-SELECT tenant, at_ms / {DAY_MS} AS day, SUM(cost_nano) FROM entries
-WHERE rowid > ? AND status = 'posted' GROUP BY tenant, day
-ON CONFLICT (tenant, day) DO UPDATE SET cost_nano = cost_nano + excluded.cost_nano
-"""
-
-SELECT_LAST = "SELECT COALESCE(MAX(rowid), 0) FROM entries"
-SELECT_NUMBER = "SELECT rowid FROM entries WHERE id = ?"
-SELECT_DAYS = "SELECT day, cost_nano FROM days WHERE tenant = ? AND day >= ? AND day < ?"
-SELECT_MINUTES = f"""
-SELECT MAX(0, ?1 - at_ms) / {MINUTE_MS} AS age, SUM(status != 'hit'), SUM(status = 'hit')
-FROM entries
-WHERE tenant = ?2 AND at_ms > ?1 - {MINUTES_TOLD * MINUTE_MS}
-AND at_ms < ?1 + {MINUTES_TOLD * MINUTE_MS} AND attempt = 1 AND status != 'refused'
-GROUP BY age ORDER BY age
-"""
-
-SELECT_REQUEST = f"SELECT {', '.join(COLUMNS)} FROM entries WHERE request_id = ? ORDER BY rowid"
-
-_SERVED = f"status IN ({', '.join(repr(status) for status in SERVED)}) AND error IS NULL"
-
-# `policy.count`, in SQL.
-_SUMS = {
-    "requests": "attempt = 1",
-    "succeeded": _SERVED,
-    "refused": "status = 'refused'",
-    "hits": "status = 'hit'",
-    "joined": "status = 'joined'",
-    "entries": "1",
-    "prompt_tokens": "prompt_tokens * (status = 'posted')",
-    "completion_tokens": "completion_tokens * (status = 'posted')",
-    "cost_nano": "cost_nano * (status = 'posted')",
-    "unpriced": "unpriced",
-    "estimated": "estimated",
-    "latency_ms": f"latency_ms * ({_SERVED})",
-}
-SELECT_SUMS = ", ".join(f"COALESCE(SUM({_SUMS[name]}), 0)" for name in SUMS)
-
-GROUP_COLUMNS: dict[GroupBy, str] = {
-    "model": "model",
-    "tenant": "tenant",
-    "day": "strftime('%Y-%m-%d', at_ms / 1000, 'unixepoch')",
-}
+_NAMES = ("tenant", "day", "model", *SUMS)
 
 
-class SqliteStore:
-    """Owns the database file. Bounded by the disk.
+@cache
+def _add_to_totals(dialect: str) -> Any:
+    make = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    added = make(TOTALS).from_select(list(_NAMES), _GROUPS)
+    return added.on_conflict_do_update(
+        index_elements=["tenant", "day", "model"],
+        set_={name: TOTALS.c[name] + added.excluded[name] for name in SUMS},
+    )
+
+
+Message = tuple[str, Sequence[Entry]]
+"""Who sends, and entries, open ones among them, to be stored together."""
+
+
+class Store:
+    """Owns the connection to where the entries are. Bounded by that place.
 
     Every method blocks, and all are called by the same thread. `append` has returned only when the
-    rows are on disk (WAL, `synchronous=FULL`). Failures are StoreFailed, sqlite3.Error or OSError;
-    after one the caller calls `close`, and the next use opens the file anew, so that nothing is
-    decided on pages that an fsync failed to write.
+    entries are durable. Failures are StoreFailed, SQLAlchemyError or OSError; after one the caller
+    calls `close`, and the next use opens the place anew, so that nothing is decided on what a
+    failing disk or a lost server may not have kept.
 
-    Entries are numbered from 1 in the order they are stored (`rowid`) and are never deleted. Since
+    Entries are numbered from 1 in the order they are stored and are never changed or deleted. Since
     a read sees whole transactions only, one that knows number n knows every message whose last
     entry is numbered n or less, and nothing of any other message.
     """
 
-    def __init__(self, path: str | None, clock: Clock, lock_wait_s: float) -> None:
-        self.path = path
-        self._lock_wait_s = lock_wait_s
-        self._lock = FileLock(path, clock) if path is not None else None
-        self._connection: sqlite3.Connection | None = None
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._connection: Connection | None = None
+        self._checkpoint = 0
+        self.open_count = 0
 
-    @property
-    def connection(self) -> sqlite3.Connection:
-        """The open connection, opening it first where needed."""
-        if self._connection is None:
-            self._connection = self._open()
-        return self._connection
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """One transaction, on a connection that is opened first where there is none."""
+        connection = self._connection or self._open()
+        with connection.begin():
+            yield connection
 
-    def _open(self) -> sqlite3.Connection:
-        if self.path is not None and self._lock is not None:
-            Path(self.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(self._lock_wait_s)
-            except FileLocked as error:
-                raise StoreFailed(
-                    f"{error}: a ledger file has one owner. Stop that system, or give this one"
-                    " another ledger_url"
-                ) from None
-        connection: sqlite3.Connection | None = None
+    def _open(self) -> Connection:
+        connection = self.place.open()
         try:
-            connection = sqlite3.connect(self.path or ":memory:", isolation_level=None)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            _ensure_schema(connection)
+            with connection.begin():
+                ensure(connection)
+            with connection.begin():
+                self._checkpoint = self._check(connection)
+                opened = select(func.count()).select_from(OPENED)
+                self.open_count = int(connection.execute(opened).scalar_one())
         except BaseException:
-            if connection is not None:
-                connection.close()
-            if self._lock is not None:
-                self._lock.release()
+            self.place.close()
             raise
+        self._connection = connection
         return connection
 
-    def close(self) -> None:
-        """Safe to call twice. An in-memory store loses everything."""
-        connection, self._connection = self._connection, None
-        try:
-            if connection is not None:
-                connection.close()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
+    def _check(self, connection: Connection) -> int:
+        """That the sums are the fold of the entries. Returns the number of the last checkpoint.
 
-    def append(self, messages: Sequence[Sequence[Entry]]) -> tuple[int, list[int]]:
+        Entries up to the last checkpoint were folded when it was made; those after it are now.
+        """
+        latest = select(CHECKPOINTS).order_by(CHECKPOINTS.c.number.desc()).limit(1)
+        found = connection.execute(latest).first()
+        number = 0 if found is None else int(found.number)
+        counted = Totals() if found is None else _totals(found[1:])
+        counted += _totals(connection.execute(_FOLD_ENTRIES, {"after": number}).one())
+        last = int(connection.execute(_LAST).scalar_one())
+        kept = _totals(connection.execute(_FOLD_TOTALS).one())
+        if found is None and kept == Totals():
+            connection.execute(_add_to_totals(connection.dialect.name), {"after": 0})
+            kept = _totals(connection.execute(_FOLD_TOTALS).one())
+        if counted.entries != last or counted != kept:
+            raise StoreFailed(
+                f"{self.place.name}: its sums say {kept.entries} entries and {kept.cost_nano}"
+                f" nano-USD, its entries say {counted.entries} and {counted.cost_nano}, and the"
+                f" last of them is numbered {last}. Restore it from a copy; or, to take the entries"
+                " as they are, empty the tables ledger_sums and ledger_checkpoints"
+            )
+        return number
+
+    def close(self) -> None:
+        """Safe to call twice. A store in memory loses everything."""
+        self._connection = None
+        self.place.close()
+
+    def append(self, messages: Sequence[Message]) -> tuple[int, list[int]]:
         """All of them or none. Returns how many entries were new, and a commit for each message.
 
         The commit is the number of the last of all entries now, or, where some of the message's
-        were known before, that of the message's own last one: a read may have been between. An
-        empty message gets the former.
+        were known before, that of the message's own last one: a read may have been between. A
+        message without settled entries gets the former. An open entry is new when it was neither
+        opened nor settled before.
         """
-        connection = self.connection
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            before, new = self.last(), [self._insert(entries) for entries in messages]
-            last = self.last()
-            connection.execute(ADD_TO_DAYS, (before,))
-            commits = [
-                last if count == len(entries) else self._last_of(entries)
-                for entries, count in zip(messages, new, strict=True)
-            ]
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        return sum(new), commits
+        with self._transaction() as connection:
+            before = last = _last(connection)
+            known = _numbers(connection, messages)
+            rows: list[dict[str, Any]] = []
+            own: list[int | None] = []
+            for _, entries in messages:
+                settled = [entry for entry in entries if entry.status != "open"]
+                count = len(rows)
+                for entry in settled:
+                    row = _row(entry)
+                    if row["id"] not in known:
+                        last += 1
+                        known[row["id"]] = row["number"] = last
+                        rows.append(row)
+                fresh = len(rows) - count == len(settled)
+                own.append(None if fresh else max(known[_clean(entry.id)] for entry in settled))
+            if rows:
+                connection.execute(insert(ENTRIES), rows)
+                add = _add_to_totals(connection.dialect.name)
+                connection.execute(add, {"after": before})
+            closed = self._close_opened(connection, rows)
+            opened = _open_rows(connection, messages, known)
+            checkpoint = self._mark(connection, last)
+        self.open_count += opened - closed
+        self._checkpoint = checkpoint
+        return len(rows) + opened, [last if commit is None else commit for commit in own]
 
-    def _insert(self, entries: Sequence[Entry]) -> int:
-        before = self.connection.total_changes
-        self.connection.executemany(INSERT, map(_row, entries))
-        return self.connection.total_changes - before
+    def _close_opened(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Takes what is settled now out of what is open. Returns how much that was."""
+        if not self.open_count:
+            return 0
+        closed = 0
+        for ids in _chunks(row["id"] for row in rows):
+            closed += connection.execute(delete(OPENED).where(OPENED.c.id.in_(ids))).rowcount
+        return closed
 
-    def _last_of(self, entries: Sequence[Entry]) -> int:
-        ids = [(_clean(entry.id),) for entry in entries]
-        return max(int(self.connection.execute(SELECT_NUMBER, id_).fetchone()[0]) for id_ in ids)
+    def _mark(self, connection: Connection, last: int) -> int:
+        """Makes a checkpoint when it is time for one. Returns the number of the latest."""
+        if last - self._checkpoint < CHECKPOINT_ENTRIES:
+            return self._checkpoint
+        latest = select(CHECKPOINTS).where(CHECKPOINTS.c.number == self._checkpoint)
+        found = connection.execute(latest).first()
+        counted = Totals() if found is None else _totals(found[1:])
+        counted += _totals(connection.execute(_FOLD_ENTRIES, {"after": self._checkpoint}).one())
+        sums = {name: getattr(counted, name) for name in SUMS}
+        connection.execute(insert(CHECKPOINTS).values(number=last, **sums))
+        return last
+
+    def settle_lost(self, holder: str) -> int:
+        """Settles what a holder opened and can settle no more. Returns how much that was."""
+        with self._transaction() as connection:
+            of = select(*_columns(OPENED)).where(OPENED.c.holder == _clean(holder))
+            found = [_entry(row) for row in connection.execute(of.order_by(OPENED.c.at_ms))]
+        lost = [
+            replace(entry, status="unsettled", error=LOST, http_status=0, latency_ms=0)
+            for entry in found
+        ]
+        self.append([(holder, lost)])
+        return len(lost)
+
+    def holders(self, most: int) -> dict[str, int]:
+        """Who announced calls that are not settled yet, and how many."""
+        many = func.count().label("many")
+        found = select(OPENED.c.holder, many).group_by(OPENED.c.holder).limit(most)
+        with self._transaction() as connection:
+            return {row.holder: row.many for row in connection.execute(found)}
 
     def last(self) -> int:
         """The number of the last entry, 0 if there is none."""
-        return int(self.connection.execute(SELECT_LAST).fetchone()[0])
-
-    def count(self) -> int:
-        row = self.connection.execute("SELECT COUNT(*) FROM entries").fetchone()
-        return int(row[0])
+        with self._transaction() as connection:
+            return _last(connection)
 
     def entries(self, request_id: str) -> list[Entry]:
-        """The entries of one request id, in the order they were appended."""
-        rows = self.connection.execute(SELECT_REQUEST, (_clean(request_id),))
-        return [_entry(row) for row in rows]
+        """The settled entries of one request id, in the order they were appended."""
+        asked = _indexed(request_id)
+        of = select(*_columns(ENTRIES)).where(ENTRIES.c.request_id == asked)
+        with self._transaction() as connection:
+            return [_entry(row) for row in connection.execute(of.order_by(ENTRIES.c.number))]
 
     def spent(self, tenants: Sequence[str], at_ms: int) -> list[Spent]:
         """What each of the tenants had used at `at_ms`, all of the same moment in the ledger."""
-        # One connection on one thread: nothing is written between these statements.
-        commit, when = self.last(), calendar(at_ms)
-        told: list[Spent] = []
-        for name in map(_clean, tenants):
-            month = (name, when.first_day, when.end_day)
-            paid: dict[int, int] = dict(self.connection.execute(SELECT_DAYS, month))
-            ages = self.connection.execute(SELECT_MINUTES, (at_ms, name)).fetchall()
-            told.append(
-                Spent(
-                    commit,
-                    when.day,
-                    paid.get(when.day, 0),
-                    when.month,
-                    sum(paid.values()),
-                    tuple((age, others) for age, others, _ in ages if others),
-                    tuple((age, hits) for age, _, hits in ages if hits),
-                )
+        when = calendar(at_ms)
+        names = [_indexed(tenant) for tenant in tenants]
+        days = (
+            select(
+                TOTALS.c.tenant,
+                TOTALS.c.day,
+                func.sum(TOTALS.c.cost_nano + TOTALS.c.unsettled_nano),
             )
-        return told
+            .where(TOTALS.c.tenant.in_(names))
+            .where(TOTALS.c.day >= when.first_day, TOTALS.c.day < when.end_day)
+            .group_by(TOTALS.c.tenant, TOTALS.c.day)
+        )
+        paid: dict[str, dict[int, int]] = {name: {} for name in names}
+        ages: dict[str, list[tuple[int, int, int]]] = {name: [] for name in names}
+        # One owner, one connection, one thread: nothing is written between these statements.
+        with self._transaction() as connection:
+            commit = _last(connection)
+            if names:
+                for tenant, day, cost_nano in connection.execute(days):
+                    paid[tenant][int(day)] = int(cost_nano)
+                for tenant, age, others, hits in connection.execute(_minutes(names, at_ms)):
+                    ages[tenant].append((int(age), int(others), int(hits)))
+        return [
+            Spent(
+                commit,
+                when.day,
+                paid[name].get(when.day, 0),
+                when.month,
+                sum(paid[name].values()),
+                tuple((age, others) for age, others, _ in ages[name] if others),
+                tuple((age, hits) for age, _, hits in ages[name] if hits),
+            )
+            for name in names
+        ]
 
     def usage(
         self,
@@ -260,73 +356,305 @@ class SqliteStore:
         group_by: GroupBy | None = None,
     ) -> dict[str, Any]:
         """Totals over `since_ms <= at_ms < until_ms`, with `by_model` and what else is asked."""
-        where, values = _where(tenant, since_ms, until_ms)
-        total = self._totals(where, values)
+        rows = _within(None if tenant is None else _indexed(tenant), since_ms, until_ms)
         groups: list[GroupBy] = ["model"] if group_by in (None, "model") else ["model", group_by]
+        with self._transaction() as connection:
+            sums = _folded({name: rows.c[name] for name in SUMS})
+            total = _totals(connection.execute(select(*sums)).one())
+            parts = {group: _grouped(connection, rows, group) for group in groups}
         answer = total.as_dict()
-        for group in groups:
-            parts = self._grouped(group, where, values)
-            rest = total - sum(parts.values(), Totals())
+        for group, found in parts.items():
+            rest = total - sum(found.values(), Totals())
             if rest != Totals():
-                parts[OTHERS] = rest
-            answer[f"by_{group}"] = {name: part.as_dict() for name, part in parts.items()}
+                found[OTHERS] = rest
+            answer[f"by_{group}"] = {name: part.as_dict() for name, part in found.items()}
         return answer
 
-    def _totals(self, where: str, values: list[Any]) -> Totals:
-        sql = f"SELECT {SELECT_SUMS} FROM entries {where}"
-        return Totals(*self.connection.execute(sql, values).fetchone())
+    def record(self, feedback: Feedback) -> Recorded | None:
+        """Keeps what a tenant thinks of an answer of its own; None where it had no such answer.
 
-    def _grouped(self, group: GroupBy, where: str, values: list[Any]) -> dict[str, Totals]:
-        sql = (
-            f"SELECT {GROUP_COLUMNS[group]} AS grp, {SELECT_SUMS} FROM entries {where}"
-            f" GROUP BY grp ORDER BY COUNT(*) DESC, grp LIMIT {GROUPS_MAX}"
+        With an id that is known it is the same feedback, and what came first stays.
+
+        Raises:
+            OverflowError: the tenant has said enough about this answer.
+        """
+        tenant, response_id = _indexed(feedback.tenant), _indexed(feedback.response_id)
+        with self._transaction() as connection:
+            of_id = select(FEEDBACK).where(FEEDBACK.c.id == _indexed(feedback.id))
+            known = connection.execute(of_id).first()
+            if known is not None:
+                same = known.tenant == tenant
+                about = (known.model, known.deployment, known.cache_key)
+                return Recorded(known.id, *about, new=False) if same else None
+            about = ("", "", "")
+            before: Sequence[Row[Any]] = ()
+            if response_id:
+                found = _answer_of(connection, tenant, response_id)
+                if found is None:
+                    return None
+                about = found
+                of = (FEEDBACK.c.tenant == tenant, FEEDBACK.c.response_id == response_id)
+                earlier = select(FEEDBACK).where(*of).order_by(FEEDBACK.c.number.desc())
+                before = connection.execute(earlier.limit(FEEDBACK_PER_RESPONSE_MAX)).all()
+                if len(before) == FEEDBACK_PER_RESPONSE_MAX:
+                    raise OverflowError
+            number = select(func.coalesce(func.max(FEEDBACK.c.number), 0))
+            model, deployment, cache_key = about
+            row = {
+                "number": int(connection.execute(number).scalar_one()) + 1,
+                "id": _indexed(feedback.id),
+                "tenant": tenant,
+                "response_id": response_id,
+                "type": feedback.type,
+                "score": feedback.score,
+                "content": _clean(feedback.content),
+                "query": _clean(feedback.query),
+                "response": _clean(feedback.response),
+                "model": model,
+                "deployment": deployment,
+                "cache_key": cache_key,
+                "at_ms": feedback.at_ms,
+            }
+            connection.execute(insert(FEEDBACK), row)
+            _add(
+                connection,
+                FEEDBACK_SUMS,
+                {"tenant": tenant, "model": model, "deployment": deployment, "type": row["type"]},
+                {
+                    "count": 1,
+                    "rated": int(feedback.score is not None),
+                    "score": feedback.score or 0,
+                },
+            )
+            if deployment and feedback.score is not None:
+                last = next((one for one in before if one.score is not None), None)
+                if last is not None:
+                    _rate(connection, deployment, last.at_ms, -1, -last.score)
+                _rate(connection, deployment, feedback.at_ms, 1, feedback.score)
+            return Recorded(_indexed(feedback.id), *about, new=True)
+
+    def feedback(self, tenant: str | None = None) -> list[tuple[str, str, str, int, int, int]]:
+        """Sums of feedback: (model, deployment, type, count, rated, score), those with the most
+        first, GROUPS_MAX at most."""
+        t = FEEDBACK_SUMS.c
+        by = (t.model, t.deployment, t.type)
+        sums = [func.sum(t[name]) for name in ("count", "rated", "score")]
+        of = select(*by, *sums).group_by(*by).order_by(sums[0].desc(), *by).limit(GROUPS_MAX)
+        if tenant is not None:
+            of = of.where(t.tenant == _indexed(tenant))
+        with self._transaction() as connection:
+            return [
+                (row[0], row[1], row[2], int(row[3]), int(row[4]), int(row[5]))
+                for row in connection.execute(of)
+            ]
+
+    def ratings(self, at_ms: int) -> dict[str, Rating]:
+        """What the deployments were rated, by all tenants, over the last RATING_DAYS_MAX days."""
+        today = at_ms // DAY_MS
+        of = (
+            select(RATINGS.c.deployment, RATINGS.c.day, RATINGS.c.score, RATINGS.c.count)
+            .where(RATINGS.c.day > today - RATING_DAYS_MAX)
+            .order_by(RATINGS.c.day.desc())
+            .limit(RATING_ROWS_MAX)
         )
-        rows = self.connection.execute(sql, values).fetchall()
-        return {row[0]: Totals(*row[1:]) for row in sorted(rows)}
+        days: dict[str, list[tuple[int, int, int]]] = {}
+        with self._transaction() as connection:
+            for deployment, day, score, count in connection.execute(of):
+                days.setdefault(deployment, []).append((int(day), int(score), int(count)))
+        return {name: rating_of(of_one, today) for name, of_one in days.items()}
 
 
-def _ensure_schema(connection: sqlite3.Connection) -> None:
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
-    if version == SCHEMA_VERSION:
-        return
-    if version == 1:
-        upgrade = f"{SCHEMA_DAYS} {ADD_TO_DAYS.replace('?', '0')};"
-        connection.executescript(
-            f"BEGIN; {upgrade} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+def failure_of(error: Exception) -> tuple[StoreFailed, bool]:
+    """What to tell of an error, and whether the store is to blame, not what was asked of it."""
+    if isinstance(error, StoreFailed):
+        return error, True
+    of_store = isinstance(error, SQLAlchemyError | OSError)
+    of_asked = isinstance(error, DataError | IntegrityError)
+    return StoreFailed(reason(error)), of_store and not of_asked
+
+
+def _answer_of(
+    connection: Connection, tenant: str, response_id: str
+) -> tuple[str, str, str] | None:
+    """Model, deployment and cache key of a tenant's answer, by its own id or its request's.
+
+    A hit has the id of the answer that was stored; what was called is in the entry of that one.
+    """
+    t = ENTRIES.c
+    served = (t.tenant == tenant, t.status.in_(SERVED), t.error.is_(None))
+    for named in (
+        (t.response_id == response_id, t.response_id != literal_column("''")),
+        (t.request_id == response_id,),
+    ):
+        of = select(t.model, t.deployment, t.cache_key).where(*named, *served)
+        latest = of.order_by(_one(t.deployment == ""), t.number.desc()).limit(1)
+        found = connection.execute(latest).first()
+        if found is not None:
+            return found.model, found.deployment, found.cache_key
+    return None
+
+
+def _rate(connection: Connection, deployment: str, at_ms: int, count: int, score: int) -> None:
+    place = {"deployment": deployment, "day": at_ms // DAY_MS}
+    _add(connection, RATINGS, place, {"count": count, "score": score})
+
+
+def _add(
+    connection: Connection, table: Table, place: Mapping[str, Any], by: Mapping[str, int]
+) -> None:
+    """Adds to the row of a place, which is made where there is none."""
+    make = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    added = make(table).values({**place, **by})
+    connection.execute(
+        added.on_conflict_do_update(
+            index_elements=list(place),
+            set_={name: table.c[name] + added.excluded[name] for name in by},
         )
-        return
-    if version != 0 or connection.execute("SELECT 1 FROM sqlite_master").fetchone() is not None:
-        raise StoreFailed(
-            f"the file is not a ledger of version {SCHEMA_VERSION} (it says {version}); it was left"
-            " as it is"
-        )
-    connection.executescript(
-        f"BEGIN; {SCHEMA} {SCHEMA_DAYS} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
     )
 
 
-def _where(tenant: str | None, since_ms: int | None, until_ms: int | None) -> tuple[str, list[Any]]:
-    terms = [
-        ("tenant = ?", None if tenant is None else _clean(tenant)),
-        ("at_ms >= ?", since_ms),
-        ("at_ms < ?", until_ms),
-    ]
-    asked = [(sql, value) for sql, value in terms if value is not None]
-    clause = " AND ".join(sql for sql, _ in asked)
-    return (f"WHERE {clause}" if clause else ""), [value for _, value in asked]
+def _last(connection: Connection) -> int:
+    return int(connection.execute(_LAST).scalar_one())
+
+
+def _numbers(connection: Connection, messages: Sequence[Message]) -> dict[str, int]:
+    """The numbers of those entries that are settled already."""
+    known: dict[str, int] = {}
+    for ids in _chunks(_clean(entry.id) for _, entries in messages for entry in entries):
+        found = select(ENTRIES.c.id, ENTRIES.c.number).where(ENTRIES.c.id.in_(ids))
+        known.update((row.id, row.number) for row in connection.execute(found))
+    return known
+
+
+def _open_rows(
+    connection: Connection, messages: Sequence[Message], settled: Mapping[str, int]
+) -> int:
+    """Notes the calls that are about to be made. Returns how many were not known."""
+    rows: dict[str, dict[str, Any]] = {}
+    for holder, entries in messages:
+        for entry in entries:
+            if entry.status == "open" and (id_ := _clean(entry.id)) not in settled:
+                rows.setdefault(id_, {**_row(entry), "holder": _clean(holder)})
+    for ids in _chunks(list(rows)):
+        for known in connection.execute(select(OPENED.c.id).where(OPENED.c.id.in_(ids))):
+            del rows[known.id]
+    if rows:
+        connection.execute(insert(OPENED), list(rows.values()))
+    return len(rows)
+
+
+def _minutes(tenants: Sequence[str], at_ms: int) -> Select[Any]:
+    """Requests of each tenant that were not refused, by their age in whole minutes."""
+    told_ms = MINUTES_TOLD * MINUTE_MS
+    ahead = ENTRIES.c.at_ms > at_ms
+    aged = (
+        select(
+            ENTRIES.c.tenant,
+            case((ahead, 0), else_=_whole(at_ms - ENTRIES.c.at_ms, MINUTE_MS)).label("age"),
+            _one(ENTRIES.c.status == "hit").label("hit"),
+        )
+        .where(ENTRIES.c.tenant.in_(tenants))
+        .where(ENTRIES.c.at_ms > at_ms - told_ms, ENTRIES.c.at_ms < at_ms + told_ms)
+        .where(ENTRIES.c.attempt == 1, ENTRIES.c.status != "refused")
+        .subquery()
+    )
+    return (
+        select(aged.c.tenant, aged.c.age, func.sum(1 - aged.c.hit), func.sum(aged.c.hit))
+        .group_by(aged.c.tenant, aged.c.age)
+        .order_by(aged.c.age)
+    )
+
+
+def _within(tenant: str | None, since_ms: int | None, until_ms: int | None) -> Subquery:
+    """Sums over a range: those of its whole days, and the entries of what is left at its ends."""
+    first_day = None if since_ms is None else -(-since_ms // DAY_MS)
+    end_day = None if until_ms is None else until_ms // DAY_MS
+    if first_day is not None and end_day is not None and first_day >= end_day:
+        return union_all(_of_entries(tenant, since_ms, until_ms)).subquery()
+    days = select(*(TOTALS.c[name] for name in _NAMES))
+    if tenant is not None:
+        days = days.where(TOTALS.c.tenant == tenant)
+    parts = [days]
+    if since_ms is not None and first_day is not None:
+        parts[0] = parts[0].where(TOTALS.c.day >= first_day)
+        parts.append(_of_entries(tenant, since_ms, first_day * DAY_MS))
+    if until_ms is not None and end_day is not None:
+        parts[0] = parts[0].where(TOTALS.c.day < end_day)
+        parts.append(_of_entries(tenant, end_day * DAY_MS, until_ms))
+    return union_all(*parts).subquery()
+
+
+def _of_entries(tenant: str | None, since_ms: int | None, until_ms: int | None) -> Select[Any]:
+    figures = _figures(ENTRIES)
+    named = [figures[name].label(name) for name in SUMS]
+    rows = select(ENTRIES.c.tenant, _DAY.label("day"), ENTRIES.c.model, *named)
+    if tenant is not None:
+        rows = rows.where(ENTRIES.c.tenant == tenant)
+    return rows.where(ENTRIES.c.at_ms >= since_ms, ENTRIES.c.at_ms < until_ms)
+
+
+def _grouped(connection: Connection, rows: Subquery, group: GroupBy) -> dict[str, Totals]:
+    by = rows.c[group]
+    sums = _folded({name: rows.c[name] for name in SUMS})
+    most = (
+        select(by, *sums)
+        .group_by(by)
+        .order_by(func.sum(rows.c.entries).desc(), by)
+        .limit(GROUPS_MAX)
+    )
+    found = [(row[0], _totals(row[1:])) for row in connection.execute(most)]
+    if group == "day":
+        return {_day_name(int(day)): totals for day, totals in sorted(found, key=_first)}
+    return dict(sorted(found, key=_first))
+
+
+def _first(pair: tuple[Any, Totals]) -> Any:
+    return pair[0]
+
+
+def _day_name(day: int) -> str:
+    return date.fromordinal(_EPOCH + day).isoformat()
+
+
+def _totals(sums: Iterable[Any]) -> Totals:
+    # PostgreSQL's sums of integers are decimals.
+    return Totals(*map(int, sums))
+
+
+def _chunks(ids: Iterable[str]) -> Iterator[list[str]]:
+    every = iter(ids)
+    while chunk := list(islice(every, IDS_PER_QUERY)):
+        yield chunk
+
+
+def _columns(table: Table) -> list[ColumnElement[Any]]:
+    return [table.c[name] for name in COLUMNS]
 
 
 def _clean(text: str) -> str:
-    """SQLite stores UTF-8, which has no form for the lone surrogates that JSON lets through."""
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+    """Databases store UTF-8, which has no form for the lone surrogates that JSON lets through, and
+    PostgreSQL has none for NUL."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
-def _row(entry: Entry) -> tuple[Any, ...]:
-    return tuple(_clean(value) if type(value) is str else value for value in entry.values())
+def _indexed(text: str) -> str:
+    return _clean(text)[:TEXT_CHARS_MAX]
 
 
-def _entry(row: Sequence[Any]) -> Entry:
+def _row(entry: Entry) -> dict[str, Any]:
+    row = dict(zip(COLUMNS, entry.values(), strict=True))
+    for name, value in row.items():
+        if type(value) is str:
+            row[name] = _indexed(value) if name in INDEXED else _clean(value)
+        elif type(value) is bool:
+            row[name] = int(value)
+    return row
+
+
+def _entry(row: Row[Any]) -> Entry:
     entry = dict(zip(COLUMNS, row, strict=True))
-    for name in ("unpriced", "estimated", "stream"):
+    for name in FLAGS:
         entry[name] = bool(entry[name])
     return Entry(**entry)

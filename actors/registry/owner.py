@@ -31,6 +31,7 @@ from actors.registry.policy import (
     checked_text,
 )
 from actors.registry.store import Store
+from actors.registry.sums import SAVE_EVERY_S, Figures, Numbers, Series, Sums
 from actors.watch import HOLD_S, SnapshotHost, Snapshots
 
 T = TypeVar("T")
@@ -38,18 +39,21 @@ T = TypeVar("T")
 
 class Registry:
     """Keeps the configuration's versions and the access given at run time; tells all the newest.
+    It also adds up what all processes have counted.
 
-    Owns: their file (`path`; None keeps them in memory), and in memory the newest version and the
-    access. Documents hold no secrets, and keys come as hashes; who sends them sees to that.
+    Owns: their file (`path`; None keeps them in memory), and in memory the newest version, the
+    access and the sums. Documents hold no secrets, and keys come as hashes; who sends them sees to
+    that.
     Bounds: a document's bytes, the versions kept, the keys, tenants and revocations, the ids of
-    changes (see `policy`). Full of keys, tenants or revocations, it says `RegistryFull`.
+    changes (see `policy`), the sums (see `sums`). Full of keys, tenants or revocations, it says
+    `RegistryFull`.
     Failure behaviour: nothing acknowledged is lost: a change is on disk before it is answered and
     before anybody hears of it. The file has one owner; a second one waits ten seconds for the
     first to end, then every call of its raises `RegistryUnavailable`, and the next call tries
     again. While the Registry is away everybody obeys the version and the access they have.
     """
 
-    PROTOCOL = 2
+    PROTOCOL = 3
 
     def __init__(
         self,
@@ -60,11 +64,15 @@ class Registry:
         lock_wait_s: float = LOCK_WAIT_S,
     ) -> None:
         self.snapshots = SnapshotHost("registry")
+        self._clock = clock
         self._wall = wall
         self._store = Store(path, clock, pause, lock_wait_s)
         self._writer = ThreadPoolExecutor(1, "registry")
         self._head: Head | None = None
         self._access: Access | None = None
+        self._sums = Sums()
+        self._saved_s = clock()
+        self._saving = asyncio.Lock()
         self._opening: asyncio.Future[None] | None = None
         self._changes: set[asyncio.Future[int]] = set()
         self._counts = {"puts": 0, "conflicts": 0, "keys_added": 0, "keys_revoked": 0}
@@ -163,6 +171,27 @@ class Registry:
         changes = await self.snapshots.watch(seen, hold_s)
         return {key: (number, _said(value)) for key, (number, value) in changes.items()}
 
+    async def tally(
+        self, name: str, number: int, since: int, figures: Figures, asked: bool
+    ) -> tuple[bool, dict[Series, Numbers] | None]:
+        """A process's word about its counts (see `Sums.take`), and for who `asked` the sums of all.
+
+        False, and no sums: it has to tell all of them. Sums that are told are on disk. Safe to
+        repeat.
+
+        Raises:
+            RegistryUnavailable: the file cannot be used. The word counts all the same.
+        """
+        await self._opened()
+        if not self._sums.take(name, number, since, figures):
+            return False, None
+        if asked or self._clock() - self._saved_s >= SAVE_EVERY_S:
+            async with self._saving:
+                sums = self._sums.sums()
+                await self._save()
+            return True, sums if asked else None
+        return True, None
+
     def stats(self) -> dict[str, Any]:
         access = self._access or Access()
         return {
@@ -173,6 +202,8 @@ class Registry:
             "tenants": len(access.tenants),
             "revoked": len(access.revoked),
             "watchers": self.snapshots.waiting,
+            "series": len(self._sums),
+            "processes": self._sums.processes,
         }
 
     async def close(self) -> None:
@@ -181,9 +212,26 @@ class Registry:
             return
         self.snapshots.close()
         await asyncio.gather(*self._changes, return_exceptions=True)
+        try:
+            async with self._saving:
+                await self._save()
+        except RegistryUnavailable:
+            pass  # what nobody was shown; processes that live on tell it again
         await self._write(self._store.close)
         self._closed = True
         self._writer.shutdown(wait=False)
+
+    async def _save(self) -> None:
+        """Write the sums down, as far as they have changed."""
+        rows, gone = self._sums.unsaved()
+        self._saved_s = self._clock()
+        if not rows and not gone:
+            return
+        try:
+            await self._write(self._store.keep_sums, rows, gone)
+        except BaseException:
+            self._sums.unsave([*(row[0] for row in rows), *gone])
+            raise
 
     async def _finished(self, change: Coroutine[Any, Any, int]) -> int:
         # A task of its own: who waits may go away, but what is stored must be published.
@@ -234,6 +282,7 @@ class Registry:
         try:
             access = await self._write(self._store.access)
             head = await self._write(self._store.head)
+            self._sums = Sums(await self._write(self._store.sums))
             self._take_access(access)  # first, so that nobody obeys a document without it
             self._take(head)
         finally:

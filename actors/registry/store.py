@@ -90,6 +90,14 @@ CREATE TABLE ops (
     version INTEGER NOT NULL
 );
 """,
+    """
+CREATE TABLE sums (
+    number  INTEGER PRIMARY KEY,
+    process TEXT NOT NULL UNIQUE,
+    words   INTEGER NOT NULL,
+    counts  TEXT NOT NULL
+);
+""",
 )
 FORMAT = len(STEPS)  # SQLite's user_version
 
@@ -215,6 +223,21 @@ class Store:
             lambda access: access.without_key(revocation),
             lambda connection: _take_away(connection, revocation),
         )
+
+    def sums(self) -> list[tuple[str, int, str]]:
+        """What `keep_sums` kept, the oldest first."""
+        with self._opened() as connection:
+            return list(
+                connection.execute("SELECT process, words, counts FROM sums ORDER BY number")
+            )
+
+    def keep_sums(self, rows: list[tuple[str, int, str]], gone: list[str]) -> None:
+        """Keep rows in place of those of their names, and those of `gone` no longer."""
+        with self._opened() as connection, _transaction(connection):
+            connection.executemany(
+                "INSERT OR REPLACE INTO sums (process, words, counts) VALUES (?, ?, ?)", rows
+            )
+            connection.executemany("DELETE FROM sums WHERE process = ?", [(name,) for name in gone])
 
     def close(self) -> None:
         """Close the file and let go of the lock."""

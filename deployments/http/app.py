@@ -38,6 +38,8 @@ PATHS: Mapping[str, Mapping[str, Handler]] = {
     "/v1/models": {"GET": openai.list_models},
     "/v1/models/{id:path}": {"GET": openai.one_model},
     "/v1/usage": {"GET": ops.usage},
+    "/v1/feedback": {"POST": native.record_feedback},
+    "/v1/feedback/stats": {"GET": native.feedback_stats},
     "/admin/keys": {"GET": admin.list_keys, "POST": admin.create_key},
     "/admin/keys/{id}": {"DELETE": admin.revoke_key},
     "/admin/config": {"GET": admin.read_config, "PUT": admin.write_config},

@@ -140,6 +140,7 @@ class Exchange:
             priority=_priority(headers.get(b"x-forebay-priority")),
             cache_control=self._cache_control(),
             idempotency_key=_idempotency_key(headers.get(b"idempotency-key")),
+            trace_parent=headers.get(b"traceparent", b"").decode("latin-1") or None,
             arrived_s=self.arrived_s,
         )
 
@@ -304,7 +305,9 @@ def internal_error(exchange: Exchange) -> GatewayError:
 def log_failure(exchange: Exchange, error: Exception) -> None:
     """Log where an unforeseen failure came from, with anything that looks like a key cut out."""
     trace = "".join(traceback.format_exception(error))
-    log.error("request %s failed\n%s", exchange.request_id, _KEY_LIKE.sub("[redacted]", trace))
+    told = {"fields": {"request_id": exchange.request_id, "tenant": exchange.tenant}}
+    text = _KEY_LIKE.sub("[redacted]", trace)
+    log.error("request %s failed\n%s", exchange.request_id, text, extra=told)
 
 
 def refusal_headers(exchange: Exchange, error: GatewayError) -> list[Header]:

@@ -1,7 +1,8 @@
 """The gateway's own REST routes, in their envelope.
 
 Rule 1: a native request is an OpenAI request in other words; the same checks and limits hold.
-Rule 2: every answer is `{success, data, message, correlation_id, request_id, timestamp, metadata}`.
+Rule 2: below /api/v1/gateway every answer is `{success, data, message, correlation_id,
+        request_id, timestamp, metadata}`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from deployments.http.service import Reply, StreamReply, Told
 from deployments.http.sse import frame, send_stream
 from forebay.errors import GatewayError, InvalidRequest
 from forebay.responses import GenerateResponse
+
+FEEDBACK_FIELDS = ("response_id", "rating", "type", "content", "id")
 
 Wall = Callable[[], float]
 """Seconds since the epoch, for the timestamps in answers; nothing is decided by it."""
@@ -90,6 +93,53 @@ async def rate_limits(exchange: Exchange) -> None:
     """GET /api/v1/gateway/rate-limits: a tenant sees its own, an admin that of `?tenant=`."""
     tenant = exchange.tenant_asked("limits") or exchange.identify().tenant
     await _send(exchange, None, await exchange.service.rate_limits(tenant))
+
+
+async def record_feedback(exchange: Exchange) -> None:
+    """POST /v1/feedback: what a tenant thinks of an answer that it was given.
+
+    `{response_id, rating or type, content?, id?}`; with an `id` of its own, sending it again
+    changes nothing. An admin's key names the tenant with `?tenant=`.
+    """
+    tenant = exchange.tenant_asked("feedback") or exchange.identify().tenant
+    body = await exchange.json_body()
+    for name in body:
+        if name not in FEEDBACK_FIELDS:
+            raise InvalidRequest.about(
+                name[:64],
+                f"Unknown field {name[:64]!r}; there are {', '.join(FEEDBACK_FIELDS)}.",
+                code="unknown_parameter",
+            )
+    if not isinstance(body.get("response_id"), str):
+        raise InvalidRequest.about(
+            "response_id",
+            "Name the answer: 'response_id' is its 'id', or the x-request-id that came with it.",
+            code="missing_required_parameter",
+        )
+    if body.get("rating") is None and body.get("type") is None:
+        raise InvalidRequest.about(
+            "rating", "Give a 'rating' or a 'type'.", code="missing_required_parameter"
+        )
+    kind = body.get("type") or "rating"
+    if body.get("rating") is not None and kind not in ("rating", "useful"):
+        raise InvalidRequest.about(
+            "rating", f"A {str(kind)[:32]} has no 'rating'; leave it out.", code="invalid_value"
+        )
+    recorded = await exchange.service.record_feedback(
+        tenant,
+        kind=kind,
+        content=body.get("content"),
+        rating=body.get("rating"),
+        response_id=body["response_id"],
+        feedback_id=body.get("id"),
+    )
+    await exchange.send_json(recorded, 200 if recorded["duplicate"] else 201)
+
+
+async def feedback_stats(exchange: Exchange) -> None:
+    """GET /v1/feedback/stats: a tenant sees its own, an admin that of `?tenant=`, or all."""
+    tenant = exchange.tenant_asked("feedback")
+    await exchange.send_json(await exchange.service.feedback_stats(tenant))
 
 
 def error_envelope(

@@ -136,6 +136,26 @@ def _ops_paths() -> dict[str, Any]:
         "/health/detail": {"get": _get("healthDetail", "Owners, desks, breakers", anything)},
         "/metrics": {"get": metrics},
         "/v1/usage": {"get": _get("usage", "Requests, tokens and cost", anything, queries)},
+        "/v1/feedback": {
+            "post": {
+                **_get(
+                    "recordFeedback",
+                    "What a tenant thinks of an answer",
+                    _ref("Feedback"),
+                    [_parameter("tenant", "query")],
+                    status="2XX",
+                ),
+                "requestBody": _request("FeedbackRequest"),
+            }
+        },
+        "/v1/feedback/stats": {
+            "get": _get(
+                "feedbackStats",
+                "What answers are worth",
+                anything,
+                [_parameter("tenant", "query")],
+            )
+        },
         "/openapi.json": {"get": _get("openapi", "This document", anything, security=_OPEN)},
     }
 
@@ -324,8 +344,45 @@ def _answers() -> dict[str, Schema]:
             ("text", "done"), text=string, done={"type": "boolean"}, finish_reason=maybe
         ),
         "EmbedRequest": _object(("texts",), texts=texts, model=string, dimensions=integer),
+        **_feedback_schemas(),
         **_anthropic_schemas(),
         **_admin_schemas(),
+    }
+
+
+def _feedback_schemas() -> dict[str, Schema]:
+    string: Schema = {"type": "string"}
+    number: Schema = {"type": ["number", "null"]}
+    kind: Schema = {"enum": ["correction", "rating", "useful", "improvement", "error"]}
+    rating: Schema = {
+        "oneOf": [
+            {"type": "number", "minimum": 1, "maximum": 5},
+            {"type": "boolean"},
+            {"enum": ["up", "down"]},
+        ]
+    }
+    return {
+        "FeedbackRequest": {
+            **_object(
+                ("response_id",),
+                response_id=string,
+                rating=rating,
+                type=kind,
+                content={},
+                id=string,
+            ),
+            "description": "A `rating` or a `type`. With an `id` of one's own it is recorded once.",
+        },
+        "Feedback": _object(
+            ("id", "response_id", "type", "score", "duplicate"),
+            id=string,
+            response_id=string,
+            type=kind,
+            score=number,
+            model={"type": ["string", "null"]},
+            deployment={"type": ["string", "null"]},
+            duplicate={"type": "boolean"},
+        ),
     }
 
 

@@ -35,7 +35,10 @@ async def health_detail(exchange: Exchange) -> None:
 
 
 async def metrics(exchange: Exchange) -> None:
-    """GET /metrics: Prometheus text. No key needed."""
+    """GET /metrics: Prometheus text of the whole system. No key needed.
+
+    503 while the sums of all processes cannot be had: a gap is right where a wrong sum is not.
+    """
     text = await exchange.service.metrics()
     await exchange.send(200, text, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")])
 

@@ -41,6 +41,7 @@ class HttpCall:
     priority: Priority = "interactive"
     cache_control: str | None = None
     idempotency_key: str | None = None
+    trace_parent: str | None = None
     arrived_s: float = 0.0
 
 
@@ -152,6 +153,25 @@ class Service(Protocol):
 
     async def rate_limits(self, tenant: str) -> dict[str, Any]:
         """The tenant's limits and what is left of them; 404 for a tenant nobody knows."""
+
+    async def record_feedback(
+        self,
+        tenant: str,
+        *,
+        kind: str,
+        content: Any,
+        rating: Any,
+        response_id: str,
+        feedback_id: str | None,
+    ) -> dict[str, Any]:
+        """Keep what a tenant thinks of an answer of its own, durably; see `FeedbackLoop.record`.
+
+        Raises:
+            InvalidRequest: 400; 404 (`response_not_found`); 409 (`feedback_loop_off`).
+        """
+
+    async def feedback_stats(self, tenant: str | None) -> dict[str, Any]:
+        """How much feedback there is, of a tenant or of all (None)."""
 
     async def create_key(
         self,

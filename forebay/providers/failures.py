@@ -146,6 +146,12 @@ _NETWORK = frozenset(
     {"APIConnectionError", "TransportError", "ClientConnectionError", "ClientPayloadError"}
 )
 
+_UNCONNECTED = frozenset(
+    {"ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError"}
+    | {"ConnectionTimeoutError", "ConnectionRefusedError", "gaierror"}
+)
+"""What is said before anything can have been sent."""
+
 
 class ErrorEvent(Exception):
     """An error that a provider sent inside a stream. `body` is the event, parsed."""
@@ -168,6 +174,7 @@ class _Found:
     before_sending: bool = False
     timed_out: bool = False
     disconnected: bool = False
+    unconnected: bool = False  # there never was a connection
     code: str | None = None
     param: str | None = None
     kinds: list[str] = field(default_factory=list)
@@ -220,12 +227,15 @@ def error_of(
         "upstream_status": None if found.before_sending else status,
         "retry_after_s": retry_after_s(found.headers, found.said or found.wrapped),
     }
-    if status is None and found.timed_out:
-        return GatewayTimeout(f"{provider} gave no answer in time", **details)
-    if status is None and found.disconnected:
-        return ProviderConnectionError(
-            f"no connection to {provider}, or it broke off: {said}", **details
-        )
+    if status is None and (found.timed_out or found.disconnected):
+        lost: GatewayError
+        if found.timed_out:
+            lost = GatewayTimeout(f"{provider} gave no answer in time", **details)
+        else:
+            words = f"no connection to {provider}, or it broke off: {said}"
+            lost = ProviderConnectionError(words, **details)
+        lost.sent = not found.unconnected
+        return lost
     if status == 403:
         about = _forbidden(found)
         if about is not None:
@@ -319,6 +329,7 @@ def _hear_client(cause: BaseException, name: str, found: _Found) -> None:
         found.implied = found.implied or STATUS_OF_CLASS[name]
     names = {kind.__name__ for kind in type(cause).__mro__}
     found.disconnected |= isinstance(cause, OSError) or not _NETWORK.isdisjoint(names)
+    found.unconnected |= not _UNCONNECTED.isdisjoint(names)
 
 
 def _behind(error: BaseException, outer: BaseException | None) -> Iterator[BaseException]:

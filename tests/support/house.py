@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -210,12 +211,11 @@ class House:
 
     def outcomes(self) -> dict[str, int]:
         """How many provider calls were metered, by outcome."""
-        counts: dict[str, int] = {}
-        for sample in (s for m in self.system.meter._calls.collect() for s in m.samples):
-            if sample.name.endswith("_total"):
-                outcome = sample.labels["outcome"]
-                counts[outcome] = counts.get(outcome, 0) + int(sample.value)
-        return counts
+        counts: Counter[str] = Counter()
+        for series, (count, *_) in self.system.meter.figures().items():
+            if series[0] == "forebay_provider_calls":
+                counts[series[2]] += count
+        return dict(counts)
 
     async def state(self, model: str, group: str = "m") -> State:
         """How the breaker stands when all that was reported has come back."""

@@ -185,6 +185,15 @@ class ScriptedService:
         self.queries.append(query)
         return {"total_requests": 1}
 
+    async def record_feedback(self, tenant: str, **told: Any) -> dict[str, Any]:
+        self._refuse()
+        self.queries.append({"tenant": tenant, **told})
+        return {"id": "f1", "duplicate": told["feedback_id"] == "again"}
+
+    async def feedback_stats(self, tenant: str | None) -> dict[str, Any]:
+        self.queries.append({"tenant": tenant})
+        return {"tenant": tenant, "total": 0}
+
     async def metrics(self) -> bytes:
         return b"forebay_requests_total 1\n"
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -13,7 +14,17 @@ from actors.rate_limiter.terms import Amount, Seed
 from actors.ref import InlineRef, OwnerUnavailable
 from forebay.books import HEDGING, Books
 from forebay.call import Call, Facts
-from forebay.errors import DeploymentsBusy
+from forebay.codec import Answer
+from forebay.errors import (
+    DeploymentsBusy,
+    GatewayError,
+    GatewayTimeout,
+    InvalidRequest,
+    Overloaded,
+    ProviderConnectionError,
+    ProviderError,
+)
+from forebay.providers.prices import PriceBound, Rate
 from forebay.routing import Deployment
 
 NOW_S = 1_700_000_000.0
@@ -123,7 +134,7 @@ async def test_an_attempt_that_asked_nobody_is_in_no_book(
     books = world.books()
     call = Call("embedding", {"input": "a"}, "acme", "r1")
     deployment = Deployment("d", "m", "openai/m", "openai", {})
-    entry = books.open_call(call, Facts("m", attempts=1), deployment)
+    entry = await books.open_call(call, Facts("m", attempts=1), deployment)
     error = DeploymentsBusy("busy")
     assert books.fail_call(entry, error, asked=asked) == Amount()
     assert (await books.usage())["total_requests"] == rows
@@ -134,8 +145,171 @@ async def test_what_was_paid_is_booked_though_the_last_part_asked_nobody(world: 
     books = world.books()
     call = Call("embedding", {"input": "a"}, "acme", "r1")
     deployment = Deployment("d", "m", "openai/m", "openai", {})
-    entry = books.open_call(call, Facts("m", attempts=1), deployment)
+    entry = await books.open_call(call, Facts("m", attempts=1), deployment)
     error = DeploymentsBusy("busy")
     error.paid = Paid(3, 21, "m")  # type: ignore[attr-defined]
     assert books.fail_call(entry, error, asked=False) == Amount(3, 21)
     assert (await books.usage())["total_cost_nano"] == 21
+
+
+# --------------------------------------------------------------------- everything is an entry
+
+
+class Prices:
+    """A provider whose list of prices comes when it is warm: 2 and 10 nano-USD per token."""
+
+    def __init__(self) -> None:
+        self.is_warm = False
+
+    async def warm(self) -> None:
+        self.is_warm = True
+
+    def price_bound(self, deployment: Deployment) -> PriceBound | None:
+        if not self.is_warm or deployment.id == "unknown":
+            return None
+        rate = Rate(Decimal(2), Decimal(10))
+        return PriceBound(rate, rate)
+
+
+def chat(max_tokens: int | None = 7) -> Call:
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"messages": messages, "max_tokens": max_tokens}
+    return Call("chat", {k: v for k, v in body.items() if v is not None}, "acme", "r1")
+
+
+def deployment(name: str = "d") -> Deployment:
+    return Deployment(name, "m", "openai/m", "openai", {})
+
+
+def priced(world: World, **options: Any) -> Books:
+    prices = Prices()
+    return world.books(prices=lambda: prices, **options)
+
+
+async def rows(world: World, request_id: str = "r1") -> list[Any]:
+    await world.desk.flush()
+    return await world.owner.entries(request_id)
+
+
+def unconnected() -> ProviderConnectionError:
+    error = ProviderConnectionError("refused")
+    error.sent = False
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "http_status"),
+    [
+        (None, "unsettled", 499),
+        (GatewayTimeout("late"), "unsettled", 504),
+        (ProviderConnectionError("reset"), "unsettled", 502),
+        (ProviderError("makes no sense"), "unsettled", 502),
+        (unconnected(), "voided", 502),
+        (ProviderError("down", upstream_status=500), "voided", 502),
+        (GatewayTimeout("late", upstream_status=408), "voided", 504),
+        (InvalidRequest("no"), "voided", 400),
+        (Overloaded("full"), "voided", 503),
+    ],
+)
+async def test_a_lost_answer_holds_the_most_it_may_cost_and_a_refused_one_nothing(
+    world: World, error: GatewayError | None, status: str, http_status: int
+) -> None:
+    books = priced(world)
+    entry = await books.open_call(chat(), Facts("m", attempts=1), deployment())
+    books.void_call(entry, error)
+    (row,) = await rows(world)
+    most = 2 * (32 + 6 + 2 + 4) + 10 * 7  # the request, a message, "hi" and "user", the answer
+    assert (row.status, row.http_status) == (status, http_status)
+    assert (row.cost_nano, row.most_nano) == ((most, most) if status == "unsettled" else (0, 0))
+
+
+async def test_a_loss_at_the_batcher_may_have_cost_something(world: World) -> None:
+    books = priced(world)
+    entry = await books.open_call(chat(), Facts("m", attempts=1), deployment())
+    try:
+        try:
+            raise OwnerUnavailable("batcher", "it died")
+        except OwnerUnavailable as error:
+            raise Overloaded(f"texts cannot be sent now: {error}") from None
+    except Overloaded as error:
+        books.void_call(entry, error)
+    (row,) = await rows(world)
+    assert row.status == "unsettled"
+
+
+async def test_where_no_price_is_known_the_most_is_flagged_as_unknown(world: World) -> None:
+    books = priced(world)
+    entry = await books.open_call(chat(), Facts("m", attempts=1), deployment("unknown"))
+    books.void_call(entry, None)
+    (row,) = await rows(world)
+    assert (row.status, row.cost_nano, row.unpriced) == ("unsettled", 0, True)
+
+
+async def test_without_a_word_of_its_length_an_answer_may_be_the_longest_there_is(
+    world: World,
+) -> None:
+    entry = await priced(world).open_call(chat(None), Facts("m", attempts=1), deployment())
+    assert entry is not None
+    assert entry.most_nano == 2 * 44 + 10 * 131_072
+
+
+async def test_the_calls_of_tools_that_an_answer_asks_for_are_counted(world: World) -> None:
+    books = world.books()
+    entry = await books.open_call(chat(), Facts("m", attempts=1), deployment())
+    message = {"tool_calls": [{"id": "1"}, {"id": "2"}], "content": None}
+    answer = Answer({"choices": [{"message": message}]}, {"prompt_tokens": 1}, 5, "m")
+    books.post_call(entry, answer)
+    (row,) = await rows(world)
+    assert row.tool_calls == 2
+    assert (await books.usage())["tool_calls"] == 2
+
+
+async def test_what_came_for_nothing_tells_what_it_saved(world: World) -> None:
+    books = world.books()
+    facts = Facts("m", cache="hit", saved_nano=12)
+    books.free(chat(), facts, 0.001)
+    books.end_call(chat(), facts, "ok")
+    (row,) = await rows(world)
+    assert (row.status, row.cost_nano, row.saved_nano) == ("hit", 0, 12)
+    assert (await books.usage())["saved_cost_nano"] == 12
+
+
+async def test_each_request_is_served_refused_or_failed_and_counted_once(world: World) -> None:
+    books = world.books()
+    for _ in range(500):
+        books.end_call(chat(), Facts("m"), "429")
+    for _ in range(20):
+        books.end_call(chat(), None, "404")
+    books.end_call(chat(), Facts("m"), "cancelled")
+    books.end_call(chat(), Facts("m", cache="joined"), "502")
+    entry = await books.open_call(chat(), made := Facts("m", attempts=1), deployment())
+    books.post_call(entry, Answer({}, {"prompt_tokens": 1}, 5, "m"))
+    books.end_call(chat(), made, "ok")
+    usage = await books.usage()
+    assert usage["total_requests"] == 523
+    assert usage["refused_requests"] == 520
+    assert (usage["failed_requests"], usage["successful_requests"]) == (2, 1)
+    assert usage["entries"] == 5
+
+
+async def test_a_strict_ledger_has_the_intent_before_the_call(world: World) -> None:
+    books = priced(world, strict=True)
+    sent = world.ref.sent["append"]
+    entry = await books.open_call(chat(), Facts("m", attempts=1), deployment())
+    assert world.ref.sent["append"] == sent + 1
+    books.post_call(entry, Answer({}, {"prompt_tokens": 1}, 5, "m"))
+    (row,) = await rows(world)
+    assert (row.status, row.cost_nano) == ("posted", 5)
+
+
+async def test_a_strict_ledger_that_is_away_stops_the_call_and_the_request_counts_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.ledger.desk.INTENT_WAIT_S", 0.0)
+    books, facts = world.books(strict=True), Facts("m", attempts=1)
+    await world.owner.close()
+    with pytest.raises(Overloaded, match="did not take the intent"):
+        await books.open_call(chat(), facts, deployment())
+    books.end_call(chat(), facts, "503")
+    held = [(entry.status, entry.attempt) for entry in world.desk._buffer]
+    assert held == [("open", 1), ("voided", 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ async def away(*named: Any) -> int:
 
 class Away:
     name = "cache"
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
 
     async def ask(self, method: str, /, *args: Any, timeout_s: float = 5.0) -> Any:
         raise OwnerUnavailable("cache", "it died")

@@ -213,12 +213,39 @@ def test_whatever_is_given_only_a_configuration_error_comes_of_it(fields: Any) -
     assert config.replace() == config
 
 
+class TestValidation:
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"validation": {"off": ["jsn"]}}, "validation.off[0]"),
+            ({"validation": {"off": ["blocked"]}}, "validation.off[0]"),
+            (
+                {"validation": {"blocked_patterns": {"a": "(?=x)"}}},
+                "validation.blocked_patterns.a",
+            ),
+            ({"validation": {"repair": True}, "enable_validation": False}, "validation"),
+            (
+                {"validation": {"repair": True}, "validation_level": "lenient"},
+                "validation.repair",
+            ),
+            (
+                {"validation": {"moderation_model": "zz"}, "model_list": [entry("a")]},
+                "validation.moderation_model",
+            ),
+            ({"routing": "feedback", "enable_llmops": False}, "routing"),
+            ({"routing": "feedback", "enable_feedback_loop": False}, "routing"),
+        ],
+    )
+    def test_what_would_have_no_effect_or_cannot_be_is_refused(
+        self, fields: dict[str, Any], param: str
+    ) -> None:
+        assert refused(lambda: GatewayConfig(**fields)).param == param
+
+
 class TestWhatIsNotBuilt:
     @pytest.mark.parametrize(
         ("make", "field"),
         [
-            (lambda: GatewayConfig(routing="feedback"), "routing"),
-            (lambda: GatewayConfig(ledger_url="postgresql+psycopg://h/d"), "ledger_url"),
             (lambda: ServerConfig(lane="relay"), "lane"),
         ],
     )

@@ -13,6 +13,7 @@ from forebay import schemas
 from forebay.call import Call, Facts, Stream
 from forebay.config import GatewayConfig
 from forebay.errors import InvalidRequest
+from forebay.feedback import FeedbackType
 from forebay.gateway import LiteLLMGateway
 
 USAGE: dict[str, Any] = {"stream_options": {"include_usage": True}}
@@ -73,3 +74,43 @@ async def test_a_handles_stream_takes_stream_options(options: dict[str, Any]) ->
     chunks = [chunk async for chunk in Gateway.stream(replica, request)]
 
     assert chunks == (CHUNKS if options else CHUNKS[:1])
+
+
+# --- feedback and validation --------------------------------------------------------------------
+
+
+def test_feedback_from_python_counts_for_its_tenant(gateway: LiteLLMGateway) -> None:
+    response = "It is 8."
+    told = gateway.record_feedback("What is 3 + 4?", response, FeedbackType.CORRECTION, "It is 7.")
+    stats = gateway.get_feedback_stats("default")
+
+    assert told
+    assert (stats["total"], stats["by_type"]["correction"]) == (1, 1)
+    assert gateway.feedback_loop is not None
+    assert gateway.feedback_loop.stats()["recorded"] == 1
+
+
+async def test_feedback_may_be_given_from_a_running_loop(gateway: LiteLLMGateway) -> None:
+    assert await gateway.record_feedback_async(None, None, "useful", True)
+    assert (await gateway.get_feedback_stats_async())["mean_score"] == 1.0
+
+
+def test_a_desk_whose_flag_is_off_is_none() -> None:
+    models = [{"model_name": "m", "litellm_params": {"model": "openai/a", "api_key": "sk-x"}}]
+    off = {"enable_validation": False, "enable_feedback_loop": False}
+    with LiteLLMGateway(GatewayConfig(model_list=models, **off), runtime="inline") as made:
+        assert made.validation_manager is None
+        assert made.feedback_loop is None
+        assert made.record_feedback("q", "a", "useful") is None
+
+
+def test_rules_are_added_through_the_gateway(gateway: LiteLLMGateway) -> None:
+    manager = gateway.validation_manager
+    assert manager is not None
+    manager.add_blocked_pattern("projects", "(?i)bluebird")
+    manager.add_validator("short", lambda text, request: "too long" if len(text) > 20 else None)
+
+    assert manager.validate("BlueBird is nearly done").fatal == [
+        "the answer holds what 'projects' blocks",
+        "short: too long",
+    ]

@@ -181,6 +181,14 @@ def test_what_is_switched_off_cannot_fail(owner: str, off: dict[str, Any]) -> No
     assert concluded(seen(away=(owner,), **off))[0] is HealthStatus.HEALTHY
 
 
+def test_a_ledger_whose_store_fails_is_degraded_and_says_why() -> None:
+    well = seen()
+    ledger = {"reachable": True, "failing": "disk full"}
+    failing = replace(well, owners={**well.owners, "ledger": ledger})
+    assert status_of(failing, "ledger") == "degraded"
+    assert "disk full" in str(checks(failing)["ledger"])
+
+
 def test_a_ledger_that_takes_no_more_is_unhealthy() -> None:
     full = seen(desks={"ledger": {"full": True, "buffered": 50_000}})
     behind = seen(desks={"ledger": {"full": False, "buffered": ENTRIES_BEHIND + 1}})

@@ -121,4 +121,4 @@ def test_entries_survive_pickling(some: Entry) -> None:
 
 def test_failures_survive_pickling() -> None:
     assert pickle.loads(pickle.dumps(StoreFailed("disk full"))).reason == "disk full"
-    assert pickle.loads(pickle.dumps(LedgerFull(2.0))).retry_after_s == 2.0
+    assert pickle.loads(pickle.dumps(LedgerFull(2.0, "full"))).retry_after_s == 2.0

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
 from actors.circuit_breaker.policy import Verdict
-from forebay.metrics import TENANTS_MAX, Meter, PromptCache
+from actors.ref import InlineRef, OwnerUnavailable
+from actors.registry.sums import Sums
+from forebay.errors import Overloaded
+from forebay.metrics import SERIES_MAX, TENANTS_MAX, Meter, prompt_cache
+from tests.support.house import open_house
 
 
 def meter() -> Meter:
@@ -80,38 +89,129 @@ def test_tenants_beyond_the_bound_are_folded_into_one() -> None:
     assert next(line for line in found if 'tenant="other"' in line).endswith(" 3.0")
 
 
-def test_what_is_in_the_cache_is_told_while_its_owners_do() -> None:
+def test_series_beyond_the_bound_are_counted_under_other_labels() -> None:
     counted = meter()
-    assert "forebay_cache_bytes" not in counted.render().decode()
-    counted.stored({"entries": 5, "bytes": 150, "evicted": 1})
+    for number in range(SERIES_MAX + 5):
+        counted.provider_call(f"d{number}", "success")
 
-    found = counted.render().decode().splitlines()
-    assert {"forebay_cache_entries 5.0", "forebay_cache_bytes 150.0"} <= set(found)
-    assert "forebay_cache_evictions_total 1.0" in found
-    counted.stored(None)
-    assert "forebay_cache_bytes" not in counted.render().decode()
+    found = lines(counted, "forebay_provider_calls_total")
+    assert len(found) == SERIES_MAX + 1
+    assert found[-1] == 'forebay_provider_calls_total{deployment="other",outcome="other"} 5.0'
 
 
-def test_look_ups_are_counted_and_whoever_wants_to_know_is_told() -> None:
+def test_every_name_of_the_contract_is_told_with_its_labels() -> None:
+    ref = InlineRef("cache", object())
+    ref.sent["lookup"] += 1
+    counted = Meter(lambda: [ref])
+    counted.request("chat", "m", "t", "ok", 0.2, 0.1)
+    counted.first_token("chat", 0.1)
+    counted.usage(3, 2, 7_000)
+    counted.cache("hit")
+    counted.coalesced(2)
+    counted.provider_call("d", "success")
+    counted.breaker("d", 1)
+    counted.limited("t", "tokens_per_minute")
+    counted.queued(0.5)
+    counted.unsettled(4)
+    text = counted.render().decode()
+
+    for line in (
+        'forebay_requests_total{model="m",route="chat",status="ok",tenant="t"} 1.0',
+        'forebay_request_seconds_count{route="chat"} 1.0',
+        'forebay_overhead_seconds_sum{route="chat"} 0.1',
+        'forebay_time_to_first_token_seconds_count{route="chat"} 1.0',
+        'forebay_tokens_total{kind="prompt"} 3.0',
+        'forebay_tokens_total{kind="completion"} 2.0',
+        "forebay_cost_usd_total 7e-06",
+        'forebay_cache_total{outcome="hit"} 1.0',
+        "forebay_coalesced_texts_total 2.0",
+        'forebay_provider_calls_total{deployment="d",outcome="success"} 1.0',
+        'forebay_breaker_state{deployment="d"} 1.0',
+        'forebay_rate_limited_total{kind="tokens_per_minute",tenant="t"} 1.0',
+        'forebay_owner_messages_total{method="lookup",owner="cache"} 1.0',
+        "forebay_queue_seconds_count 1.0",
+        "forebay_ledger_unsettled 4.0",
+    ):
+        assert line in text.splitlines()
+    assert "forebay_ledger_unsettled 4.0" not in counted.render().decode(), "told once"
+
+
+def test_two_processes_counts_add_up_to_one_text() -> None:
+    sums = Sums()
+    both = meter()
+    for name, seconds in (("a", (0.1, 0.3)), ("b", (0.2, 70.0, 0.0005))):
+        counted = meter()
+        for second in seconds:
+            for one in (counted, both):
+                one.request("chat", "m", "t", "ok", second, 0.0)
+                one.usage(5, 7, 123_456_789)
+        sums.take(name, 1, 0, counted.figures())
+
+    assert meter().render(sums.sums()) == both.render()
+
+
+def test_what_this_version_does_not_know_is_left_out() -> None:
+    figures = {("forebay_gone", "x"): (1,), ("forebay_queue_seconds",): (1, 2, 3)}
+    text = meter().render(figures).decode()
+
+    assert "forebay_gone" not in text
+    assert "forebay_queue_seconds_count" not in text
+
+
+def test_what_is_told_of_the_caches() -> None:
     counted = meter()
-    told: list[int] = []
-    counted.looked_up = lambda: told.append(1)
-    for outcome in ("hit", "miss", "miss", "joined", "hit", "hit"):
+    counted.add(prompt_cache(lambda: {"cached_tokens": 5, "written_tokens": 2, "saved_usd": -0.25}))
+    looked: list[int] = []
+    counted.looked_up = lambda: looked.append(1)
+    for outcome in ("hit", "joined", "hit"):
         counted.cache(outcome)
+    counted.stored({"entries": 3, "bytes": 99, "evicted": 1})
+    text = counted.render().decode().splitlines()
 
-    assert counted.lookups() == (3, 2, 1)
-    assert len(told) == 6
-    assert 'forebay_cache_total{outcome="hit"} 3.0' in lines(counted, "forebay_cache_total")
-
-
-def test_prompt_caches_are_told_as_they_are_when_asked() -> None:
-    counted = meter()
-    figures = {"cached_tokens": 5, "written_tokens": 7, "saved_usd": -0.5}
-    counted.registry.register(PromptCache(lambda: figures))
-    assert lines(counted, "forebay_prompt_cache_tokens_total") == [
+    assert counted.lookups() == (2, 0, 1)
+    assert len(looked) == 3
+    for line in (
         'forebay_prompt_cache_tokens_total{kind="read"} 5.0',
-        'forebay_prompt_cache_tokens_total{kind="written"} 7.0',
-    ]
-    figures["saved_usd"] = 2.5
+        'forebay_prompt_cache_tokens_total{kind="written"} 2.0',
+        "forebay_prompt_cache_saved_usd -0.25",
+        "forebay_cache_entries 3.0",
+        "forebay_cache_bytes 99.0",
+        "forebay_cache_evictions_total 1.0",
+    ):
+        assert line in text
 
-    assert "forebay_prompt_cache_saved_usd 2.5" in counted.render().decode()
+
+async def test_the_systems_metrics_are_those_of_all_its_processes(tmp_path: Path) -> None:
+    house = await open_house(tmp_path)
+    try:
+        house.system.meter.request("chat", "m", "t", "ok", 0.1, 0.1)
+        other = {("forebay_requests", "chat", "m", "t", "ok"): (41,)}
+        await house.system._refs["registry"].ask("tally", "another", 1, 0, other, False)
+        text = (await house.system.system_metrics()).decode()
+
+        assert 'forebay_requests_total{model="m",route="chat",status="ok",tenant="t"} 42.0' in text
+        assert 'forebay_breaker_state{deployment="' in text
+        assert "forebay_ledger_unsettled 0.0" in text
+        assert 'forebay_owner_messages_total{method="tally",owner="registry"}' in text
+    finally:
+        await house.system.close()
+
+
+async def test_metrics_that_cannot_be_summed_are_refused_and_not_made_up(tmp_path: Path) -> None:
+    house = await open_house(tmp_path)
+    try:
+        house.system.sums._ref = Away()
+        with pytest.raises(Overloaded, match="metrics cannot be read now"):
+            await house.system.system_metrics()
+    finally:
+        await house.system.close()
+
+
+class Away:
+    name = "registry"
+
+    def __init__(self) -> None:
+        self.sent: Counter[str] = Counter()
+
+    async def ask(self, method: str, /, *args: object, timeout_s: float = 5.0) -> object:
+        raise OwnerUnavailable(self.name, "it restarts")

@@ -128,7 +128,7 @@ async def test_cancelling_gives_everything_back(house: Open, caching: bool) -> N
         await task
 
     (entry,) = await here.entries(call)
-    assert (entry.status, entry.http_status) == ("voided", 499)
+    assert (entry.status, entry.http_status) == ("unsettled", 499)
     assert here.at_rest
     await here.pipeline.answer(here.call())  # the only slot is free
 
@@ -245,7 +245,8 @@ async def test_a_stream_that_nobody_ever_takes_settles_when_it_is_dropped(house:
 
 async def test_a_stream_that_nobody_takes_settles_at_its_deadline(house: Open) -> None:
     here = await house(rate_limit_config=LIMITS)
-    call = here.call(timeout_s=0.02)
+    await here.pipeline.answer(here.call("first"))  # the ledger is open, the limiter has asked it
+    call = here.call(timeout_s=0.1)
     stream = await here.pipeline.stream(call)
     await anext(stream.chunks)
     async with asyncio.timeout(5.0):
@@ -257,7 +258,7 @@ async def test_a_stream_that_nobody_takes_settles_at_its_deadline(house: Open) -
     with pytest.raises(GatewayTimeout, match="not taken"):
         await anext(stream.chunks)
     assert len(await here.entries(call)) == 1
-    assert here.outcomes() == {"ignored": 1}
+    assert here.outcomes() == {"success": 1, "ignored": 1}
     assert here.at_rest
 
 
@@ -556,7 +557,8 @@ async def test_when_all_are_busy_the_error_says_when_one_is_free(house: Open) ->
 
     assert caught.value.retry_after_s is not None
     assert 50 < caught.value.retry_after_s < 70
-    assert (here.provider.asked, await here.entries(call)) == (["openai/a"], [])
+    (entry,) = await here.entries(call)
+    assert (here.provider.asked, entry.status, entry.requests) == (["openai/a"], "refused", 1)
     assert here.at_rest
 
 
@@ -593,15 +595,17 @@ async def test_a_deployments_own_limits_hold_for_embeddings(house: Open) -> None
     assert len(here.provider.asked) == 1
 
 
-async def test_texts_that_nobody_was_asked_for_are_in_no_book(house: Open) -> None:
+async def test_texts_that_nobody_was_asked_for_are_refused_in_one_entry(house: Open) -> None:
     here = await house(own={"rpm": 1})
     calls = [here.texts(str(number), "ee") for number in range(6)]
     told = await asyncio.gather(*map(here.pipeline.answer, calls), return_exceptions=True)
 
     assert sum(isinstance(one, DeploymentsBusy) for one in told) == 4
     entries = [entry for call in calls for entry in await here.entries(call)]
-    assert [(entry.status, entry.attempt) for entry in entries] == [("posted", 1)] * 2
-    assert (await here.system.books.usage())["total_requests"] == 2
+    rows = sorted((entry.status, entry.attempt, entry.requests) for entry in entries)
+    assert rows == [("posted", 1, 1), ("posted", 1, 1), ("refused", 1, 4)]
+    usage = await here.system.books.usage()
+    assert (usage["total_requests"], usage["refused_requests"]) == (6, 4)
     assert here.at_rest
 
 
@@ -627,7 +631,8 @@ async def test_when_all_are_open_the_error_says_when_the_first_may_be_tried(hous
 
     assert caught.value.retry_after_s is not None
     assert 35 < caught.value.retry_after_s <= 40
-    assert (here.provider.asked, await here.entries(call)) == (["openai/a"], [])
+    (entry,) = await here.entries(call)
+    assert (here.provider.asked, entry.status, entry.requests) == (["openai/a"], "refused", 1)
     assert here.at_rest
 
 

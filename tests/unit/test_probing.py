@@ -50,6 +50,12 @@ class Upstream:
         self.asked.append((deployment.model, texts))
         return Vectors(np.ones((1, 4), np.float32), 2, 3, deployment.model)
 
+    def price_bound(self, deployment: Deployment) -> None:
+        return None
+
+    async def warm(self) -> None:
+        pass
+
     def price(self, deployment: Deployment, *_: Any, **__: Any) -> int | None:
         return 1
 

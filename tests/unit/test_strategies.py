@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.circuit_breaker.policy import CLEAN, Standing, State
+from actors.ledger.policy import Rating
 from forebay.config import GatewayConfig
 from forebay.providers.prices import Prices
 from forebay.routing import Deployment, ModelTable
@@ -563,3 +564,45 @@ class TestPrefix:
             bench.called(called % len(weights), 0.0)
         found = bench.order(affinity=beginning(number, "0"))
         assert sorted(found) == [str(n) for n in range(len(weights))]
+
+
+class TestFeedback:
+    def test_without_ratings_it_goes_by_weight(self) -> None:
+        bench = Bench("feedback", {"weight": 3}, {"weight": 1})
+        firsts = bench.firsts()
+
+        assert 0.7 < firsts["0"] / sum(firsts.values()) < 0.8
+
+    def test_the_better_rated_one_gets_most_calls_and_the_other_some(self) -> None:
+        bench = Bench("feedback", {}, {})
+        bench.router.ratings = {"0": Rating(7, 3), "1": Rating(3, 7)}
+        firsts = bench.firsts()
+
+        assert 0.9 < firsts["0"] / sum(firsts.values()) < 1.0
+
+    def test_one_that_nobody_rated_is_tried(self) -> None:
+        bench = Bench("feedback", {}, {})
+        bench.router.ratings = {"0": Rating(5, 5)}
+
+        assert bench.firsts()["1"] > 500
+
+    def test_what_is_long_ago_leaves_more_open(self) -> None:
+        def worse(good: float, bad: float) -> int:
+            bench = Bench("feedback", {}, {})
+            bench.router.ratings = {"0": Rating(good, bad), "1": Rating(bad, good)}
+            return bench.firsts()["1"]
+
+        assert worse(80, 20) < worse(8, 2) < worse(0.8, 0.2)
+
+    def test_order_and_weight_0_go_before_ratings(self) -> None:
+        bench = Bench("feedback", {"order": 2}, {"order": 1}, {"order": 1, "weight": 0})
+        bench.router.ratings = {"0": Rating(100, 0), "1": Rating(0, 100), "2": Rating(100, 0)}
+
+        assert bench.firsts(50).keys() == {"1"}
+
+    def test_other_strategies_do_not_heed_them(self) -> None:
+        bench = Bench("cost", {}, {})
+        bench.prices = {"0": 1, "1": 2}
+        bench.router.ratings = {"1": Rating(100, 0)}
+
+        assert bench.order() == ["0", "1"]

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
 
-from forebay.errors import ResponseValidationError
-from forebay.validation import ValidationLevel, validate
+from forebay.config import GatewayConfig
+from forebay.errors import ConfigurationError, ResponseValidationError
+from forebay.validation import (
+    FINDINGS_MAX,
+    OWN_RULES_MAX,
+    Evaluation,
+    ValidationLevel,
+    ValidationManager,
+    offered,
+    validate,
+)
 
 SCHEMA = {
     "type": "object",
@@ -96,8 +106,8 @@ def test_an_empty_answer_may_come_of_a_stop_sequence() -> None:
     assert bent(answer(""), {"stop": ["."]}) == ["the answer is empty"]
 
 
-def test_a_refusal_is_no_empty_answer() -> None:
-    assert validate(answer(None, refusal="I will not."), {}, "strict") == []
+def test_a_refusal_is_no_empty_answer_but_a_warning() -> None:
+    assert bent(answer(None, refusal="I will not.")) == ["the model refused to answer"]
 
 
 def test_an_answer_cut_at_its_limit_is_a_warning_even_when_empty() -> None:
@@ -186,3 +196,161 @@ def test_tool_arguments_that_are_an_object_are_fine(arguments: str | None) -> No
 @pytest.mark.parametrize("arguments", ["{", "city=Paris", "[1]"])
 def test_tool_arguments_that_are_none_break_the_rules(arguments: str) -> None:
     assert "call to 'f'" in broken(calling(arguments))
+
+
+# --- the manager ------------------------------------------------------------------------------
+
+
+def manager(**gateway: Any) -> ValidationManager:
+    return ValidationManager(GatewayConfig(**gateway))
+
+
+def test_a_text_is_judged_as_an_answer_is() -> None:
+    made = manager()
+
+    assert made.validate("fine").warnings == []
+    assert (
+        made.validate("<script>x</script>").warnings
+        == made.validate(answer("<script>x</script>")).warnings
+    )
+    assert made.validate("").broken
+
+
+def test_levels_decide_what_is_fatal() -> None:
+    made = manager(validation_level="strict")
+    bad = made.validate("a@b.io")
+
+    assert bad.fatal == bad.warnings == ["the answer holds an e-mail address"]
+    assert made.validate("a@b.io", level="moderate").fatal == []
+    assert made.validate("", level="moderate").fatal == ["the answer is empty"]
+    assert made.validate("", level="lenient").fatal == []
+    assert made.validate("", level="lenient").broken
+
+
+def test_a_rule_can_be_off() -> None:
+    made = manager(validation={"off": ["pii", "empty"]})
+
+    assert made.validate("a@b.io <script>").warnings == [
+        "the answer holds a tag that runs or loads something"
+    ]
+    assert made.validate("").warnings == []
+
+
+def test_a_validator_of_ones_own_breaks_the_rules() -> None:
+    made = manager()
+    seen: list[Any] = []
+
+    def no_acme(text: str, request: Any) -> str | None:
+        seen.append((text, request))
+        return "names a competitor" if "Acme" in text else None
+
+    made.add_validator("rivals", no_acme)
+
+    assert made.validate("Acme is better", {"a": 1}).fatal == ["rivals: names a competitor"]
+    assert made.validate("we are better").warnings == []
+    assert seen[0] == ("Acme is better", {"a": 1})
+    assert made.remove("rivals")
+    assert not made.remove("rivals")
+    assert made.validate("Acme is better").warnings == []
+
+
+def test_a_validator_may_find_several_things_or_fail() -> None:
+    made = manager()
+    made.add_validator("two", lambda text, request: ["one", "two"])
+    made.add_validator("bad", lambda text, request: str(1 // len(text[3:])))
+    judged = made.validate("abc")
+
+    assert judged.fatal == ["two: one", "two: two"]
+    assert judged.warnings[2] == "validator 'bad' failed: ZeroDivisionError"
+
+
+def test_a_blocked_pattern_is_named_and_its_match_is_not() -> None:
+    made = manager(validation={"blocked_patterns": {"projects": r"(?i)bluebird\s+\d+"}})
+    made.add_blocked_pattern("soft", "maybe", broken=False)
+    judged = made.validate("the BlueBird 7, maybe")
+
+    assert judged.fatal == ["the answer holds what 'projects' blocks"]
+    assert judged.warnings[1:] == ["the answer holds what 'soft' blocks"]
+    assert made.stats()["blocked_patterns"] == ["projects", "soft"]
+
+
+def test_what_was_added_by_hand_outlives_a_new_configuration() -> None:
+    made = manager(validation={"blocked_patterns": {"a": "x"}})
+    made.add_blocked_pattern("b", "y")
+    made.configure(GatewayConfig(validation_level="strict"))
+
+    assert made.stats()["blocked_patterns"] == ["b"]
+    assert made.level == "strict"
+
+
+def test_configured_validators_are_those_that_packages_offer() -> None:
+    config = GatewayConfig(validation={"validators": ["short"]})
+    made = ValidationManager()
+    made.configure(config, find=lambda name: lambda text, request: f"{name}: too long")
+
+    assert made.validate("x").fatal == ["short: short: too long"]
+    with pytest.raises(ConfigurationError, match="no installed package offers 'short'"):
+        ValidationManager(config)
+
+
+def test_a_package_offers_a_validator_by_an_entry_point() -> None:
+    def points(group: str, name: str) -> list[EntryPoint]:
+        offers = {"keys": "json:dumps", "gone": "json:no_such_thing"}
+        return [EntryPoint(name, offers[name], group)] if name in offers else []
+
+    assert offered("keys", points) is json.dumps
+    assert offered("none", points) is None
+    with pytest.raises(ConfigurationError, match="'gone' cannot be loaded"):
+        offered("gone", points)
+
+
+def test_there_is_room_for_so_many_rules() -> None:
+    made = manager()
+    for number in range(OWN_RULES_MAX):
+        made.add_blocked_pattern(str(number), "x")
+        made.add_validator(str(number), lambda text, request: None)
+    made.add_blocked_pattern("0", "y")
+    with pytest.raises(ConfigurationError, match="which is the most"):
+        made.add_blocked_pattern("more", "x")
+    with pytest.raises(ConfigurationError, match="which is the most"):
+        made.add_validator("more", lambda text, request: None)
+
+    assert len(made.validate("x").findings) == FINDINGS_MAX
+
+
+def test_a_wrong_rule_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="linear time"):
+        manager().add_blocked_pattern("a", "(?=x)")
+    with pytest.raises(ConfigurationError, match="must be callable"):
+        manager().add_validator("a", "x")  # type: ignore[arg-type]
+
+
+def test_findings_are_counted_and_told() -> None:
+    made = manager()
+    heard: list[Evaluation] = []
+    made.listener = heard.append
+    body = {**answer("a@b.io"), "id": "chatcmpl-1"}
+    made.judge(body, {}, tenant="acme", request_id="r1")
+    made.judge(answer("fine"), {})
+    made.judge(answer(""), {})
+
+    assert made.stats()["findings"] == {"empty": 1, "pii": 1}
+    assert (made.stats()["judged"], made.stats()["invalid"]) == (3, 1)
+    assert made.figures() == {
+        ("forebay_validation_findings", "pii", "warning"): (1,),
+        ("forebay_validation_findings", "empty", "error"): (1,),
+    }
+    assert [(e.name, e.label, e.score) for e in heard] == [
+        ("pii", "warn", None),
+        ("validation", "warn", 0.5),
+        ("validation", "pass", 1.0),
+        ("empty", "fail", None),
+        ("validation", "fail", 0.0),
+    ]
+    first = heard[0]
+    assert (first.tenant, first.model, first.response_id, first.request_id) == (
+        "acme",
+        "m",
+        "chatcmpl-1",
+        "r1",
+    )

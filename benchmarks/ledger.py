@@ -1,0 +1,271 @@
+"""What an exact ledger costs: entries/s made durable, entries per sync, and a restart's time.
+
+    python -m benchmarks.ledger               # about two minutes
+    python -m benchmarks.ledger --quick       # about half a minute
+    python -m benchmarks.ledger --only restart
+    python -m benchmarks.ledger --url postgresql://USER:PASSWORD@HOST/DATABASE    # an empty one
+
+The owner's class alone, in this process, without Ray: desks that send messages of so many entries,
+each as soon as its last one is acknowledged.
+
+  durable  entries/s and entries per sync: 16 desks with full messages of 500 entries, and 16 whose
+           messages hold the 8 entries of a tenth of a second
+  single   one desk, one entry at a time: the time until it is durable, which is what a call waits
+           for with `durability: strict`
+  restart  from opening a store with 1,000,000 entries until its first answer: after a clean end,
+           and after a kill that leaves a write-ahead log behind
+
+It is honest: every entry is one of a kind, syncs are counted where SQLite makes them (for
+PostgreSQL, commits are), and after each part the totals that the store tells are what was sent, to
+the nano-dollar. Exit code 1 when they are not; missed goals are only told. What a ledger costs the
+whole gateway is not measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actors.ledger.owner import Ledger
+from actors.ledger.policy import Entry
+from benchmarks.passthrough import at
+from benchmarks.processes import ROOT, machine
+from tests.support.failing_disk import Disk
+
+DESKS = 16
+FULL, USUAL = 500, 8
+STORED = 1_000_000
+PARTS = ("durable", "single", "restart")
+START_MS = 1_790_000_000_000
+GOALS = {
+    f"entries per sync, {DESKS} desks, messages of {FULL}": (50.0, ">="),
+    f"entries per sync, {DESKS} desks, messages of {USUAL}": (50.0, ">="),
+    "restart, s": (5.0, "<="),
+    "restart after a kill, s": (5.0, "<="),
+}
+
+
+@dataclass(slots=True)
+class Report:
+    machine: dict[str, Any]
+    figures: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Bench:
+    """One store, and what was sent to it."""
+
+    path: Path
+    url: str | None
+    entries: int = 0
+    cost_nano: int = 0
+
+    def ledger(self) -> Ledger:
+        url = None if self.url is None else partial(str, self.url)
+        return Ledger(str(self.path), url=url, lock_wait_s=30.0)
+
+    def entry(self) -> Entry:
+        """The next one: of a thousand tenants, three models and a month."""
+        n = self.entries
+        self.entries += 1
+        self.cost_nano += 1_000 + n % 7_919
+        return Entry(
+            f"bench-{n}", f"chatcmpl-{n}", 1, f"tenant-{n % 1000}", "chat", f"model-{n % 3}",
+            "openai/model#1", "posted", 100 + n % 400, 20 + n % 300, 1_000 + n % 7_919, False,
+            False, n % 2 == 0, 800, START_MS + n * 2_592, None, 200, "litellm-1.0",
+        )  # fmt: skip
+
+    async def check(self, ledger: Ledger, report: Report) -> None:
+        usage = await ledger.usage()
+        told = (usage["entries"], usage["total_cost_nano"])
+        if told != (self.entries, self.cost_nano):
+            report.problems.append(f"sent {(self.entries, self.cost_nano)}, stored {told}")
+
+
+async def load(bench: Bench, ledger: Ledger, size: int, seconds: float) -> tuple[float, float]:
+    """All desks at once for so long. Returns entries/s, and messages' median time in ms."""
+    ends_s = time.perf_counter() + seconds
+    took_s: list[float] = []
+
+    async def desk(name: str) -> int:
+        done = 0
+        while (begun_s := time.perf_counter()) < ends_s:
+            await ledger.append(name, done, [bench.entry() for _ in range(size)])
+            took_s.append(time.perf_counter() - begun_s)
+            done += size
+        return done
+
+    begun_s = time.perf_counter()
+    sent = sum(await asyncio.gather(*(desk(f"desk-{n}") for n in range(DESKS))))
+    return sent / (time.perf_counter() - begun_s), statistics.median(took_s) * 1e3
+
+
+async def durable(bench: Bench, report: Report, seconds: float) -> None:
+    for size in (FULL, USUAL):
+        with Disk(keeps=False) as disk:
+            ledger = bench.ledger()
+            await ledger.count()
+            syncs, commits, before = disk.syncs, ledger.stats()["commits"], bench.entries
+            rate, median_ms = await load(bench, ledger, size, seconds)
+            made = disk.syncs - syncs or ledger.stats()["commits"] - commits
+            await bench.check(ledger, report)
+            await ledger.close()
+        case = f"{DESKS} desks, messages of {size}"
+        report.figures[f"entries/s, {case}"] = rate
+        report.figures[f"entries per sync, {case}"] = (bench.entries - before) / made
+        report.facts[f"time of a message, {case}, ms"] = round(median_ms, 1)
+
+
+async def single(bench: Bench, report: Report, seconds: float) -> None:
+    ledger = bench.ledger()
+    took_ms: list[float] = []
+    ends_s = time.perf_counter() + seconds
+    while (begun_s := time.perf_counter()) < ends_s:
+        await ledger.append("desk", len(took_ms), [bench.entry()])
+        took_ms.append((time.perf_counter() - begun_s) * 1e3)
+    await bench.check(ledger, report)
+    await ledger.close()
+    marks = statistics.quantiles(took_ms, n=100)
+    report.figures["one entry until it is durable, p50, ms"] = marks[49]
+    report.figures["one entry until it is durable, p99, ms"] = marks[98]
+
+
+async def restart(bench: Bench, report: Report, stored: int) -> None:
+    ledger = bench.ledger()
+    begun_s, before = time.perf_counter(), bench.entries
+    while bench.entries < stored:
+        batch = [bench.entry() for _ in range(min(5_000, stored - bench.entries))]
+        await ledger.append("filler", 0, batch)
+    filled_s = time.perf_counter() - begun_s
+    if bench.entries > before:
+        report.facts["entries/s, one desk, messages of 5,000"] = round(
+            (bench.entries - before) / filled_s
+        )
+    await ledger.close()
+    report.figures["restart, s"] = await opening(bench, report)
+    if bench.url is None:
+        await asyncio.to_thread(leave_a_log, bench)
+        report.facts["log left behind, MB"] = round(
+            bench.path.with_name(bench.path.name + "-wal").stat().st_size / 2**20, 1
+        )
+        report.figures["restart after a kill, s"] = await opening(bench, report)
+        report.facts["file, MB"] = round(bench.path.stat().st_size / 2**20)
+    report.facts["entries stored"] = bench.entries
+
+
+async def opening(bench: Bench, report: Report) -> float:
+    """As a new process would find it: nothing of the file in memory, where that can be had."""
+    if bench.url is None:
+        forget(bench.path)
+    ledger = bench.ledger()
+    begun_s = time.perf_counter()
+    count = await ledger.count()
+    took_s = time.perf_counter() - begun_s
+    if count != bench.entries:
+        report.problems.append(f"{bench.entries} entries were sent, {count} are there")
+    await bench.check(ledger, report)
+    await ledger.close()
+    return took_s
+
+
+def forget(path: Path) -> None:
+    """Ask the system to drop what it holds of a file in memory."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def leave_a_log(bench: Bench) -> None:
+    """A process that appends 20,000 entries and is killed."""
+    command = [sys.executable, "-m", "benchmarks.ledger", "--die-at", str(bench.path)]
+    spare = Bench(bench.path, None, bench.entries, bench.cost_nano)
+    done = subprocess.run(
+        [*command, "--from", str(bench.entries)], cwd=ROOT, check=False, timeout=300
+    )
+    assert done.returncode == -9, done.returncode
+    for _ in range(20_000):
+        spare.entry()
+    bench.entries, bench.cost_nano = spare.entries, spare.cost_nano
+
+
+async def die_at(path: Path, first: int) -> None:
+    bench = Bench(path, None, first)
+    ledger = bench.ledger()
+    for _ in range(40):
+        await ledger.append("dying", 0, [bench.entry() for _ in range(500)])
+    os.kill(os.getpid(), 9)
+
+
+def show(report: Report) -> None:
+    print()
+    for name, value in report.figures.items():
+        goal = GOALS.get(name)
+        verdict = ""
+        if goal is not None:
+            wanted, sign = goal
+            reached = value >= wanted if sign == ">=" else value <= wanted
+            verdict = f"   goal {sign} {wanted:g}: {'reached' if reached else 'missed'}"
+        print(f"  {name:58}{value:12,.2f}{verdict}")
+    print()
+    for name, fact in {**report.facts, **report.machine}.items():
+        print(f"  {name:62}{fact}")
+    for problem in report.problems:
+        print(f"  ! {problem}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="3 s a turn, 200,000 entries stored")
+    parser.add_argument("--seconds", type=float, help="seconds a turn")
+    parser.add_argument("--stored", type=int, help=f"in place of {STORED} entries")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, such as durable,restart")
+    parser.add_argument("--url", help="an empty PostgreSQL database in place of a file")
+    parser.add_argument("--json", type=Path, help="write all figures here too")
+    parser.add_argument("--keep", type=Path, help="leave the data in this directory")
+    parser.add_argument("--die-at", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--from", type=int, dest="first", default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    if given.die_at is not None:
+        asyncio.run(die_at(given.die_at, given.first))
+    wanted = given.only.split(",")
+    unknown = sorted(set(wanted) - set(PARTS))
+    if unknown:
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    seconds = given.seconds or (3.0 if given.quick else 15.0)
+    stored = given.stored or (200_000 if given.quick else STORED)
+    report = Report(machine())
+    parts: dict[str, Callable[[Bench], Any]] = {
+        "durable": lambda bench: durable(bench, report, seconds),
+        "single": lambda bench: single(bench, report, seconds),
+        "restart": lambda bench: restart(bench, report, stored),
+    }
+    with at(given.keep) as scratch:
+        report.facts["disk"] = f"{shutil.disk_usage(scratch).total // 2**30} GB at {scratch}"
+        bench = Bench(scratch / "ledger.db", given.url)
+        for name in PARTS:
+            if name in wanted:
+                print(f"  {name}", flush=True)
+                asyncio.run(parts[name](bench))
+    show(report)
+    if given.json is not None:
+        given.json.write_text(json.dumps(asdict(report), indent=2) + os.linesep)
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""What becomes of answers that are not valid: refused, repaired, moderated, never stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forebay.call import Call
+from forebay.codec import Answer
+from forebay.errors import ProviderError, ResponseValidationError
+from forebay.providers.base import Resolve
+from forebay.reckoning import Reckoner
+from forebay.routing import Deployment
+from tests.support.house import USAGE, House, Scripted, open_house
+
+JSON = {"response_format": {"type": "json_object"}}
+Open = Callable[..., Awaitable[House]]
+
+
+class Saying(Scripted):
+    """A provider whose models say one thing after the other; the last is said for ever."""
+
+    def __init__(self, **says: list[str]) -> None:
+        super().__init__()
+        self.says = says
+
+    async def chat(
+        self,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> Answer:
+        self.bodies.append(body)
+        await self._step(deployment)
+        says = self.says[deployment.model.removeprefix("openai/")]
+        text = says.pop(0) if len(says) > 1 else says[0]
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        whole = {"id": "x1", "object": "chat.completion", "choices": [choice], "usage": USAGE}
+        return Answer(whole, USAGE, self.cost_nano, deployment.model)
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[Open]:
+    houses: list[House] = []
+
+    async def build(says: dict[str, list[str]], **gateway: Any) -> House:
+        here = await open_house(tmp_path, max_retries=0, **gateway)
+        here.provider = here.system.provider = Saying(**says)
+        here.system.bounds = Reckoner(here.provider, here.system._candidates)
+        houses.append(here)
+        return here
+
+    yield build
+    for one in houses:
+        await one.system.close()
+
+
+def wanting_json(here: House, **details: Any) -> Call:
+    call = here.call(**details)
+    call.body |= JSON
+    return call
+
+
+REPAIR = {"validation": {"repair": True}}
+
+
+async def test_an_invalid_answer_is_asked_for_once_more_and_both_are_paid(house: Open) -> None:
+    here = await house({"a": ["no json", '{"a": 1}']}, **REPAIR)
+    call = wanting_json(here)
+    result = await here.pipeline.answer(call)
+
+    entries = await here.entries(call)
+    sent = here.provider.bodies[1]["messages"]
+    totals = await here.system.books.usage()
+    assert result.answer.body["choices"][0]["message"]["content"] == '{"a": 1}'
+    assert result.facts.cost_nano == 14
+    assert result.facts.warnings == [
+        "the answer is a second one; the first was not valid: "
+        "the answer is not the JSON that was asked for"
+    ]
+    assert [(e.attempt, e.status, e.cost_nano, e.error is None) for e in entries] == [
+        (1, "posted", 7, False),
+        (2, "posted", 7, True),
+    ]
+    assert [message["role"] for message in sent] == ["user", "assistant", "user"]
+    assert sent[1]["content"] == "no json"
+    assert "not the JSON" in sent[2]["content"]
+    assert (totals["total_requests"], totals["success_rate"]) == (1, 1.0)
+    assert here.at_rest
+
+
+async def test_a_second_answer_that_is_not_valid_replaces_nothing(house: Open) -> None:
+    here = await house({"a": ["one", "two", '{"a": 1}']}, **REPAIR)
+    call = wanting_json(here)
+    with pytest.raises(ResponseValidationError, match="not the JSON"):
+        await here.pipeline.answer(call)
+
+    entries = await here.entries(call)
+    assert [e.cost_nano for e in entries] == [7, 7]
+    assert len(here.provider.asked) == 2
+    assert here.at_rest
+
+
+async def test_a_repair_that_fails_leaves_the_first_error(house: Open) -> None:
+    here = await house({"a": ["one"]}, **REPAIR)
+    here.provider.steps["openai/a"] = [None, ProviderError("down", upstream_status=500)]
+    with pytest.raises(ResponseValidationError, match="not the JSON"):
+        await here.pipeline.answer(wanting_json(here))
+
+    assert here.at_rest
+
+
+async def test_nothing_is_asked_twice_unless_it_is_configured(house: Open) -> None:
+    here = await house({"a": ["one", '{"a": 1}']})
+    with pytest.raises(ResponseValidationError):
+        await here.pipeline.answer(wanting_json(here))
+
+    assert len(here.provider.asked) == 1
+
+
+async def test_a_repair_needs_leave_of_the_limits(house: Open) -> None:
+    limits = {"usd_per_day": 1e-6, "burst_size": 10}
+    here = await house({"a": ["one", '{"a": 1}']}, rate_limit_config=limits, **REPAIR)
+    here.provider.token_nano = 1
+    here.provider.cost_nano = 1000
+    call = wanting_json(here, max_tokens=1)
+    call.body["messages"][0]["content"] = "x"
+    with pytest.raises(ResponseValidationError):
+        await here.pipeline.answer(call)
+
+    assert len(here.provider.asked) == 1
+    assert here.at_rest
+
+
+async def test_a_slot_serves_both(house: Open) -> None:
+    limits = {"concurrent_requests": 1, "tokens_per_minute": 100_000}
+    here = await house({"a": ["one", '{"a": 1}']}, rate_limit_config=limits, **REPAIR)
+    await here.pipeline.answer(wanting_json(here, max_tokens=5))
+
+    assert len(here.provider.asked) == 2
+    assert here.at_rest
+
+
+async def test_a_warning_is_told_and_the_answer_is_not_stored(house: Open) -> None:
+    here = await house({"a": ["mail me: a@b.io", "fine"]}, enable_caching=True)
+    first = await here.pipeline.answer(here.call())
+    second = await here.pipeline.answer(here.call())
+    third = await here.pipeline.answer(here.call())
+
+    assert first.facts.warnings == ["the answer holds an e-mail address"]
+    assert [r.facts.cache for r in (first, second, third)] == ["miss", "miss", "hit"]
+
+
+MODERATION = {"validation": {"moderation_model": "spare"}}
+
+
+async def test_the_moderations_model_is_asked_and_paid(house: Open) -> None:
+    here = await house({"a": ["harmless"], "c": ["safe"]}, **MODERATION)
+    call = here.call()
+    result = await here.pipeline.answer(call)
+
+    entries = await here.entries(call)
+    totals = await here.system.books.usage()
+    assert result.facts.warnings == []
+    assert (result.facts.cost_nano, result.facts.group, result.facts.deployment) == (
+        14,
+        "m",
+        here.deployment("openai/a").id,
+    )
+    assert [(e.attempt, e.model) for e in sorted(entries, key=lambda e: e.attempt)] == [
+        (1, "m"),
+        (2, "spare"),
+    ]
+    assert (totals["total_requests"], totals["successful_requests"]) == (1, 1)
+    assert "harmless" in here.provider.bodies[1]["messages"][0]["content"]
+    assert here.at_rest
+
+
+async def test_what_the_moderation_calls_unsafe_is_not_handed_on(house: Open) -> None:
+    here = await house({"a": ["bad"], "c": ["unsafe\nS1, S2"]}, **MODERATION)
+    call = here.call()
+    with pytest.raises(ResponseValidationError, match="calls the answer unsafe: S1, S2"):
+        await here.pipeline.answer(call)
+
+    assert sum(e.cost_nano for e in await here.entries(call)) == 14
+    assert here.at_rest
+
+
+async def test_a_moderation_that_fails_is_a_warning_and_nothing_is_stored(house: Open) -> None:
+    here = await house({"a": ["fine"], "c": ["who knows"]}, enable_caching=True, **MODERATION)
+    here.provider.steps["openai/c"] = [ProviderError("down", upstream_status=500)]
+    first = await here.pipeline.answer(here.call())
+    second = await here.pipeline.answer(here.call())
+
+    assert first.facts.warnings == ["the answer is not moderated: ProviderError"]
+    assert second.facts.warnings == ["the moderation said neither safe nor unsafe"]
+    assert second.facts.cache == "miss"
+    assert here.at_rest
+
+
+async def test_streams_are_judged_at_their_end_and_an_invalid_one_is_not_stored(
+    house: Open,
+) -> None:
+    here = await house({"a": ["x"]}, enable_caching=True)
+    heard: list[str] = []
+    here.system.validation.listener = lambda event: heard.append(f"{event.name} {event.label}")
+
+    async def streamed(**more: Any) -> str:
+        call = here.call()
+        call.body |= {"stream": True, **more}
+        stream = await here.pipeline.stream(call)
+        async for _ in stream.chunks:
+            pass
+        return stream.facts.cache
+
+    assert [await streamed(**JSON) for _ in range(2)] == ["miss", "miss"]
+    assert heard == ["json fail", "validation fail"] * 2
+    assert [await streamed() for _ in range(2)] == ["miss", "hit"]
+    assert heard[4:] == ["validation pass"]
+
+
+async def test_streams_are_judged_where_nothing_is_shared_either(house: Open) -> None:
+    here = await house({"a": ["x"]}, enable_request_deduplication=False)
+    call = wanting_json(here)
+    call.body["stream"] = True
+    async for _ in (await here.pipeline.stream(call)).chunks:
+        pass
+
+    assert here.system.validation.stats()["findings"] == {"json": 1}
+
+
+async def test_streams_that_nobody_moderates_are_not_stored(house: Open) -> None:
+    here = await house({"a": ["x"], "c": ["safe"]}, enable_caching=True, **MODERATION)
+    for _ in range(2):
+        call = here.call()
+        call.body["stream"] = True
+        stream = await here.pipeline.stream(call)
+        assert stream.facts.cache == "miss"
+        async for _ in stream.chunks:
+            pass
+
+
+async def test_a_blocked_pattern_of_the_configuration_holds(house: Open) -> None:
+    patterns = {"projects": "(?i)bluebird"}
+    here = await house({"a": ["BlueBird"]}, validation={"blocked_patterns": patterns})
+    with pytest.raises(ResponseValidationError, match="what 'projects' blocks"):
+        await here.pipeline.answer(here.call())
+
+
+async def test_findings_are_among_the_metrics(house: Open) -> None:
+    here = await house({"a": [json.dumps("a@b.io")]})
+    await here.pipeline.answer(here.call())
+
+    line = b'forebay_validation_findings_total{rule="pii",severity="warning"} 1.0'
+    assert line in here.system.metrics()
