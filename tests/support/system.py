@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support.audit import PRICES
+
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 180.0
 STOP_S = 60.0
@@ -138,6 +140,8 @@ def groups(url: str) -> list[dict[str, Any]]:
         group("sim-cohere", "cohere_chat/command-sim", f"{url}/v2/chat"),
         group("sim-embed", "openai/text-embedding-sim", v1),
         group("sim-two", "openai/sim", v1, order=1),
+        group("paid", "openai/sim", v1, **PRICES),
+        group("paid-embed", "openai/text-embedding-sim", v1, **PRICES),
         group("dead", "openai/sim", "http://127.0.0.1:9/v1"),
         group("dead-first", "openai/sim", "http://127.0.0.1:9/v1", order=1),
         group("dead-first", "openai/sim", v1, order=2),

@@ -1012,7 +1012,7 @@ async def test_the_key_alone_says_who_asks(system: Tenants) -> None:
 
     assert [r.status_code for r in (by_header, by_user, native)] == [200, 200, 200]
     assert by_body.status_code == 400
-    assert after == [before[0] + 3, before[1]]
+    assert after == [before[0] + 4, before[1]]  # a refusal is a request of whoever was refused
 
 
 async def test_an_unknown_tenant_is_refused_by_name_in_python(system: Tenants) -> None:
