@@ -7,6 +7,7 @@ Rule 2: a process is judged where it can be seen: on its node, in its namespace 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 _DEAD_STATES = "ZX"  # zombie, dead: its sockets are closed
 
@@ -29,6 +30,12 @@ def node_of(holder: str) -> str:
 def is_near(holder: str, other: str) -> bool:
     """Whether two processes see each other's pids."""
     return holder.partition("/")[0] == other.partition("/")[0]
+
+
+def is_on_any(holder: str, nodes: Iterable[str]) -> bool:
+    """Whether one of the nodes, by their whole ids, is the holder's, which has a shortened one."""
+    node = node_of(holder)
+    return any(name.startswith(node) for name in nodes)
 
 
 def is_dead(holder: str) -> bool:

@@ -219,7 +219,7 @@ class FeedbackLoop:
         except OwnerUnavailable as error:
             raise Overloaded(f"feedback cannot be read now: {error}", retry_after_s=1.0) from None
         told: dict[str, Any] = {"tenant": tenant, **_summed(rows)}
-        by_type = {name: [row for row in rows if row[2] == name] for name in FeedbackType}
+        by_type = {one.value: [row for row in rows if row[2] == one] for one in FeedbackType}
         told["by_type"] = {name: sum(row[3] for row in mine) for name, mine in by_type.items()}
         told["by_model"] = _grouped(rows, 0)
         told["by_deployment"] = _grouped(rows, 1)

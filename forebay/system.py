@@ -275,7 +275,11 @@ class System:
         self._own_batcher = BatcherDesk(own_batcher, holder)
         self._own_batcher_owner: Any = own_batcher.owner
         self._ledger = LedgerDesk(refs["ledger"], holder, clock, spools=spools)
-        self._orphans = None if spools is None else Orphans(spools, refs["ledger"], holder, clock)
+        self._orphans = (
+            None
+            if spools is None
+            else Orphans(spools, refs["ledger"], holder, clock, nodes_alive=self._nodes_alive)
+        )
         self.registry = RegistryDesk(refs["registry"], self._configured, self._accessed)
         self.sums = SumsDesk(refs["registry"], holder, self.meter.figures)
         self.bounds = Reckoner(self.provider, self._candidates)

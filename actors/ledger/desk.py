@@ -7,7 +7,7 @@ import secrets
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from typing import Any, cast
 from actors.ledger.policy import (
     COST_NANO_MAX,
     ERROR_CHARS_MAX,
+    NOT_MADE,
     TOKENS_MAX,
     Entry,
     Feedback,
@@ -35,6 +36,9 @@ ENTRIES_PER_MESSAGE_MAX = 500
 COMMITS_KEPT = 10_000
 """Most acknowledgements whose commit is remembered; over sixteen minutes at SEND_AFTER_S."""
 SEND_AFTER_S = 0.1
+ANNOUNCE_AFTER_S = 1.0
+"""A call that is under way for so long is announced to the ledger, which then knows of it even if
+the whole node is lost, spool and all. At the latest after twice as long."""
 BACK_OFF_S = (0.05, 1.0)
 CLOSE_WAIT_S = 5.0
 INTENT_WAIT_S = 5.0
@@ -118,7 +122,8 @@ class LedgerDesk:
     SEND_AFTER_S after the first one or as soon as ENTRIES_PER_MESSAGE_MAX wait, and are kept until
     the owner says that they are durable. A message that was not acknowledged is sent again with the
     same entries and no others, so that one commit is true of all of them. Of acknowledged messages
-    the last COMMITS_KEPT commits are remembered.
+    the last COMMITS_KEPT commits are remembered. Calls that take longer than ANNOUNCE_AFTER_S are
+    announced meanwhile.
 
     Bounded by ENTRIES_BUFFERED_MAX, calls under way included, and by the spool: then `full` is
     true and `open` raises LedgerFull; at ENTRIES_BUFFERED_MAX entries of answers that cost nothing
@@ -127,8 +132,9 @@ class LedgerDesk:
 
     Failure behaviour: with the owner away or its store failing, the desk keeps everything and tries
     again for ever, until it is full and paid calls stop. When this process dies, its spool has all
-    of it. Without a spool that is lost: with the owner well, the calls under way and at most
-    SEND_AFTER_S of entries.
+    of it. Without a spool, or when the node is lost with it, the calls that were announced are
+    booked as unsettled; lost are, with the owner well, those that were younger than 2 *
+    ANNOUNCE_AFTER_S, and at most SEND_AFTER_S of entries.
     """
 
     def __init__(
@@ -155,6 +161,9 @@ class LedgerDesk:
         self._refusals_s = 0.0
         self._refusals_timer: asyncio.TimerHandle | None = None
         self._minted = 0
+        # Calls under way that the ledger has not been told of, oldest first.
+        self._unannounced: dict[str, OpenEntry] = {}
+        self._announcer: asyncio.TimerHandle | None = None
         self._buffer: list[Entry] = []
         self._opened = 0
         self._recorded = 0
@@ -194,6 +203,9 @@ class LedgerDesk:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+            if self._announcer is not None:
+                self._announcer.cancel()
+                self._announcer = None
             task.cancel()
             await asyncio.wait([task])
         if self._spool is not None:
@@ -205,9 +217,13 @@ class LedgerDesk:
         return bool(self.refusal)
 
     @property
+    def _buffered(self) -> int:
+        return len(self._buffer) + self._opened
+
+    @property
     def refusal(self) -> str:
         """Why no further paid call may start; empty when one may."""
-        if len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX:
+        if self._buffered >= ENTRIES_BUFFERED_MAX:
             return f"{ENTRIES_BUFFERED_MAX} calls and entries wait for the ledger"
         return "" if self._spool is None else self._spool.refusal
 
@@ -250,6 +266,9 @@ class LedgerDesk:
             except SpoolFull as error:
                 raise LedgerFull(BACK_OFF_S[1], error.reason) from None
         self._opened += 1
+        self._unannounced[entry.id] = entry
+        if self._announcer is None and self._loop is not None:
+            self._announcer = self._loop.call_later(ANNOUNCE_AFTER_S, self._announce)
         return entry
 
     async def intend(self, entry: OpenEntry) -> None:
@@ -257,12 +276,27 @@ class LedgerDesk:
 
         Raises LedgerFull: INTENT_WAIT_S have passed.
         """
-        entry.told = True
-        self._keep(Entry(*entry.values()))
+        self._tell(entry)
         mark = self._recorded
         await self.flush(INTENT_WAIT_S)
         if self._acknowledged < mark:
             raise LedgerFull(BACK_OFF_S[1], "the ledger did not take the intent of a call in time")
+
+    def _tell(self, entry: OpenEntry) -> None:
+        entry.told = True
+        self._unannounced.pop(entry.id, None)
+        self._keep(Entry(*entry.values()))
+
+    def _announce(self) -> None:
+        """Tells the ledger of the calls that take long, as far as there is room."""
+        self._announcer = None
+        until_s = self._clock() - ANNOUNCE_AFTER_S
+        for entry in list(self._unannounced.values()):
+            if entry.started_s > until_s or self._buffered >= ENTRIES_BUFFERED_MAX:
+                break
+            self._tell(entry)
+        if self._unannounced and self._loop is not None:
+            self._announcer = self._loop.call_later(ANNOUNCE_AFTER_S, self._announce)
 
     def post(
         self,
@@ -276,6 +310,7 @@ class LedgerDesk:
         http_status: int = 200,
         tool_calls: int = 0,
         response_id: str = "",
+        cached_tokens: int = 0,
     ) -> Entry | None:
         """The attempt was answered, at least in part: it is paid. None if it is settled already.
 
@@ -299,6 +334,7 @@ class LedgerDesk:
             http_status,
             tool_calls,
             response_id,
+            min(max(cached_tokens, 0), prompt),
         )
 
     def void(self, entry: OpenEntry, error: str, http_status: int = 0) -> Entry | None:
@@ -323,15 +359,18 @@ class LedgerDesk:
     def drop(self, entry: OpenEntry) -> None:
         """The attempt was not made after all: nothing is recorded of it.
 
-        One whose intent the ledger may have is voided instead.
+        One whose intent the ledger may have is voided instead, as none of the request's attempts:
+        the next one has its number.
         """
         if entry.settled:
             return
         if entry.told:
+            entry.attempt = NOT_MADE
             self.void(entry, "not made")
             return
         entry.settled = True
         self._opened -= 1
+        self._unannounced.pop(entry.id, None)
         if self._spool is not None and entry.place is not None:
             self._spool.end(entry.place)
 
@@ -434,7 +473,7 @@ class LedgerDesk:
 
     def _count_refusals(self) -> None:
         """What was refused so far becomes entries, if there is room; if not, it is counted on."""
-        if len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX:
+        if self._buffered >= ENTRIES_BUFFERED_MAX:
             return
         counted, self._refusals = self._refusals, {}
         for same in counted.values():
@@ -443,7 +482,7 @@ class LedgerDesk:
     def record(self, entry: Entry) -> None:
         """Takes a finished entry. Its id must be one that nobody else ever uses."""
         assert entry.attempt >= 1, "attempts are numbered from 1"
-        full = len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX
+        full = self._buffered >= ENTRIES_BUFFERED_MAX
         if full and entry.status not in PAID:
             self._dropped += 1
             return
@@ -502,7 +541,7 @@ class LedgerDesk:
         tenant: str | None = None,
         since_ms: int | None = None,
         until_ms: int | None = None,
-        group_by: GroupBy | None = None,
+        group_by: GroupBy | Sequence[GroupBy] | None = None,
     ) -> dict[str, Any]:
         """The owner's totals, this process's own entries included.
 
@@ -587,9 +626,11 @@ class LedgerDesk:
         http_status: int,
         tool_calls: int = 0,
         response_id: str = "",
+        cached_tokens: int = 0,
     ) -> Entry:
         entry.settled = True
         self._opened -= 1
+        self._unannounced.pop(entry.id, None)
         final = Entry(
             entry.id,
             entry.request_id,
@@ -616,6 +657,7 @@ class LedgerDesk:
             1,
             response_id[:RESPONSE_ID_CHARS_MAX],
             entry.cache_key if response_id else "",
+            cached_tokens,
         )
         if self._spool is not None:
             self._spool.keep(final.values(), entry.place)

@@ -8,31 +8,40 @@ Rule 3: totals are a plain sum over entries. Each entry counts by itself, so any
         and any batching of the same entries gives the same totals.
 Rule 4: the attempts of a request are numbered from 1, and exactly one of its entries is number 1.
         Counting requests is counting those; a client may choose the request id, so it counts none.
+        What was announced and not made after all has number NOT_MADE.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from datetime import date, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal
 from typing import Any, Literal, NamedTuple, get_args
 
-Settled = Literal["posted", "voided", "unsettled", "refused", "hit", "joined"]
+Settled = Literal["posted", "voided", "unsettled", "refused", "hit", "joined", "replay"]
 """posted: a provider was paid or may be. voided: the attempt failed and costs nothing. unsettled:
 the outcome was lost with its process, and `cost_nano` is the most that it may have cost. refused:
-no provider was asked. hit: answered from the cache. joined: answered by somebody else's call."""
+no provider was asked. hit: answered from the cache. joined: answered by somebody else's call.
+replay: the answer that a request with the same key had before."""
 
 Status = Literal["open"] | Settled
 """open: a call is about to be made, and `cost_nano` is the most that it may cost."""
 
 STATUSES: tuple[str, ...] = get_args(Settled)
 """What an entry can be in the end."""
-SERVED = ("posted", "hit", "joined")
+SERVED = ("posted", "hit", "joined", "replay")
 """What ends a request well, when the entry has no error."""
+ASKED = ("posted", "voided", "unsettled")
+"""What a provider was asked for."""
 
-GroupBy = Literal["model", "day", "tenant"]
+GroupBy = Literal["model", "day", "tenant", "deployment", "route", "hour"]
+GROUPS: tuple[GroupBy, ...] = get_args(GroupBy)
+"""What usage may be grouped by. Days and hours are UTC."""
 
+NOT_MADE = 0
+"""The number of an attempt that was announced and then not made."""
 TOKENS_MAX = 10**12
 """Most tokens one entry can hold. More than that is a provider's nonsense, and is clamped."""
 COST_NANO_MAX = 10**15
@@ -40,9 +49,14 @@ COST_NANO_MAX = 10**15
 ERROR_CHARS_MAX = 500
 
 DAY_MS = 86_400_000
+HOUR_MS = 3_600_000
 MINUTE_MS = 60_000
 MINUTES_TOLD = 62
 """An hour, and what a sum by whole minutes may be late at either end."""
+LATENCY_MS = (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+"""Served attempts are counted by the first of these that their latency does not exceed."""
+LATENCY_MS_MAX = 300_000
+"""What is slower than the last of them is told as if it were spread up to here."""
 TENANTS_PER_READ_MAX = 1000
 """Most tenants of one `spent`."""
 
@@ -58,7 +72,8 @@ class Entry:
     have cost. `tool_calls` are those that the answer asks for. `most_nano` is the most that it may
     have cost, where an answer was lost or cut. `requests` is more than 1 only where refusals of one
     kind are one entry. `response_id` is the answer's own id, as its caller knows it; `cache_key`,
-    in hexadecimal, is what the cache may have it under.
+    in hexadecimal, is what the cache may have it under. `cached_tokens` are those of the prompt
+    that the provider had in a cache of its own.
     """
 
     id: str
@@ -86,6 +101,7 @@ class Entry:
     requests: int = 1
     response_id: str = ""
     cache_key: str = ""
+    cached_tokens: int = 0
 
     def values(self) -> tuple[Any, ...]:
         """The fields in order: an SQL row."""
@@ -115,6 +131,7 @@ class Entry:
             self.requests,
             self.response_id,
             self.cache_key,
+            self.cached_tokens,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -127,7 +144,11 @@ COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Entry))
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The fold of a set of entries. Every field is a sum."""
+    """The fold of a set of entries. Every field is a sum.
+
+    `attempts` are those that a provider was asked for. `ms_5` and so on count served attempts by
+    their latency: how many took so many ms at the most, and more than the one before.
+    """
 
     requests: int = 0
     succeeded: int = 0
@@ -145,6 +166,22 @@ class Totals:
     unsettled_nano: int = 0
     saved_nano: int = 0
     tool_calls: int = 0
+    attempts: int = 0
+    cached_tokens: int = 0
+    ms_5: int = 0
+    ms_10: int = 0
+    ms_20: int = 0
+    ms_50: int = 0
+    ms_100: int = 0
+    ms_200: int = 0
+    ms_500: int = 0
+    ms_1000: int = 0
+    ms_2000: int = 0
+    ms_5000: int = 0
+    ms_10000: int = 0
+    ms_20000: int = 0
+    ms_50000: int = 0
+    ms_100000: int = 0
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*(a + b for a, b in zip(self._sums(), other._sums(), strict=True)))
@@ -166,9 +203,11 @@ class Totals:
             "cache_hits": self.hits,
             "joined_requests": self.joined,
             "entries": self.entries,
+            "attempts": self.attempts,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
+            "cached_prompt_tokens": self.cached_tokens,
             "total_cost_nano": self.cost_nano,
             "unpriced_entries": self.unpriced,
             "estimated_entries": self.estimated,
@@ -177,7 +216,23 @@ class Totals:
             "saved_cost_nano": self.saved_nano,
             "tool_calls": self.tool_calls,
             "latency_ms_mean": self.latency_ms / self.succeeded if self.succeeded else 0.0,
+            "latency_ms_p50": self.latency(0.5),
+            "latency_ms_p95": self.latency(0.95),
+            "latency_ms_p99": self.latency(0.99),
         }
+
+    def latency(self, part: float) -> float:
+        """About how many ms the fastest `part` (0..1) of the served attempts took at the most.
+
+        It is right to within the step of LATENCY_MS in which it lies; 0 where nothing was served.
+        """
+        rank, seen, low = part * self.succeeded, 0, 0
+        for high in (*LATENCY_MS, LATENCY_MS_MAX):
+            here = self.succeeded - seen if high > LATENCY_MS[-1] else getattr(self, f"ms_{high}")
+            if here and seen + here >= rank:
+                return round(low + (high - low) * (rank - seen) / here, 1)
+            seen, low = seen + here, high
+        return 0.0
 
 
 SUMS: tuple[str, ...] = tuple(field.name for field in fields(Totals))
@@ -204,7 +259,14 @@ def count(entry: Entry) -> Totals:
         unsettled_nano=entry.cost_nano if entry.status == "unsettled" else 0,
         saved_nano=entry.saved_nano,
         tool_calls=entry.tool_calls,
+        attempts=int(entry.status in ASKED and entry.attempt != NOT_MADE),
+        cached_tokens=entry.cached_tokens if posted else 0,
+        **({_bucket(entry.latency_ms): 1} if served and entry.latency_ms <= LATENCY_MS[-1] else {}),
     )
+
+
+def _bucket(latency_ms: int) -> str:
+    return f"ms_{LATENCY_MS[bisect_left(LATENCY_MS, latency_ms)]}"
 
 
 def fold(entries: Iterable[Entry]) -> Totals:
@@ -213,6 +275,15 @@ def fold(entries: Iterable[Entry]) -> Totals:
     for entry in entries:
         totals += count(entry)
     return totals
+
+
+def groups_of(group_by: str | Iterable[str] | None) -> tuple[GroupBy, ...]:
+    """What is asked for, each once. Raises ValueError for what is not in GROUPS."""
+    asked = (group_by,) if isinstance(group_by, str) else tuple(group_by or ())
+    for one in asked:
+        if one not in GROUPS:
+            raise ValueError(f"group_by is one of {GROUPS}, or several of them, not {one!r}")
+    return tuple(group for group in dict.fromkeys(asked) if group in GROUPS)
 
 
 class Spent(NamedTuple):

@@ -403,8 +403,13 @@ def spools(directory: Path) -> list[Path]:
         return []
 
 
+def holder_of(path: Path) -> str:
+    """Whose spool that is."""
+    return unquote(path.stem.rpartition("~")[0])
+
+
 def _has_died(path: Path, own: str) -> bool:
-    holder = unquote(path.stem.rpartition("~")[0])
+    holder = holder_of(path)
     if _pids(holder) != _pids(own):
         return True  # its process is not to be seen from here; nobody has its file open, though
     return is_dead(holder)

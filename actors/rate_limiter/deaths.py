@@ -73,7 +73,7 @@ class DeathWatch:
             self._rounds_to_nodes = int(NODES_PAUSE_S / PERIOD_S)
             alive = await self._nodes_alive()
             if alive is not None:
-                dead |= {p for p in far if not _on_any(holders.node_of(p), alive)}
+                dead |= {p for p in far if not holders.is_on_any(p, alive)}
         for process in dead:
             log.info("%s is dead; what it held is given back", process)
             await self._limiter.holder_gone(process)
@@ -87,8 +87,3 @@ class DeathWatch:
             except Exception:
                 # The next round begins anew; ending here would leave slots of the dead taken.
                 log.exception("looking for dead processes failed")
-
-
-def _on_any(node: str, alive: Collection[str]) -> bool:
-    """Whether one of the living nodes has this (shortened) id."""
-    return any(name.startswith(node) for name in alive)

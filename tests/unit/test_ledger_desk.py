@@ -117,6 +117,75 @@ async def test_a_failure_costs_nothing_and_keeps_a_short_reason() -> None:
     assert len(entry.error) == 500
 
 
+async def test_a_call_that_takes_long_is_announced_once_and_a_short_one_is_not() -> None:
+    now = [5.0]
+    owner = Ledger()
+    desk = make(InlineRef("ledger", owner), now)
+    await desk.start()
+    long, short = desk.open(**CALL, most_nano=9), desk.open(**CALL)
+    desk.post(short, prompt_tokens=1, cost_nano=1)
+    now[0] += 0.9
+    desk.open(**CALL)
+    for wait_s, announced in ((0.0, 0), (0.1, 1), (0.1, 1), (1.0, 2)):
+        now[0] += wait_s
+        desk._announce()
+        await desk.flush()
+        assert sum((await owner.holders()).values()) == announced
+    desk.post(long, prompt_tokens=1, cost_nano=7)
+    await desk.flush()
+    assert [row.cost_nano for row in await owner.entries("r1")] == [1, 7]
+    assert await owner.holders() == {"desk": 1}
+    assert desk._announcer is None  # nobody is left to be told of
+    await desk.close()
+    await owner.close()
+
+
+async def test_the_loops_own_timer_announces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_module, "ANNOUNCE_AFTER_S", 0.0)
+    owner = Ledger()
+    desk = make(InlineRef("ledger", owner))
+    await desk.start()
+    desk.open(**CALL)
+    while not desk.stats()["recorded"]:
+        await asyncio.sleep(0)
+    await desk.flush()
+    assert await owner.holders() == {"desk": 1}
+    await desk.close()
+    await owner.close()
+
+
+async def test_an_announced_attempt_that_is_not_made_is_none_of_its_requests() -> None:
+    owner = Ledger()
+    desk = make(InlineRef("ledger", owner))
+    await desk.start()
+    unmade = desk.open(**CALL)
+    await desk.intend(unmade)
+    desk.drop(unmade)
+    desk.drop(unmade)
+    desk.post(desk.open(**CALL), prompt_tokens=1, cost_nano=5)
+    await desk.flush()
+    assert [(e.attempt, e.status) for e in await owner.entries("r1")] == [
+        (0, "voided"),
+        (1, "posted"),
+    ]
+    usage = await owner.usage()
+    assert (usage["total_requests"], usage["failed_requests"]) == (1, 0)
+    assert await owner.holders() == {}
+    await desk.close()
+    await owner.close()
+
+
+async def test_a_full_desk_announces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk_module, "ENTRIES_BUFFERED_MAX", 3)
+    now = [0.0]
+    desk = make(BadLine(None), now)
+    for _ in range(2):
+        desk.open(**CALL)
+    now[0] = 5.0
+    desk._announce()
+    assert desk.stats()["recorded"] == 1
+
+
 @given(
     script=st.text(alphabet="..xfa2", max_size=12),
     sizes=st.lists(st.integers(1, 700), max_size=6),

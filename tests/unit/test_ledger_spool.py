@@ -7,6 +7,7 @@ import resource
 import signal
 import stat
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -287,7 +288,8 @@ async def test_a_killed_process_is_handed_in_by_the_next(tmp_path: Path) -> None
     assert (lost.error, lost.attempt) == (LOST, 1)
     assert (await owner.usage("zenith"))["refused_requests"] == 3
     assert spools(tmp_path) == []
-    assert orphans.stats() == {"spools": 1, "entries": 2, "unsettled": 1, "failures": 0}
+    stats = {"spools": 1, "entries": 2, "unsettled": 1, "gone": 0, "failures": 0}
+    assert orphans.stats() == stats
     await owner.close()
 
 
@@ -300,11 +302,92 @@ async def test_what_the_ledger_does_not_take_stays(tmp_path: Path) -> None:
         async def append(self, *_: Any) -> int:
             raise StoreFailed("disk full")
 
+        async def holders(self) -> dict[str, int]:
+            return {dead(1): 1}  # it is not said to be gone while there is its spool
+
     assert not await Orphans(tmp_path, InlineRef("ledger", Away()), OURS).sweep()
     assert len(spools(tmp_path)) == 1
     owner = Ledger()
     assert await Orphans(tmp_path, InlineRef("ledger", owner), OURS).sweep()
     assert await owner.count() == 1
+    await owner.close()
+
+
+def open_entry(number: str, tenant: str = "acme") -> Entry:
+    return replace(_entry(number), status="open", cost_nano=90, most_nano=90, tenant=tenant)
+
+
+async def test_what_the_dead_announced_and_no_spool_tells_of_is_unsettled() -> None:
+    owner = Ledger()
+    living = holder_id("node")
+    far, nodes = "gone.1/7/7", "there.1/8/8"
+    for holder in (dead(1), living, far, nodes):
+        await owner.append(holder, 1, [open_entry(f"{holder}-1"), open_entry(f"{holder}-2")])
+    await owner.append(dead(1), 2, [_entry(f"{dead(1)}-2")])
+
+    async def alive() -> set[str]:
+        return {"there-and-so-on"}
+
+    with TemporaryDirectory() as name:
+        ref = InlineRef("ledger", owner)
+        orphans = Orphans(Path(name), ref, f"{PLACE}/1/1", nodes_alive=alive)
+        for _ in range(2):  # the second time there is nobody left
+            assert await orphans.sweep()
+            assert await owner.holders() == {living: 2, nodes: 2}
+            assert orphans.stats()["gone"] == 3
+    rows = {row.id: row for row in await owner.entries("r")}
+    assert {id_: row.status for id_, row in rows.items()} == {
+        f"{dead(1)}-1": "unsettled",
+        f"{dead(1)}-2": "posted",
+        f"{far}-1": "unsettled",
+        f"{far}-2": "unsettled",
+    }
+    assert rows[f"{far}-1"].cost_nano == 90
+    # A node that comes back changes nothing of what is settled.
+    await owner.append(far, 2, [_entry(f"{far}-1")])
+    assert [row for row in await owner.entries("r") if row.id == f"{far}-1"] == [rows[f"{far}-1"]]
+    await owner.close()
+
+
+async def test_without_word_of_the_nodes_and_with_ray_failing_nobody_far_is_dead(
+    tmp_path: Path,
+) -> None:
+    owner = Ledger()
+    await owner.append("gone.1/7/7", 1, [open_entry("a")])
+
+    async def fails() -> set[str]:
+        raise RuntimeError("Ray is not there")
+
+    ref = InlineRef("ledger", owner)
+    assert await Orphans(tmp_path, ref, OURS).sweep()
+    failing = Orphans(tmp_path, ref, OURS, nodes_alive=fails)
+    assert not await failing.sweep()
+    assert failing.stats()["failures"] == 1
+    assert await owner.holders() == {"gone.1/7/7": 1}
+    await owner.close()
+
+
+async def test_a_spool_goes_before_the_word_that_its_process_is_gone(tmp_path: Path) -> None:
+    owner = Ledger()
+    desk = LedgerDesk(InlineRef("ledger", owner), dead(1), spools=tmp_path)
+    await desk.start()
+    paid, lost = desk.open(**CALL, most_nano=90), desk.open(**CALL, most_nano=90)
+    for entry in (paid, lost):
+        desk._tell(entry)
+    await desk.flush()
+    orphans = Orphans(tmp_path, InlineRef("ledger", owner), OURS)
+    assert await orphans.sweep()
+    assert await owner.holders() == {dead(1): 2}  # somebody has its spool open
+    desk._task.cancel()  # type: ignore[union-attr]
+    desk.post(paid, prompt_tokens=1, cost_nano=7)
+    assert desk._spool is not None
+    die(desk._spool)
+    assert await orphans.sweep()
+    assert {row.id: row.status for row in await owner.entries("r1")} == {
+        paid.id: "posted",
+        lost.id: "unsettled",
+    }
+    assert await owner.holders() == {}
     await owner.close()
 
 
