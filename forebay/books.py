@@ -16,7 +16,7 @@ from actors.ref import OwnerUnavailable
 from forebay import bounds
 from forebay.bounds import Bound
 from forebay.call import Call, Facts
-from forebay.codec import Answer, tokens_in
+from forebay.codec import Answer, cached_in, tokens_in
 from forebay.errors import GatewayError, GatewayTimeout, Overloaded, ProviderError
 from forebay.routing import Deployment
 
@@ -93,6 +93,7 @@ class Books:
                 attempt=facts.attempts,
                 stream=stream,
                 most_nano=most_nano,
+                price_version=self._version(deployment),
             )
         except LedgerFull as error:
             facts.attempts -= 1
@@ -112,6 +113,9 @@ class Books:
         except BaseException:
             self._desk.void(entry, CLIENT_LEFT, CLIENT_CLOSED)
             raise
+
+    def _version(self, deployment: Deployment) -> str:
+        return "" if self._prices is None else self._prices().price_version(deployment)
 
     def _most(self, call: Call, deployment: Deployment, bound: Bound | None) -> int | None:
         """What an attempt may cost at most, in nano-USD, None if no price is known."""
@@ -144,6 +148,7 @@ class Books:
             http_status=200 if error is None else error.status,
             tool_calls=_tool_calls(answer),
             response_id="" if note is not None else str(answer.body.get("id") or ""),
+            cached_tokens=cached_in(answer.usage),
         )
 
     def void_call(self, entry: OpenEntry | None, error: GatewayError | None) -> None:
@@ -205,6 +210,7 @@ class Books:
                 deployment=deployment.id,
                 attempt=facts.attempts + 1,  # it is no request; those are counted by their first
                 most_nano=spare.cost_nano,
+                price_version=self._version(deployment),
             )
         except LedgerFull:
             log.warning("a second copy of %s is in no ledger: %s", call.request_id, spare)
