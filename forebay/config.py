@@ -460,8 +460,9 @@ class ValidationConfig(Settings):
     )
     moderation_model: ModelName | None = Field(
         default=None,
-        description="Group that is asked of each whole answer whether it is safe. Paid for by the "
-        "tenant; streams are not asked about, and then not stored.",
+        description="Group that is asked of each answer whether it is safe. Paid for by the "
+        "tenant. Of a stream it is asked at the end, when its text is handed on already: what it "
+        "says is told to metrics and telemetry, and decides whether the stream is stored.",
     )
     repair: bool = Field(
         default=False,

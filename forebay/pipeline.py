@@ -64,8 +64,11 @@ from forebay.texts import Texts
 if TYPE_CHECKING:
     from forebay.kv_cache import Reading
     from forebay.system import System
+    from forebay.validation import Judgement
 
 BATCHER_GRACE_S = 0.25
+QUEUED_S_MIN = 0.001
+"""What a limit takes less than this to say is no wait, but a message."""
 ROUNDS_MAX = 16
 """How often a stream's follower asks again when its leader is lost, before it asks nobody."""
 JOINED_TEXTS_MAX = 256
@@ -157,7 +160,8 @@ class Pipeline:
         try:
             group = system.table.group(name)
             scope = self._scope(call)
-            hit = system.cache.near(_address(scope, call, group), scope)
+            address = _address(scope, call, group)
+            hit = system.cache.near(address, scope)
             request = None if hit is None else self._check(call)
         except (GatewayError, TypeError, ValueError):  # the last two: a body that is no JSON
             return None
@@ -166,6 +170,7 @@ class Pipeline:
         request.ticket = system.limiter.count_at_once(call.tenant, request.limits)
         if request.ticket is None:
             return None
+        request.facts.cache_key = self._cache_key(address)
         answer = self._shared(request, hit)
         self._free(request)
         self._finish(call, request, "ok")
@@ -276,12 +281,17 @@ class Pipeline:
             )
         except OwnerUnavailable as error:
             raise Overloaded(f"limits cannot be checked now: {error}", retry_after_s=1.0) from None
-        waited_s = system.clock() - asked_s
-        if waited_s > 0.001:
-            system.meter.queued(waited_s)
+        finally:
+            self._queued(asked_s)
         if isinstance(counted, Refusal):
             raise self._refused(request, counted, wait_s)
         request.ticket = counted
+
+    def _queued(self, since_s: float) -> None:
+        """A limit, of the tenant or of a deployment, has let us wait since then, if at all."""
+        waited_s = self._system.clock() - since_s
+        if waited_s > QUEUED_S_MIN:
+            self._system.meter.queued(waited_s)
 
     # 3 ----------------------------------------------------------------------------- look up
 
@@ -304,6 +314,11 @@ class Pipeline:
             facts.cache = "miss"
             system.meter.cache("miss")
             return found
+        if isinstance(found, Joined) and not self._is_moderated(found):
+            # A stream's, or one with a doubt: who wants it whole is to have it judged.
+            facts.cache = "miss"
+            system.meter.cache("miss")
+            return system.cache.alone(address, scope)
         answer = self._shared(request, found)
         if facts.cache == "joined":  # it may be a stream's, which nobody has judged
             facts.warnings += self._validate(request, answer)
@@ -539,6 +554,7 @@ class Pipeline:
             return
         may_wait = request.call.may_wait
         wait_s, _ = system.tenants.queue_for(request.call.tenant) if may_wait else (0.0, 0)
+        asked_s = system.clock()
         try:
             held = await self._hold(request, wait_s)
             for _ in range(2):  # the day's money, and the month's
@@ -551,6 +567,8 @@ class Pipeline:
         except BaseException:
             self._uncount(request)
             raise
+        finally:
+            self._queued(asked_s)
         if isinstance(held, Refusal):
             self._uncount(request)
             raise self._refused(request, held, wait_s)
@@ -679,7 +697,9 @@ class Pipeline:
                 # Another round is for those of whom nothing was asked: what failed has its retries.
                 if facts.attempts or again_s >= self._waits_until_s(request, begun_s):
                     raise
-                await asyncio.sleep(again_s - system.clock())
+                asked_s = system.clock()
+                await asyncio.sleep(again_s - asked_s)
+                self._queued(asked_s)
                 plan.again()
                 continue
             if left_s <= 0:
@@ -1000,15 +1020,17 @@ class Pipeline:
         system.books.post_call(flow.entry, answer, ending.error)
         self._learn(request, answer)
         system.meter.usage(*codec.tokens_in(answer.usage), answer.cost_nano)
-        self._settle(request)
-        if ending.status == "ok":
-            request.doubted = self._is_doubtful(request, answer)
-        if lead is not None:
-            landed, told, ttl_s = None, None, None
-            if ending.status == "ok":
-                landed, ttl_s = self._keep(request, answer)
-            elif ending.error is not None and not ending.own:
+        landed, told, ttl_s = None, None, None
+        if ending.status != "ok":
+            self._settle(request)
+            if ending.error is not None and not ending.own:
                 told = codec.pack_error(ending.error)
+        else:
+            stored = self._judge_stream(request, answer, lead)
+            if lead is not None:
+                landed, ttl_s = self._keep(request, answer)
+                ttl_s = ttl_s if stored else None
+        if lead is not None:
             system.cache.land(lead, landed, told, ttl_s)
 
     def _finish_stream(self, flow: _Flow, status: str) -> None:
@@ -1099,10 +1121,12 @@ class Pipeline:
             return []
         manager = self._system.validation
         judgement = manager.validate(answer.body, call.body)
-        if gateway.validation.moderation_model is not None and not judgement.fatal:
-            judgement = judgement.and_also(await self._moderate(request, answer))
-        manager.tell(judgement, answer.body, tenant=call.tenant, request_id=call.request_id)
-        if gateway.validation.repair and call.route == "chat" and judgement.repairable:
+        if self._moderates and not judgement.fatal:
+            found = await self._moderate(request, answer)
+            judgement = judgement.and_also(found)
+            answer.moderated = not found
+        self._tell(request, answer, judgement)
+        if gateway.validation.repair and judgement.repairable:
             request.invalid = answer.body, judgement.fatal
         return judgement.require(answer.body.get("model"))
 
@@ -1147,7 +1171,10 @@ class Pipeline:
             return None
         (body, problems), request.invalid = request.invalid, None
         call, facts, limits = request.call, request.facts, request.limits
-        again = replace(call, body=aside.repair(call.body, body, problems))
+        asking = aside.repair(call.body, body, problems)
+        if asking is None:
+            return None
+        again = replace(call, body=asking)
         own = replace(facts, warnings=[])
         asked = replace(request, call=again, facts=own, hold=None, used=NOTHING_USED)
         try:
@@ -1173,14 +1200,66 @@ class Pipeline:
         request.doubted = bool(own.warnings)
         return answer
 
-    def _is_doubtful(self, request: _Request, answer: Answer) -> bool:
-        """Whether the validation has something to say of a stream that has been handed on."""
-        gateway = self._system.config.gateway
-        moderated = gateway.enable_validation and gateway.validation.moderation_model is not None
-        try:
-            return bool(self._validate(request, answer)) or moderated  # which nobody has done
-        except GatewayError:
+    def _judge_stream(self, request: _Request, answer: Answer, lead: Lead | None) -> bool:
+        """Judge a stream that has been handed on, and settle it. Whether it may be stored now.
+
+        Where a moderation's model is to be asked, a task does the rest, and stores it if it may be.
+        """
+        system, call = self._system, request.call
+        if not system.config.gateway.enable_validation:
+            self._settle(request)
             return True
+        judgement = system.validation.validate(answer.body, call.body)
+        request.doubted = bool(judgement.findings)
+        if self._moderates and not judgement.fatal:
+            later = None
+            if lead is not None and (ttl_s := self._ttl_s(request)) is not None:
+                later = system.cache.alone(lead.key, lead.scope), ttl_s
+            if system.cache.carry(self._moderate_stream(request, answer, judgement, later)):
+                return False
+            judgement = judgement.and_also([aside.UNASKED])
+            request.doubted = True
+        self._settle(request)
+        self._tell(request, answer, judgement)
+        return True
+
+    async def _moderate_stream(
+        self,
+        request: _Request,
+        answer: Answer,
+        judgement: Judgement,
+        later: tuple[Lead, float] | None,
+    ) -> None:
+        """The end of a stream's judgement; `later` says where, and for how many seconds, it is to
+        be stored. It has a deadline of its own, and its own client waits for none of it."""
+        system = self._system
+        request.deadline_s = system.clock() + system.config.gateway.timeout
+        try:
+            found = await self._moderate(request, answer)
+        finally:
+            self._settle(request)
+        judgement = judgement.and_also(found)
+        self._tell(request, answer, judgement)
+        if later is None or judgement.findings or not self._is_good(request, answer):
+            return
+        lead, ttl_s = later
+        answer.moderated = True
+        system.cache.land(lead, codec.pack(answer), None, ttl_s)
+
+    def _tell(self, request: _Request, answer: Answer, judgement: Judgement) -> None:
+        call = request.call
+        self._system.validation.tell(
+            judgement, answer.body, tenant=call.tenant, request_id=call.request_id
+        )
+
+    def _is_moderated(self, found: Joined) -> bool:
+        """Whether somebody else's answer has been called safe, where it has to be."""
+        return not self._moderates or codec.unpack(found.value).moderated
+
+    @property
+    def _moderates(self) -> bool:
+        gateway = self._system.config.gateway
+        return gateway.enable_validation and gateway.validation.moderation_model is not None
 
     # 8 -------------------------------------------------------------------------------- keep
 
