@@ -63,6 +63,7 @@ from forebay.texts import Texts
 
 if TYPE_CHECKING:
     from forebay.kv_cache import Reading
+    from forebay.once import Before, Turn
     from forebay.system import System
     from forebay.validation import Judgement
 
@@ -155,6 +156,7 @@ class Pipeline:
         system = self._system
         name = call.body.get("model") or system.table.default(call.route)
         read = system.config.gateway.enable_caching and call.cache_read
+        read = read and call.idempotency_key is None
         if not read or call.route == "embedding" or not isinstance(name, str):
             return None
         try:
@@ -176,19 +178,25 @@ class Pipeline:
         self._finish(call, request, "ok")
         return Result(answer, request.facts)
 
-    async def answer(self, call: Call) -> Result:
-        """One request, one whole answer.
+    async def answer(self, call: Call, turn: Turn | None = None) -> Result:
+        """One request, one whole answer; what its key was answered before, where it has one.
 
         Raises:
             GatewayError: every failure, with its HTTP status and, where one is known, the time
             after which a retry can succeed.
         """
+        if turn is None and call.idempotency_key is not None:
+            return await self._system.once.answer(call, self.answer)
         request: _Request | None = None
         status = "error"
         try:
             request = self._check(call)
             await self._count(request)
-            if call.route == "embedding":
+            before = None if turn is None else await turn.take(partial(self._left, request))
+            if before is not None:
+                answer = self._replay(request, before)
+                self._free(request)
+            elif call.route == "embedding":
                 answer = await self._vectors(request)
             else:
                 found = await self._look_up(request)
@@ -205,7 +213,7 @@ class Pipeline:
         finally:
             self._finish(call, request, status)
 
-    async def stream(self, call: Call) -> Stream:
+    async def stream(self, call: Call, turn: Turn | None = None) -> Stream:
         """One request, answered chunk by chunk; returns when the first chunk is there.
 
         Until then another deployment may take over; afterwards an error is raised from `chunks`
@@ -214,11 +222,17 @@ class Pipeline:
         Raises:
             GatewayError: as `answer`.
         """
+        if turn is None and call.idempotency_key is not None:
+            return await self._system.once.stream(call, self.stream)
         request: _Request | None = None
         try:
             request = self._check(call)
             request.streams = True
             await self._count(request)
+            before = None if turn is None else await turn.take(partial(self._left, request))
+            if before is not None:
+                answer = self._replay(request, before)
+                return await self._handed(request, replayed(call.route, answer))
             found = await self._look_up_stream(request)
             return found if isinstance(found, Stream) else await self._lead_stream(request, found)
         except BaseException as error:
@@ -228,6 +242,10 @@ class Pipeline:
                 error.facts = None if request is None else request.facts
             self._finish(call, request, status)
             raise
+
+    def refused(self, call: Call, status: int) -> None:
+        """A request was answered with `status` before it became a call: its `body` is empty."""
+        self._finish(call, None, str(status))
 
     def key_of(self, call: Call) -> bytes:
         """What the answer to this call is stored under. Raises as `answer` does for a wrong one."""
@@ -376,11 +394,7 @@ class Pipeline:
                     left_s, lost = partial(self._left, request), partial(self._lost, request)
                     heard = partial(self._heard, request)
                     chunks = followed(listening, news, call.route, call.body, left_s, lost, heard)
-            shared = self._share_out(request, chunks)
-            system.meter.first_token(call.route, system.clock() - request.started_s)
-            facts.total_s = system.clock() - request.started_s
-            await anext(shared)  # into its `try`, as in `_open_stream`
-            return Stream(shared, facts)
+            return await self._handed(request, chunks)
         else:
             found = Lead(address, scope, None)
         facts.cache = "miss"
@@ -391,6 +405,26 @@ class Pipeline:
         """The end of a stream that was somebody else's."""
         request.facts.saved_nano = whole.cost_nano or 0
         request.facts.response_id = whole.id
+
+    async def _handed(
+        self, request: _Request, chunks: AsyncGenerator[dict[str, Any], None]
+    ) -> Stream:
+        system, facts = self._system, request.facts
+        shared = self._share_out(request, chunks)
+        system.meter.first_token(system.clock() - request.started_s)
+        facts.total_s = system.clock() - request.started_s
+        await anext(shared)  # into its `try`, as in `_open_stream`
+        return Stream(shared, facts)
+
+    def _replay(self, request: _Request, before: Before) -> Answer:
+        """What the first request with this key was answered."""
+        answer, facts = before.answer, request.facts
+        facts.replayed = True
+        facts.saved_nano = answer.cost_nano or 0
+        facts.response_id = answer.id
+        facts.clamped = answer.clamped
+        facts.warnings += before.warnings
+        return answer
 
     async def _share_out(
         self, request: _Request, chunks: AsyncGenerator[dict[str, Any], None]
@@ -438,10 +472,12 @@ class Pipeline:
         return address.hex() if self._system.config.gateway.enable_caching else ""
 
     def _free(self, request: _Request) -> None:
-        """An answer from the cache, or from somebody else's call: it costs nothing."""
+        """An answer from the cache, from somebody else's call, or from before: it costs nothing."""
         system, call, facts = self._system, request.call, request.facts
-        system.meter.cache(facts.cache)
-        if facts.cache == "hit" and not system.tenants.counts_cache_hits(call.tenant):
+        if not facts.replayed:
+            system.meter.cache(facts.cache)
+        known = facts.replayed or facts.cache == "hit"
+        if known and not system.tenants.counts_cache_hits(call.tenant):
             self._uncount(request)
         system.books.free(call, facts, system.clock() - request.started_s)
 
@@ -966,7 +1002,7 @@ class Pipeline:
             if attempt.admitted is not None:
                 begun = Verdict.SLOW if attempt.slow else Verdict.SUCCESS
                 attempt.admitted = system.breaker.begun(attempt.admitted, begun)
-            system.meter.first_token(call.route, system.clock() - request.started_s)
+            system.meter.first_token(system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
             tally = StreamTally(call.route)
             flow = _Flow(request, attempt, entry, lead, tally, system.clock())
