@@ -58,7 +58,7 @@ CALLS: Mapping[str, CallRoute] = {
     "/api/v1/gateway/generate/stream": "chat",
     "/api/v1/gateway/embeddings": "embedding",
 }
-"""Paths that take calls, and of which kind: what comes to them is counted, whatever becomes of it."""
+"""Paths that take calls, and of which kind: what comes there is counted, whatever it comes to."""
 NATIVE = "/api/v1/gateway/"
 ANTHROPIC = "/v1/messages"
 

@@ -244,8 +244,8 @@ class Endpoint:
 
     An ASGI app. Bounded by the server's own limits on connections. Failure behaviour: a
     GatewayError becomes its status; anything else is logged and becomes a 500 that names nothing
-    but the request; once the status is out, the connection is cut instead. Where the path takes calls, of
-    `route`, the service hears of those that came to nothing before it was asked.
+    but the request; once the status is out, the connection is cut instead. Where the path takes
+    calls, of `route`, the service hears of those that came to nothing before it was asked.
     """
 
     def __init__(
