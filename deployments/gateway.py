@@ -66,6 +66,7 @@ class Gateway:
         except ConfigurationError:
             await self._system.close()
             raise
+        self._system.on_change(lambda system: logs.obey(system.config.telemetry.log_level))
         self._secret = key_secret(os.environ, Path(boot.data_dir))
         self._service = PipelineService(self._system, self._secret, host, _drain_flag())
         self._warming = loop.create_task(self._warm())

@@ -793,6 +793,10 @@ class TelemetryConfig(Settings):
     request_log: Literal["none", "failed", "all"] = Field(
         default="failed", description="Which requests have a line in the log; failed: 5xx."
     )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info",
+        description="Least level of a replica's log. Failed requests are errors, others are info.",
+    )
 
 
 class SystemConfig(Settings):
