@@ -162,7 +162,7 @@ class Pipeline:
         try:
             group = system.table.group(name)
             scope = self._scope(call)
-            address = _address(scope, call, group)
+            address = self._address(scope, call, group)
             hit = system.cache.near(address, scope)
             request = None if hit is None else self._check(call)
         except (GatewayError, TypeError, ValueError):  # the last two: a body that is no JSON
@@ -250,7 +250,7 @@ class Pipeline:
     def key_of(self, call: Call) -> bytes:
         """What the answer to this call is stored under. Raises as `answer` does for a wrong one."""
         group = self._check(call).group
-        return _address(self._scope(call), call, group)
+        return self._address(self._scope(call), call, group)
 
     # 1 ------------------------------------------------------------------------------- check
 
@@ -319,7 +319,7 @@ class Pipeline:
         if not (read or join):
             return None
         scope = self._scope(call)
-        address = _address(scope, call, request.group)
+        address = self._address(scope, call, request.group)
         facts.cache_key = self._cache_key(address)
         try:
             found = await system.cache.lookup(
@@ -360,7 +360,7 @@ class Pipeline:
         if not (read or join):
             return None
         scope = self._scope(call)
-        address = _address(scope, call, request.group)
+        address = self._address(scope, call, request.group)
         facts.cache_key = self._cache_key(address)
         for _ in range(ROUNDS_MAX):
             # Who leads may have to go on for others when its own time is up.
@@ -457,6 +457,11 @@ class Pipeline:
         cache = self._system.config.gateway.cache_config
         shared = cache is not None and cache.scope == "shared"
         return Scope(None if shared else call.tenant)
+
+    def _address(self, scope: Scope, call: Call, group: Group) -> bytes:
+        """Where an answer is kept: what was judged by other rules is kept elsewhere."""
+        meaning = _meaning(group) + self._system.validation.rules
+        return key(scope, call.route, group.name, call.body, meaning)
 
     def _may_share(self, call: Call) -> tuple[bool, bool]:
         """Whether a stored answer may serve the call, and whether another's running one may."""
@@ -1438,10 +1443,6 @@ def _told_to_others(request: _Request, error: BaseException | None) -> bytes | N
         return None
     is_late = request.own_deadline and isinstance(error, GatewayTimeout)
     return None if is_late else codec.pack_error(error)
-
-
-def _address(scope: Scope, call: Call, group: Group) -> bytes:
-    return key(scope, call.route, group.name, call.body, _meaning(group))
 
 
 def _meaning(group: Group) -> str:

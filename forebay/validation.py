@@ -143,6 +143,9 @@ def validate(body: Mapping[str, Any], request: Mapping[str, Any], level: str) ->
 class ValidationManager:
     """`gateway.validation_manager`: all rules, the operator's own among them.
 
+    `rules` says which they are, "" for the usual ones: an answer that was judged by others is not
+    taken for one that these would have let by. Validators are told apart by their names.
+
     Owns the rules of this process: OWN_RULES_MAX validators and as many patterns, those of the
     configuration and those added here. An answer is looked at up to `content.CHARS_MAX` characters
     a choice, and by a pattern of many states up to its `chars_max`, which is a warning. Its methods
@@ -165,6 +168,9 @@ class ValidationManager:
         self._validators: dict[str, Validator] = {}
         self._patterns: dict[str, tuple[Pattern, bool]] = {}
         self._off: frozenset[str] = frozenset()
+        self._moderation = ""
+        self._enabled = True
+        self.rules = ""
         self._judged = self._invalid = 0
         self._found: Counter[tuple[str, bool]] = Counter()
         self.level = ValidationLevel.MODERATE
@@ -193,6 +199,8 @@ class ValidationManager:
         }
         self.level = gateway.validation_level
         self._off = frozenset(told.off)
+        self._moderation = told.moderation_model or ""
+        self._enabled = gateway.enable_validation
         self._merge()
 
     def add_validator(self, name: str, validator: Validator) -> None:
@@ -234,6 +242,12 @@ class ValidationManager:
         """Replaced as a whole, since other threads may be reading them."""
         self._validators = {**self._told, **self._added}
         self._patterns = {**self._told_patterns, **self._added_patterns}
+        patterns = sorted((name, one.text) for name, (one, _) in self._patterns.items())
+        own = [sorted(self._off), patterns, sorted(self._validators), self._moderation]
+        if not self._enabled:
+            self.rules = " unjudged"
+        else:
+            self.rules = f" {own}" if any(own) else ""
 
     def validate(
         self,

@@ -34,6 +34,7 @@ class Pattern:
     def __init__(self, text: str) -> None:
         if not text or len(text) > PATTERN_CHARS_MAX:
             raise ValueError(f"no text of 1 to {PATTERN_CHARS_MAX} characters")
+        self.text = text
         self.chars_max = STEPS_MAX // _states(text)
         schema = core_schema.str_schema(pattern=text, regex_engine="rust-regex")
         try:

@@ -386,6 +386,19 @@ async def test_a_blocked_pattern_of_the_configuration_holds(house: Open) -> None
         await here.pipeline.answer(here.call())
 
 
+async def test_an_answer_that_was_stored_under_other_rules_is_not_served(house: Open) -> None:
+    here = await house({"a": ["BlueBird"]}, enable_caching=True)
+    stored = [(await here.pipeline.answer(here.call())).facts.cache for _ in range(2)]
+    here.system.validation.add_blocked_pattern("projects", "(?i)bluebird")
+    assert here.pipeline.at_once(here.call()) is None
+    with pytest.raises(ResponseValidationError, match="what 'projects' blocks"):
+        await here.pipeline.answer(here.call())
+    here.system.validation.remove("projects")
+
+    assert stored == ["miss", "hit"]
+    assert (await here.pipeline.answer(here.call())).facts.cache == "hit"
+
+
 async def test_findings_are_among_the_metrics(house: Open) -> None:
     here = await house({"a": [json.dumps("a@b.io")]})
     await here.pipeline.answer(here.call())

@@ -287,6 +287,25 @@ def test_what_a_pattern_of_many_states_has_not_looked_at_is_a_warning() -> None:
     )
 
 
+def test_other_rules_have_another_name() -> None:
+    patterns = {"one": {"a": "x"}, "two": {"a": "y"}}
+    told: list[dict[str, Any]] = [
+        {"validation": {"off": ["pii"]}},
+        {"validation": {"blocked_patterns": patterns["one"]}},
+        {"validation": {"blocked_patterns": patterns["two"]}},
+        {
+            "validation": {"moderation_model": "m"},
+            "model_list": [{"model_name": "m", "litellm_params": {"model": "openai/m"}}],
+        },
+        {"enable_validation": False},
+    ]
+    names = [manager(**one).rules for one in told]
+
+    assert manager().rules == manager(validation_level="strict").rules == ""
+    assert len({"", *names}) == 6
+    assert names == [manager(**one).rules for one in told]
+
+
 def test_a_blocked_pattern_is_named_and_its_match_is_not() -> None:
     made = manager(validation={"blocked_patterns": {"projects": r"(?i)bluebird\s+\d+"}})
     made.add_blocked_pattern("soft", "maybe", broken=False)
