@@ -227,7 +227,7 @@ class Books:
         )
 
     def free(self, call: Call, facts: Facts, took_s: float) -> None:
-        """An answer that cost nothing: from the cache, from somebody else's call, or from before."""
+        """An answer that cost nothing: from the cache, from somebody else's call, from before."""
         facts.booked = True
         status: Status = "hit" if facts.cache == "hit" else "joined"
         if self.enabled:
