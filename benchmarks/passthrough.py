@@ -334,7 +334,7 @@ def owner_messages(url: str) -> Counter[str]:
     """Messages to owners so far, by owner and method."""
     found: Counter[str] = Counter()
     for name, labels, value in samples(get(f"{url}/metrics").decode()):
-        if name == "forebay_owner_messages_total":
+        if name == "forebay_owner_calls_total":
             owner = labels["owner"]
             method = labels.get("method")
             found[f"{owner}.{method}" if method else owner] += int(value)

@@ -34,6 +34,7 @@ from forebay.health import by_group
 from forebay.routing import Deployment, allows
 from forebay.secrets import Vault, hash_key, new_key
 from forebay.system import System
+from forebay.validation import ValidationManager
 
 UNWRITTEN = (OwnerUnavailable, RegistryUnavailable, RegistryFull)  # nothing was stored
 FORCED: Mapping[BreakerOrder, State | None] = {
@@ -174,6 +175,7 @@ class Admin:
     async def write_config(self, document: dict[str, Any], expected: int | None) -> int:
         system = self._system
         config = parse(document)
+        ValidationManager(config.gateway)  # what it cannot find, no replica would find
         vault = Vault(Path(system.config.data_dir))
         told = config.document(vault)
         has_keys = any(t.keys for t in config.gateway.tenants) or bool(system.access.keys)

@@ -9,7 +9,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,9 @@ from deployments import ingress
 from deployments.admin import Admin
 from deployments.http import build_asgi
 from deployments.http.auth import KeyEntry, Keys
-from deployments.http.service import HttpCall, Reply, StreamReply
+from deployments.http.service import HttpCall, Reply, Route, StreamReply
 from forebay import logs
+from forebay.books import NOBODY
 from forebay.call import Call, Facts, Result
 from forebay.config import SystemConfig
 from forebay.errors import ConfigurationError, InvalidRequest, Overloaded
@@ -65,6 +66,7 @@ class Gateway:
         except ConfigurationError:
             await self._system.close()
             raise
+        self._system.on_change(lambda system: logs.obey(system.config.telemetry.log_level))
         self._secret = key_secret(os.environ, Path(boot.data_dir))
         self._service = PipelineService(self._system, self._secret, host, _drain_flag())
         self._warming = loop.create_task(self._warm())
@@ -176,6 +178,10 @@ class PipelineService(Admin):
         assert isinstance(reply, Reply), "embeddings are never streamed"
         return reply
 
+    def refused(self, route: Route, tenant: str | None, request_id: str, status: int) -> None:
+        call = Call(route, {}, NOBODY if tenant is None else tenant, request_id)
+        self._system.pipeline.refused(call, status)
+
     def at_once(self, call: HttpCall) -> Reply | None:
         result = None if call.stream else self._system.pipeline.at_once(_call(call))
         return None if result is None else self._reply(result, call.tenant)
@@ -184,7 +190,9 @@ class PipelineService(Admin):
         call = _call(http)
         if http.stream:
             stream = await self._system.pipeline.stream(call)
-            told = self._told(stream.facts, http.tenant) | {"cost_nano": None}  # not known yet
+            told = self._told(stream.facts, http.tenant)
+            if not stream.facts.replayed:
+                told["cost_nano"] = None  # not known yet
             return StreamReply(chunks=stream.chunks, **told)
         return self._reply(await self._system.pipeline.answer(call), http.tenant)
 
@@ -207,6 +215,7 @@ class PipelineService(Admin):
             "config_version": facts.config_version,
             "figures": self.figures(tenant),
             "clamped": facts.clamped,
+            "replayed": facts.replayed,
             "warnings": facts.warnings,
         }
 
@@ -244,7 +253,7 @@ class PipelineService(Admin):
         self,
         *,
         tenant: str | None,
-        group_by: Literal["model", "day", "tenant"] | None,
+        group_by: Sequence[str],
         since_s: float | None,
         until_s: float | None,
     ) -> dict[str, Any]:
@@ -317,6 +326,7 @@ def _call(http: HttpCall) -> Call:
         cache_write="no-store" not in control,
         bulk=http.priority == "bulk",
         trace_parent=http.trace_parent,
+        idempotency_key=http.idempotency_key,
     )
 
 

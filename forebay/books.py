@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.batcher.policy import Paid, Spare
 from actors.ledger.desk import LedgerDesk, OpenEntry
-from actors.ledger.policy import TENANTS_PER_READ_MAX, GroupBy, LedgerFull, Spent
+from actors.ledger.policy import TENANTS_PER_READ_MAX, LedgerFull, Spent, Status
 from actors.rate_limiter.terms import Amount, Seed
 from actors.ref import OwnerUnavailable
-from forebay import bounds
+from forebay import bounds, usage
 from forebay.bounds import Bound
 from forebay.call import Call, Facts
-from forebay.codec import Answer, tokens_in
+from forebay.codec import Answer, cached_in, tokens_in
 from forebay.errors import GatewayError, GatewayTimeout, Overloaded, ProviderError
 from forebay.routing import Deployment
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 CLIENT_CLOSED = 499  # nginx's status for a caller who went away; no answer carries it
 HEDGING = "forebay/hedging"  # who pays for second copies; no tenant can be called so
+NOBODY = "forebay/nobody"  # whose requests have no good key; no tenant can be called so
 UNUSED = "another copy of this call was answered first"
 CLIENT_LEFT = "the caller went away"
 
@@ -93,6 +94,7 @@ class Books:
                 attempt=facts.attempts,
                 stream=stream,
                 most_nano=most_nano,
+                price_version=self._version(deployment),
             )
         except LedgerFull as error:
             facts.attempts -= 1
@@ -112,6 +114,9 @@ class Books:
         except BaseException:
             self._desk.void(entry, CLIENT_LEFT, CLIENT_CLOSED)
             raise
+
+    def _version(self, deployment: Deployment) -> str:
+        return "" if self._prices is None else self._prices().price_version(deployment)
 
     def _most(self, call: Call, deployment: Deployment, bound: Bound | None) -> int | None:
         """What an attempt may cost at most, in nano-USD, None if no price is known."""
@@ -144,6 +149,7 @@ class Books:
             http_status=200 if error is None else error.status,
             tool_calls=_tool_calls(answer),
             response_id="" if note is not None else str(answer.body.get("id") or ""),
+            cached_tokens=cached_in(answer.usage),
         )
 
     def void_call(self, entry: OpenEntry | None, error: GatewayError | None) -> None:
@@ -205,6 +211,7 @@ class Books:
                 deployment=deployment.id,
                 attempt=facts.attempts + 1,  # it is no request; those are counted by their first
                 most_nano=spare.cost_nano,
+                price_version=self._version(deployment),
             )
         except LedgerFull:
             log.warning("a second copy of %s is in no ledger: %s", call.request_id, spare)
@@ -220,11 +227,12 @@ class Books:
         )
 
     def free(self, call: Call, facts: Facts, took_s: float) -> None:
-        """An answer that cost nothing: from the cache, or from somebody else's call."""
+        """An answer that cost nothing: from the cache, from somebody else's call, from before."""
         facts.booked = True
+        status: Status = "hit" if facts.cache == "hit" else "joined"
         if self.enabled:
             self._desk.note(
-                "hit" if facts.cache == "hit" else "joined",
+                "replay" if facts.replayed else status,
                 request_id=call.request_id,
                 tenant=call.tenant,
                 route=call.route,
@@ -302,30 +310,25 @@ class Books:
         tenant: str | None = None,
         since_s: float | None = None,
         until_s: float | None = None,
-        group_by: GroupBy | None = None,
+        group_by: str | Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        """Totals, in tokens and USD; times are UTC epoch seconds.
+        """As `usage.report`."""
+        return await usage.report(
+            self._desk,
+            self._wall(),
+            tenant=tenant,
+            since_s=since_s,
+            until_s=until_s,
+            group_by=group_by,
+        )
 
-        Raises:
-            Overloaded: the ledger cannot be asked now.
-        """
-        try:
-            totals = await self._desk.usage(tenant, _ms(since_s), _ms(until_s), group_by)
-        except OwnerUnavailable as error:
-            raise Overloaded(f"usage cannot be read now: {error}", retry_after_s=1.0) from None
-        result: dict[str, Any] = _in_usd(totals)
-        return result
+    async def metrics(self, *, tenant: str | None, hours: float) -> dict[str, Any]:
+        """As `usage.metrics`."""
+        return await usage.metrics(self._desk, self._wall(), tenant=tenant, hours=hours)
 
-    async def cost(
-        self, *, tenant: str | None = None, since_s: float | None = None
-    ) -> dict[str, Any]:
-        """Cost in USD: the total, by model and by day."""
-        totals = await self.usage(tenant=tenant, since_s=since_s, group_by="day")
-        return {
-            "total_cost": totals["total_cost"],
-            "by_model": {name: part["total_cost"] for name, part in totals["by_model"].items()},
-            "by_day": {name: part["total_cost"] for name, part in totals["by_day"].items()},
-        }
+    async def cost(self, *, tenant: str | None, since_s: float | None) -> dict[str, Any]:
+        """As `usage.costs`."""
+        return await usage.costs(self._desk, self._wall(), tenant=tenant, since_s=since_s)
 
     def stats(self) -> dict[str, Any]:
         return self._desk.stats()
@@ -363,19 +366,3 @@ def _tool_calls(answer: Answer) -> int:
 
 def _line(error: GatewayError) -> str:
     return f"{type(error).__name__}: {error.message}"
-
-
-def _ms(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds * 1000)
-
-
-def _in_usd(value: Any) -> Any:
-    """The same figures with `total_cost` in USD beside each `total_cost_nano`."""
-    if isinstance(value, dict):
-        told = {name: _in_usd(inner) for name, inner in value.items()}
-        if "total_cost_nano" in told:
-            told["total_cost"] = told["total_cost_nano"] / 1e9
-        return told
-    if isinstance(value, list):
-        return [_in_usd(inner) for inner in value]
-    return value

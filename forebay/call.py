@@ -15,13 +15,16 @@ from forebay.tenants import DEFAULT_TENANT
 
 Route = Literal["chat", "completion", "embedding"]
 
+KEY_CHARS_MAX = 255
+
 
 @dataclass(slots=True)
 class Call:
     """One request as it came in, from whichever door.
 
     `body` holds OpenAI's parameters of the route, verbatim. `timeout_s` can only shorten the
-    configured deadline. `may_wait` lets a limit queue the request instead of refusing it.
+    configured deadline. `may_wait` lets a limit queue the request instead of refusing it. Calls of
+    a tenant with the same `idempotency_key` are one, and have one answer.
     """
 
     route: Route
@@ -35,12 +38,14 @@ class Call:
     cache_ttl_s: float | None = None
     bulk: bool = False
     trace_parent: str | None = None  # W3C's, of the trace that it is a part of
+    idempotency_key: str | None = None
 
     @classmethod
     def of(cls, route: Route, keywords: Mapping[str, Any]) -> Self:
         """A call from Python: OpenAI's parameters, and ours among them.
 
-        Ours are `tenant_id`, `timeout` and `cache_ttl` (seconds), and `cache`: False for neither
+        Ours are `tenant_id`, `idempotency_key`, `timeout` and `cache_ttl` (seconds), and `cache`:
+        False for neither
         reading nor storing, or LiteLLM's {"no-cache": True, "no-store": True, "ttl": seconds}. A
         parameter that is None is as if it had not been given.
 
@@ -51,6 +56,7 @@ class Call:
         tenant = body.pop("tenant_id", DEFAULT_TENANT)
         timeout_s, cache_ttl_s = body.pop("timeout", None), body.pop("cache_ttl", None)
         wishes = _wishes(body.pop("cache", True))
+        key = body.pop("idempotency_key", None)
         if wishes.get("ttl") is not None:
             cache_ttl_s = wishes["ttl"]
         times = ("timeout", timeout_s, math.inf), ("cache_ttl", cache_ttl_s, LIFETIME_S_MAX)
@@ -73,7 +79,18 @@ class Call:
             cache_read=not (wishes.get("no-cache") or wishes.get("no-store")),
             cache_write=not wishes.get("no-store"),
             cache_ttl_s=cache_ttl_s,
+            idempotency_key=None if key is None else checked_key(key, "idempotency_key"),
         )
+
+
+def checked_key(key: object, name: str) -> str:
+    """An idempotency key as its client gave it, under this name. Raises InvalidRequest."""
+    fits = isinstance(key, str) and 0 < len(key) <= KEY_CHARS_MAX
+    if not (isinstance(key, str) and fits and key.isascii() and key.isprintable()):
+        raise InvalidRequest.about(
+            name, f"{name} must be 1 to {KEY_CHARS_MAX} printable ASCII characters."
+        )
+    return key
 
 
 def _wishes(cache: Any) -> dict[str, Any]:
@@ -106,6 +123,7 @@ class Facts:
     response_id: str = ""  # the answer's own, where somebody else was asked for it
     cache_key: str = ""  # hexadecimal: what the cache has the answer under, if it does
     booked: bool = False  # the ledger has it, though no provider was asked
+    replayed: bool = False  # it is what a request with the same key was answered before
     provider_s: float = 0.0
     total_s: float = 0.0
     config_version: int = 0

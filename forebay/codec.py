@@ -30,6 +30,7 @@ class Answer:
     `body` is OpenAI-shaped and JSON-able. For embeddings it has no vectors; they are `array`,
     float32 of shape (n, d). `cost_nano` is integer nano-USD, None when no price is known.
     `clamped` is the completion tokens that its tenant's limit left it, None where none did.
+    `moderated`: the moderation's model was asked, and had nothing to say.
     `json` is the body as JSON while nobody has looked into it: `body` is parsed when it is read.
     """
 
@@ -40,6 +41,7 @@ class Answer:
     array: np.ndarray | None = None
     estimated: bool = False
     clamped: int | None = None
+    moderated: bool = False
     json: bytes | None = field(default=None, compare=False, repr=False)
     packed_id: str | None = field(default=None, compare=False, repr=False)
 
@@ -62,6 +64,13 @@ def tokens_in(usage: Mapping[str, Any] | None) -> tuple[int, int]:
     return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
 
 
+def cached_in(usage: Mapping[str, Any] | None) -> int:
+    """Prompt tokens that the provider had in a cache of its own, as its usage object says."""
+    usage = usage or {}
+    details = usage.get("prompt_tokens_details") or {}
+    return int(details.get("cached_tokens") or usage.get("cache_read_input_tokens") or 0)
+
+
 def costs_of(one_nano: int | None, other_nano: int | None) -> int | None:
     """What two calls cost together, in nano-USD; None where the price of one is not known."""
     return None if one_nano is None or other_nano is None else one_nano + other_nano
@@ -78,6 +87,7 @@ def pack(answer: Answer) -> bytes:
             "id": answer.id,
             "estimated": answer.estimated,
             "clamped": answer.clamped,
+            "moderated": answer.moderated,
             "shape": None if array is None else array.shape,
         }
     )

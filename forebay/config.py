@@ -460,8 +460,9 @@ class ValidationConfig(Settings):
     )
     moderation_model: ModelName | None = Field(
         default=None,
-        description="Group that is asked of each whole answer whether it is safe. Paid for by the "
-        "tenant; streams are not asked about, and then not stored.",
+        description="Group that is asked of each answer whether it is safe. Paid for by the "
+        "tenant. Of a stream it is asked at the end, when its text is handed on already: what it "
+        "says is told to metrics and telemetry, and decides whether the stream is stored.",
     )
     repair: bool = Field(
         default=False,
@@ -791,6 +792,10 @@ class TelemetryConfig(Settings):
     )
     request_log: Literal["none", "failed", "all"] = Field(
         default="failed", description="Which requests have a line in the log; failed: 5xx."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info",
+        description="Least level of a replica's log. Failed requests are errors, others are info.",
     )
 
 

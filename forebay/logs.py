@@ -19,11 +19,13 @@ from forebay.ended import Ended
 from forebay.providers.redaction import redact
 
 Wanted = Literal["none", "failed", "all"]
+Level = Literal["debug", "info", "warning", "error"]
 
 CHARS_MAX = 8_000
 """Of a message, and of a traceback, whose end says the most."""
 NAME_CHARS_MAX = 200
 ROOT = "forebay"
+PACKAGES = (ROOT, "actors", "deployments")
 PLAIN = (str, int, float, bool, type(None))
 
 LINES_PER_S_MAX = 100
@@ -132,11 +134,17 @@ def install(stream: TextIO | None = None) -> None:
     """Have Forebay's records, from INFO on, go to `stream` (stderr) as JSON, and nowhere else."""
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.setFormatter(JsonLines())
-    for name in (ROOT, "actors", "deployments"):
+    for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(logging.INFO)
         logger.propagate = False
+    obey("info")
+
+
+def obey(level: Level) -> None:
+    """Have only records of this level, and above it, from now on."""
+    for name in PACKAGES:
+        logging.getLogger(name).setLevel(level.upper())
 
 
 def _ms(seconds: float) -> float:

@@ -55,18 +55,19 @@ FAMILIES = (
     Family(
         "forebay_request_seconds",
         "From the first step of the pipeline to the last.",
-        ("route",),
+        (),
         NANO,
         SECONDS,
     ),
+    Family("forebay_route_seconds", "The same, by route.", ("route",), NANO, SECONDS),
     Family(
         "forebay_overhead_seconds",
         "A request's time less what the provider took.",
-        ("route",),
+        (),
         NANO,
         OVERHEAD_SECONDS,
     ),
-    Family("forebay_time_to_first_token_seconds", "Streams only.", ("route",), NANO, SECONDS),
+    Family("forebay_time_to_first_token_seconds", "Streams only.", (), NANO, SECONDS),
     Family("forebay_queue_seconds", "Waiting for a limit.", (), NANO, SECONDS),
     Family("forebay_tokens", "Tokens used.", ("kind",)),
     Family("forebay_cost_usd", "Cost of posted calls.", (), NANO),
@@ -83,7 +84,8 @@ FAMILIES = (
         "What the validation found in answers: rules broken (error), or only bent (warning).",
         ("rule", "severity"),
     ),
-    Family("forebay_owner_messages", "Messages that desks sent to owners.", ("owner", "method")),
+    Family("forebay_owner_messages", "Messages that desks sent to owners.", ("owner",)),
+    Family("forebay_owner_calls", "The same, by what was asked.", ("owner", "method")),
     Family(
         "forebay_prompt_cache_tokens",
         "Prompt tokens that providers read from their caches, or wrote there.",
@@ -140,9 +142,10 @@ class Meter:
     ) -> None:
         """One request came to its end."""
         self._count(("forebay_requests", route, model, self._tenant(tenant), status))
-        self._observe(("forebay_request_seconds", route), SECONDS, total_s)
+        self._observe(("forebay_request_seconds",), SECONDS, total_s)
+        self._observe(("forebay_route_seconds", route), SECONDS, total_s)
         own_s = max(0.0, total_s - provider_s)
-        self._observe(("forebay_overhead_seconds", route), OVERHEAD_SECONDS, own_s)
+        self._observe(("forebay_overhead_seconds",), OVERHEAD_SECONDS, own_s)
 
     def usage(self, prompt_tokens: int, completion_tokens: int, cost_nano: int | None) -> None:
         """A provider call was posted."""
@@ -151,9 +154,9 @@ class Meter:
         if cost_nano:
             self._count(("forebay_cost_usd",), cost_nano)
 
-    def first_token(self, route: str, seconds: float) -> None:
+    def first_token(self, seconds: float) -> None:
         """A stream's first chunk was handed over."""
-        self._observe(("forebay_time_to_first_token_seconds", route), SECONDS, seconds)
+        self._observe(("forebay_time_to_first_token_seconds",), SECONDS, seconds)
 
     def cache(self, outcome: str) -> None:
         """A look-up ended as `hit`, `miss` or `joined`."""
@@ -227,11 +230,13 @@ class Meter:
         numbers[-1] += int(seconds * NANO)
 
     def _messages(self) -> Figures:
-        return {
-            ("forebay_owner_messages", ref.name, method): (count,)
-            for ref in self._refs()
-            for method, count in ref.sent.items()
-        }
+        told: dict[Series, Numbers] = {}
+        for ref in self._refs():
+            sent = ref.sent.copy()
+            told["forebay_owner_messages", ref.name] = (sum(sent.values()),)
+            for method, count in sent.items():
+                told["forebay_owner_calls", ref.name, method] = (count,)
+        return told
 
     def _tenant(self, tenant: str) -> str:
         if tenant in self._tenants:
@@ -247,7 +252,10 @@ class _Families(Collector):
 
     def __init__(self, figures: Figures) -> None:
         self._by_family: dict[str, list[tuple[tuple[str, ...], Numbers]]] = {}
+        labels = {family.name: len(family.labels) for family in FAMILIES}
         for series, numbers in figures.items():
+            if labels.get(series[0]) != len(series) - 1:
+                continue  # of a version with other labels
             self._by_family.setdefault(series[0], []).append((series[1:], numbers))
 
     def collect(self) -> Iterator[Metric]:

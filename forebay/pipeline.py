@@ -63,9 +63,13 @@ from forebay.texts import Texts
 
 if TYPE_CHECKING:
     from forebay.kv_cache import Reading
+    from forebay.once import Before, Turn
     from forebay.system import System
+    from forebay.validation import Judgement
 
 BATCHER_GRACE_S = 0.25
+QUEUED_S_MIN = 0.001
+"""What a limit takes less than this to say is no wait, but a message."""
 ROUNDS_MAX = 16
 """How often a stream's follower asks again when its leader is lost, before it asks nobody."""
 JOINED_TEXTS_MAX = 256
@@ -152,12 +156,14 @@ class Pipeline:
         system = self._system
         name = call.body.get("model") or system.table.default(call.route)
         read = system.config.gateway.enable_caching and call.cache_read
+        read = read and call.idempotency_key is None
         if not read or call.route == "embedding" or not isinstance(name, str):
             return None
         try:
             group = system.table.group(name)
             scope = self._scope(call)
-            hit = system.cache.near(_address(scope, call, group), scope)
+            address = self._address(scope, call, group)
+            hit = system.cache.near(address, scope)
             request = None if hit is None else self._check(call)
         except (GatewayError, TypeError, ValueError):  # the last two: a body that is no JSON
             return None
@@ -166,24 +172,31 @@ class Pipeline:
         request.ticket = system.limiter.count_at_once(call.tenant, request.limits)
         if request.ticket is None:
             return None
+        request.facts.cache_key = self._cache_key(address)
         answer = self._shared(request, hit)
         self._free(request)
         self._finish(call, request, "ok")
         return Result(answer, request.facts)
 
-    async def answer(self, call: Call) -> Result:
-        """One request, one whole answer.
+    async def answer(self, call: Call, turn: Turn | None = None) -> Result:
+        """One request, one whole answer; what its key was answered before, where it has one.
 
         Raises:
             GatewayError: every failure, with its HTTP status and, where one is known, the time
             after which a retry can succeed.
         """
+        if turn is None and call.idempotency_key is not None:
+            return await self._system.once.answer(call, self.answer)
         request: _Request | None = None
         status = "error"
         try:
             request = self._check(call)
             await self._count(request)
-            if call.route == "embedding":
+            before = None if turn is None else await turn.take(partial(self._left, request))
+            if before is not None:
+                answer = self._replay(request, before)
+                self._free(request)
+            elif call.route == "embedding":
                 answer = await self._vectors(request)
             else:
                 found = await self._look_up(request)
@@ -200,7 +213,7 @@ class Pipeline:
         finally:
             self._finish(call, request, status)
 
-    async def stream(self, call: Call) -> Stream:
+    async def stream(self, call: Call, turn: Turn | None = None) -> Stream:
         """One request, answered chunk by chunk; returns when the first chunk is there.
 
         Until then another deployment may take over; afterwards an error is raised from `chunks`
@@ -209,11 +222,17 @@ class Pipeline:
         Raises:
             GatewayError: as `answer`.
         """
+        if turn is None and call.idempotency_key is not None:
+            return await self._system.once.stream(call, self.stream)
         request: _Request | None = None
         try:
             request = self._check(call)
             request.streams = True
             await self._count(request)
+            before = None if turn is None else await turn.take(partial(self._left, request))
+            if before is not None:
+                answer = self._replay(request, before)
+                return await self._handed(request, replayed(call.route, answer))
             found = await self._look_up_stream(request)
             return found if isinstance(found, Stream) else await self._lead_stream(request, found)
         except BaseException as error:
@@ -224,10 +243,14 @@ class Pipeline:
             self._finish(call, request, status)
             raise
 
+    def refused(self, call: Call, status: int) -> None:
+        """A request was answered with `status` before it became a call: its `body` is empty."""
+        self._finish(call, None, str(status))
+
     def key_of(self, call: Call) -> bytes:
         """What the answer to this call is stored under. Raises as `answer` does for a wrong one."""
         group = self._check(call).group
-        return _address(self._scope(call), call, group)
+        return self._address(self._scope(call), call, group)
 
     # 1 ------------------------------------------------------------------------------- check
 
@@ -276,12 +299,17 @@ class Pipeline:
             )
         except OwnerUnavailable as error:
             raise Overloaded(f"limits cannot be checked now: {error}", retry_after_s=1.0) from None
-        waited_s = system.clock() - asked_s
-        if waited_s > 0.001:
-            system.meter.queued(waited_s)
+        finally:
+            self._queued(asked_s)
         if isinstance(counted, Refusal):
             raise self._refused(request, counted, wait_s)
         request.ticket = counted
+
+    def _queued(self, since_s: float) -> None:
+        """A limit, of the tenant or of a deployment, has let us wait since then, if at all."""
+        waited_s = self._system.clock() - since_s
+        if waited_s > QUEUED_S_MIN:
+            self._system.meter.queued(waited_s)
 
     # 3 ----------------------------------------------------------------------------- look up
 
@@ -291,7 +319,7 @@ class Pipeline:
         if not (read or join):
             return None
         scope = self._scope(call)
-        address = _address(scope, call, request.group)
+        address = self._address(scope, call, request.group)
         facts.cache_key = self._cache_key(address)
         try:
             found = await system.cache.lookup(
@@ -304,6 +332,11 @@ class Pipeline:
             facts.cache = "miss"
             system.meter.cache("miss")
             return found
+        if isinstance(found, Joined) and not self._is_moderated(found):
+            # A stream's, or one with a doubt: who wants it whole is to have it judged.
+            facts.cache = "miss"
+            system.meter.cache("miss")
+            return system.cache.alone(address, scope)
         answer = self._shared(request, found)
         if facts.cache == "joined":  # it may be a stream's, which nobody has judged
             facts.warnings += self._validate(request, answer)
@@ -327,7 +360,7 @@ class Pipeline:
         if not (read or join):
             return None
         scope = self._scope(call)
-        address = _address(scope, call, request.group)
+        address = self._address(scope, call, request.group)
         facts.cache_key = self._cache_key(address)
         for _ in range(ROUNDS_MAX):
             # Who leads may have to go on for others when its own time is up.
@@ -361,11 +394,7 @@ class Pipeline:
                     left_s, lost = partial(self._left, request), partial(self._lost, request)
                     heard = partial(self._heard, request)
                     chunks = followed(listening, news, call.route, call.body, left_s, lost, heard)
-            shared = self._share_out(request, chunks)
-            system.meter.first_token(call.route, system.clock() - request.started_s)
-            facts.total_s = system.clock() - request.started_s
-            await anext(shared)  # into its `try`, as in `_open_stream`
-            return Stream(shared, facts)
+            return await self._handed(request, chunks)
         else:
             found = Lead(address, scope, None)
         facts.cache = "miss"
@@ -376,6 +405,26 @@ class Pipeline:
         """The end of a stream that was somebody else's."""
         request.facts.saved_nano = whole.cost_nano or 0
         request.facts.response_id = whole.id
+
+    async def _handed(
+        self, request: _Request, chunks: AsyncGenerator[dict[str, Any], None]
+    ) -> Stream:
+        system, facts = self._system, request.facts
+        shared = self._share_out(request, chunks)
+        system.meter.first_token(system.clock() - request.started_s)
+        facts.total_s = system.clock() - request.started_s
+        await anext(shared)  # into its `try`, as in `_open_stream`
+        return Stream(shared, facts)
+
+    def _replay(self, request: _Request, before: Before) -> Answer:
+        """What the first request with this key was answered."""
+        answer, facts = before.answer, request.facts
+        facts.replayed = True
+        facts.saved_nano = answer.cost_nano or 0
+        facts.response_id = answer.id
+        facts.clamped = answer.clamped
+        facts.warnings += before.warnings
+        return answer
 
     async def _share_out(
         self, request: _Request, chunks: AsyncGenerator[dict[str, Any], None]
@@ -409,6 +458,11 @@ class Pipeline:
         shared = cache is not None and cache.scope == "shared"
         return Scope(None if shared else call.tenant)
 
+    def _address(self, scope: Scope, call: Call, group: Group) -> bytes:
+        """Where an answer is kept: what was judged by other rules is kept elsewhere."""
+        meaning = _meaning(group) + self._system.validation.rules
+        return key(scope, call.route, group.name, call.body, meaning)
+
     def _may_share(self, call: Call) -> tuple[bool, bool]:
         """Whether a stored answer may serve the call, and whether another's running one may."""
         config = self._system.config.gateway
@@ -423,10 +477,12 @@ class Pipeline:
         return address.hex() if self._system.config.gateway.enable_caching else ""
 
     def _free(self, request: _Request) -> None:
-        """An answer from the cache, or from somebody else's call: it costs nothing."""
+        """An answer from the cache, from somebody else's call, or from before: it costs nothing."""
         system, call, facts = self._system, request.call, request.facts
-        system.meter.cache(facts.cache)
-        if facts.cache == "hit" and not system.tenants.counts_cache_hits(call.tenant):
+        if not facts.replayed:
+            system.meter.cache(facts.cache)
+        known = facts.replayed or facts.cache == "hit"
+        if known and not system.tenants.counts_cache_hits(call.tenant):
             self._uncount(request)
         system.books.free(call, facts, system.clock() - request.started_s)
 
@@ -539,6 +595,7 @@ class Pipeline:
             return
         may_wait = request.call.may_wait
         wait_s, _ = system.tenants.queue_for(request.call.tenant) if may_wait else (0.0, 0)
+        asked_s = system.clock()
         try:
             held = await self._hold(request, wait_s)
             for _ in range(2):  # the day's money, and the month's
@@ -551,6 +608,8 @@ class Pipeline:
         except BaseException:
             self._uncount(request)
             raise
+        finally:
+            self._queued(asked_s)
         if isinstance(held, Refusal):
             self._uncount(request)
             raise self._refused(request, held, wait_s)
@@ -679,7 +738,9 @@ class Pipeline:
                 # Another round is for those of whom nothing was asked: what failed has its retries.
                 if facts.attempts or again_s >= self._waits_until_s(request, begun_s):
                     raise
-                await asyncio.sleep(again_s - system.clock())
+                asked_s = system.clock()
+                await asyncio.sleep(again_s - asked_s)
+                self._queued(asked_s)
                 plan.again()
                 continue
             if left_s <= 0:
@@ -946,7 +1007,7 @@ class Pipeline:
             if attempt.admitted is not None:
                 begun = Verdict.SLOW if attempt.slow else Verdict.SUCCESS
                 attempt.admitted = system.breaker.begun(attempt.admitted, begun)
-            system.meter.first_token(call.route, system.clock() - request.started_s)
+            system.meter.first_token(system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
             tally = StreamTally(call.route)
             flow = _Flow(request, attempt, entry, lead, tally, system.clock())
@@ -1000,15 +1061,17 @@ class Pipeline:
         system.books.post_call(flow.entry, answer, ending.error)
         self._learn(request, answer)
         system.meter.usage(*codec.tokens_in(answer.usage), answer.cost_nano)
-        self._settle(request)
-        if ending.status == "ok":
-            request.doubted = self._is_doubtful(request, answer)
-        if lead is not None:
-            landed, told, ttl_s = None, None, None
-            if ending.status == "ok":
-                landed, ttl_s = self._keep(request, answer)
-            elif ending.error is not None and not ending.own:
+        landed, told, ttl_s = None, None, None
+        if ending.status != "ok":
+            self._settle(request)
+            if ending.error is not None and not ending.own:
                 told = codec.pack_error(ending.error)
+        else:
+            stored = self._judge_stream(request, answer, lead)
+            if lead is not None:
+                landed, ttl_s = self._keep(request, answer)
+                ttl_s = ttl_s if stored else None
+        if lead is not None:
             system.cache.land(lead, landed, told, ttl_s)
 
     def _finish_stream(self, flow: _Flow, status: str) -> None:
@@ -1099,10 +1162,12 @@ class Pipeline:
             return []
         manager = self._system.validation
         judgement = manager.validate(answer.body, call.body)
-        if gateway.validation.moderation_model is not None and not judgement.fatal:
-            judgement = judgement.and_also(await self._moderate(request, answer))
-        manager.tell(judgement, answer.body, tenant=call.tenant, request_id=call.request_id)
-        if gateway.validation.repair and call.route == "chat" and judgement.repairable:
+        if self._moderates and not judgement.fatal:
+            found = await self._moderate(request, answer)
+            judgement = judgement.and_also(found)
+            answer.moderated = not found
+        self._tell(request, answer, judgement)
+        if gateway.validation.repair and judgement.repairable:
             request.invalid = answer.body, judgement.fatal
         return judgement.require(answer.body.get("model"))
 
@@ -1147,7 +1212,10 @@ class Pipeline:
             return None
         (body, problems), request.invalid = request.invalid, None
         call, facts, limits = request.call, request.facts, request.limits
-        again = replace(call, body=aside.repair(call.body, body, problems))
+        asking = aside.repair(call.body, body, problems)
+        if asking is None:
+            return None
+        again = replace(call, body=asking)
         own = replace(facts, warnings=[])
         asked = replace(request, call=again, facts=own, hold=None, used=NOTHING_USED)
         try:
@@ -1173,14 +1241,66 @@ class Pipeline:
         request.doubted = bool(own.warnings)
         return answer
 
-    def _is_doubtful(self, request: _Request, answer: Answer) -> bool:
-        """Whether the validation has something to say of a stream that has been handed on."""
-        gateway = self._system.config.gateway
-        moderated = gateway.enable_validation and gateway.validation.moderation_model is not None
-        try:
-            return bool(self._validate(request, answer)) or moderated  # which nobody has done
-        except GatewayError:
+    def _judge_stream(self, request: _Request, answer: Answer, lead: Lead | None) -> bool:
+        """Judge a stream that has been handed on, and settle it. Whether it may be stored now.
+
+        Where a moderation's model is to be asked, a task does the rest, and stores it if it may be.
+        """
+        system, call = self._system, request.call
+        if not system.config.gateway.enable_validation:
+            self._settle(request)
             return True
+        judgement = system.validation.validate(answer.body, call.body)
+        request.doubted = bool(judgement.findings)
+        if self._moderates and not judgement.fatal:
+            later = None
+            if lead is not None and (ttl_s := self._ttl_s(request)) is not None:
+                later = system.cache.alone(lead.key, lead.scope), ttl_s
+            if system.cache.carry(self._moderate_stream(request, answer, judgement, later)):
+                return False
+            judgement = judgement.and_also([aside.UNASKED])
+            request.doubted = True
+        self._settle(request)
+        self._tell(request, answer, judgement)
+        return True
+
+    async def _moderate_stream(
+        self,
+        request: _Request,
+        answer: Answer,
+        judgement: Judgement,
+        later: tuple[Lead, float] | None,
+    ) -> None:
+        """The end of a stream's judgement; `later` says where, and for how many seconds, it is to
+        be stored. It has a deadline of its own, and its own client waits for none of it."""
+        system = self._system
+        request.deadline_s = system.clock() + system.config.gateway.timeout
+        try:
+            found = await self._moderate(request, answer)
+        finally:
+            self._settle(request)
+        judgement = judgement.and_also(found)
+        self._tell(request, answer, judgement)
+        if later is None or judgement.findings or not self._is_good(request, answer):
+            return
+        lead, ttl_s = later
+        answer.moderated = True
+        system.cache.land(lead, codec.pack(answer), None, ttl_s)
+
+    def _tell(self, request: _Request, answer: Answer, judgement: Judgement) -> None:
+        call = request.call
+        self._system.validation.tell(
+            judgement, answer.body, tenant=call.tenant, request_id=call.request_id
+        )
+
+    def _is_moderated(self, found: Joined) -> bool:
+        """Whether somebody else's answer has been called safe, where it has to be."""
+        return not self._moderates or codec.unpack(found.value).moderated
+
+    @property
+    def _moderates(self) -> bool:
+        gateway = self._system.config.gateway
+        return gateway.enable_validation and gateway.validation.moderation_model is not None
 
     # 8 -------------------------------------------------------------------------------- keep
 
@@ -1323,10 +1443,6 @@ def _told_to_others(request: _Request, error: BaseException | None) -> bytes | N
         return None
     is_late = request.own_deadline and isinstance(error, GatewayTimeout)
     return None if is_late else codec.pack_error(error)
-
-
-def _address(scope: Scope, call: Call, group: Group) -> bytes:
-    return key(scope, call.route, group.name, call.body, _meaning(group))
 
 
 def _meaning(group: Group) -> str:

@@ -32,6 +32,7 @@ from actors.circuit_breaker.owner import CircuitBreaker
 from actors.circuit_breaker.policy import CLEAN, Rules, State, Verdict
 from actors.circuit_breaker.policy import Refusal as BreakerRefusal
 from actors.holders import holder_id
+from actors.ledger.claims_desk import ClaimsDesk
 from actors.ledger.desk import LedgerDesk
 from actors.ledger.orphans import Orphans
 from actors.ledger.owner import Ledger
@@ -74,6 +75,7 @@ from forebay.kv_cache import KVCacheManager, Reading
 from forebay.ledger_place import LedgerUrl
 from forebay.logs import RequestLog
 from forebay.metrics import Meter, prompt_cache
+from forebay.once import Once
 from forebay.pipeline import Pipeline
 from forebay.probing import Prober
 from forebay.providers.base import NO_BASE64, STALLED, Provider, verdict_of
@@ -299,6 +301,7 @@ class System:
         self.meter.looked_up = self.tallies.changed
         self.meter.add(prompt_cache(self.kv_cache.stats))
         self.stalls = StallWatch(clock)
+        self.once = Once(ClaimsDesk(refs["ledger"], holder, clock))
         self.pipeline = Pipeline(self)
         self.prober = Prober(self)
         self.problem: str | None = None
@@ -668,7 +671,8 @@ class System:
         inline = [ref.owner for ref in self._refs.values() if isinstance(ref, InlineRef)]
         if self._relaying is not None:
             await asyncio.gather(self._relaying, return_exceptions=True)
-        closing: list[Any] = [*reversed(self._desks()), self.provider, self._models]
+        # `once` first, since the calls that it carries settle as those of the desks do.
+        closing: list[Any] = [self.once, *reversed(self._desks()), self.provider, self._models]
         closing += [] if self.telemetry is None else [self.telemetry]
         await asyncio.gather(*self._closing, return_exceptions=True)
         failures: list[Exception] = []

@@ -8,6 +8,7 @@ Rule 3: validators of the operator's own run in the request's own process and ar
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,9 +143,13 @@ def validate(body: Mapping[str, Any], request: Mapping[str, Any], level: str) ->
 class ValidationManager:
     """`gateway.validation_manager`: all rules, the operator's own among them.
 
+    `rules` says which they are, "" for the usual ones: an answer that was judged by others is not
+    taken for one that these would have let by. Validators are told apart by their names.
+
     Owns the rules of this process: OWN_RULES_MAX validators and as many patterns, those of the
     configuration and those added here. An answer is looked at up to `content.CHARS_MAX` characters
-    a choice. Its methods may be called from any thread.
+    a choice, and by a pattern of many states up to its `chars_max`, which is a warning. Its methods
+    may be called from any thread.
 
     Failure behaviour: none of its own; see Rule 3.
     """
@@ -163,6 +168,9 @@ class ValidationManager:
         self._validators: dict[str, Validator] = {}
         self._patterns: dict[str, tuple[Pattern, bool]] = {}
         self._off: frozenset[str] = frozenset()
+        self._moderation = ""
+        self._enabled = True
+        self.rules = ""
         self._judged = self._invalid = 0
         self._found: Counter[tuple[str, bool]] = Counter()
         self.level = ValidationLevel.MODERATE
@@ -179,7 +187,7 @@ class ValidationManager:
         `find` gets a validator by its name; without it, installed packages are asked.
 
         Raises:
-            ConfigurationError: a validator is offered by nobody.
+            ConfigurationError: a validator is offered by nobody, or is no plain function.
         """
         told = gateway.validation
         self._told = {
@@ -191,6 +199,8 @@ class ValidationManager:
         }
         self.level = gateway.validation_level
         self._off = frozenset(told.off)
+        self._moderation = told.moderation_model or ""
+        self._enabled = gateway.enable_validation
         self._merge()
 
     def add_validator(self, name: str, validator: Validator) -> None:
@@ -199,10 +209,9 @@ class ValidationManager:
         It returns what is wrong (a str, or several), or None. Finding something breaks the rules.
 
         Raises:
-            ConfigurationError: it cannot be called, or there are OWN_RULES_MAX.
+            ConfigurationError: it cannot be called, is `async`, or there are OWN_RULES_MAX.
         """
-        if not callable(validator):
-            raise ConfigurationError("validator must be callable: f(text, request)")
+        _require_callable(name, validator)
         _require_room(name, self._validators, "validators")
         self._added[name] = validator
         self._merge()
@@ -233,6 +242,12 @@ class ValidationManager:
         """Replaced as a whole, since other threads may be reading them."""
         self._validators = {**self._told, **self._added}
         self._patterns = {**self._told_patterns, **self._added_patterns}
+        patterns = sorted((name, one.text) for name, (one, _) in self._patterns.items())
+        own = [sorted(self._off), patterns, sorted(self._validators), self._moderation]
+        if not self._enabled:
+            self.rules = " unjudged"
+        else:
+            self.rules = f" {own}" if any(own) else ""
 
     def validate(
         self,
@@ -317,8 +332,11 @@ class ValidationManager:
             if "markup" not in off:
                 yield from content.unsafe_markup(text)
             for name, (pattern, broken) in self._patterns.items():
-                if pattern.is_in(text):
+                if pattern.is_in(text[: pattern.chars_max]):
                     yield Finding(f"the answer holds what {name!r} blocks", broken, "blocked")
+                elif pattern.chars_max < len(text):
+                    begun = f"only {pattern.chars_max} characters were searched for {name!r}"
+                    yield Finding(begun, False, "blocked")
             for name, validator in self._validators.items():
                 yield from _own(name, validator, text, request)
 
@@ -344,7 +362,16 @@ def _required(name: str, find: Callable[[str], Validator | None]) -> Validator:
             f"{ENTRY_POINTS!r}; install it, or use gateway.validation_manager.add_validator",
             param="validation",
         )
+    _require_callable(name, found)
     return found
+
+
+def _require_callable(name: str, validator: Any) -> None:
+    if not callable(validator) or inspect.iscoroutinefunction(validator):
+        raise ConfigurationError(
+            f"validator {name!r} must be a plain function f(text, request) that answers at once",
+            param="validation",
+        )
 
 
 def offered(

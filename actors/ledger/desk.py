@@ -75,6 +75,7 @@ class OpenEntry:
     told: bool = False
     settled: bool = False
     cache_key: str = ""
+    price_version: str = ""
 
     def values(self) -> tuple[Any, ...]:
         """The fields of an `Entry` that says so, in order."""
@@ -98,7 +99,7 @@ class OpenEntry:
             self.at_ms,
             None,
             0,
-            "",
+            "" if most_nano is None else self.price_version,
             0,
             0,
             most_nano or 0,
@@ -238,11 +239,12 @@ class LedgerDesk:
         attempt: int = 1,
         stream: bool = False,
         most_nano: int | None = None,
+        price_version: str = "",
     ) -> OpenEntry:
         """The intent to make a paid attempt, before its bytes leave. Settle it in `finally`.
 
-        Attempts count from 1. `most_nano` is the most that it can cost, None if that is not known.
-        Raises LedgerFull.
+        Attempts count from 1. `most_nano` is the most that it can cost, None if that is not known;
+        `price_version` names the prices. Raises LedgerFull.
         """
         assert attempt >= 1, "attempts are numbered from 1"
         if len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX:
@@ -259,6 +261,7 @@ class LedgerDesk:
             int(self._wall() * 1000),
             self._clock(),
             most_nano if most_nano is None else min(max(most_nano, 0), COST_NANO_MAX),
+            price_version=price_version,
         )
         if self._spool is not None:
             try:
@@ -650,7 +653,7 @@ class LedgerDesk:
             entry.at_ms,
             error if error is None else error[:ERROR_CHARS_MAX],
             http_status,
-            "",
+            "" if unpriced or status == "voided" else entry.price_version,
             0,
             tool_calls,
             max(entry.most_nano or 0, cost_nano) if estimated or status == "unsettled" else 0,

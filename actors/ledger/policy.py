@@ -292,8 +292,8 @@ class Spent(NamedTuple):
     `commit` is the number of the last entry known then. `day` counts UTC days since 1970, `month`
     is year * 12 + month - 1; `day_nano` and `month_nano` were paid in them, or may have been where
     the outcome was lost. `minutes` are requests that were not refused, as (age in whole minutes,
-    how many) of the last MINUTES_TOLD, those answered from the cache in `hit_minutes` instead. What
-    comes from a clock that is ahead has age 0.
+    how many) of the last MINUTES_TOLD, those answered from the cache, or with what their key was
+    answered before, in `hit_minutes` instead. What comes from a clock that is ahead has age 0.
     """
 
     commit: int

@@ -17,6 +17,7 @@ from deployments.http.exchange import (
     Shape,
     openai_shape,
 )
+from deployments.http.service import Route as CallRoute
 from deployments.http.service import Service
 from deployments.request_ids import RequestIds
 from forebay.errors import InvalidRequest
@@ -48,6 +49,16 @@ PATHS: Mapping[str, Mapping[str, Handler]] = {
     "/admin/cache": {"GET": admin.read_cache, "DELETE": admin.clear_cache},
     "/openapi.json": {"GET": ops.openapi},
 }
+CALLS: Mapping[str, CallRoute] = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completion",
+    "/v1/embeddings": "embedding",
+    "/v1/messages": "chat",
+    "/api/v1/gateway/generate": "chat",
+    "/api/v1/gateway/generate/stream": "chat",
+    "/api/v1/gateway/embeddings": "embedding",
+}
+"""Paths that take calls, and of which kind: what comes there is counted, whatever it comes to."""
 NATIVE = "/api/v1/gateway/"
 ANTHROPIC = "/v1/messages"
 
@@ -69,7 +80,13 @@ def build_asgi(
 
     def endpoint(path: str, handlers: Mapping[str, Handler]) -> ASGIApp:
         made = Endpoint(
-            service, handlers, clock=clock, new_id=ids, echo_id=echo_id, shape=_shape(path)
+            service,
+            handlers,
+            clock=clock,
+            new_id=ids,
+            echo_id=echo_id,
+            shape=_shape(path),
+            route=CALLS.get(path),
         )
         if path.startswith(ANTHROPIC):
             return anthropic.WithRequestId(made)

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from deployments.http.auth import TenantIdentity
 from deployments.http.service import HttpCall, Priority, Route, Service
 from forebay.body import too_large
+from forebay.call import checked_key
 from forebay.errors import (
     AuthenticationError,
     BudgetExceeded,
@@ -36,7 +37,6 @@ Handler = Callable[["Exchange"], Awaitable[None]]
 
 JSON: Header = (b"content-type", b"application/json")
 NO_SNIFFING: Header = (b"x-content-type-options", b"nosniff")
-IDEMPOTENCY_KEY_CHARS_MAX = 255
 
 log = logging.getLogger("forebay.http")
 
@@ -62,6 +62,7 @@ class Exchange:
         "_receive",
         "_send",
         "arrived_s",
+        "handed_on",
         "headers",
         "request_id",
         "scope",
@@ -93,6 +94,7 @@ class Exchange:
         self.request_id: str = given.decode() if given is not None and named else new_id()
         self.tenant: str | None = None
         self.started = False
+        self.handed_on = False  # the service answers for it from now on
 
     # --- in -----------------------------------------------------------------------------------
 
@@ -130,7 +132,7 @@ class Exchange:
     def call(self, route: Route, body: dict[str, Any], tenant: str, *, stream: bool) -> HttpCall:
         """The call that body and headers make together."""
         headers = self.headers
-        return HttpCall(
+        call = HttpCall(
             route=route,
             body=body,
             tenant=tenant,
@@ -143,6 +145,8 @@ class Exchange:
             trace_parent=headers.get(b"traceparent", b"").decode("latin-1") or None,
             arrived_s=self.arrived_s,
         )
+        self.handed_on = True
+        return call
 
     def _cache_control(self) -> str | None:
         """What is asked of the cache; the header may stand there several times."""
@@ -240,7 +244,8 @@ class Endpoint:
 
     An ASGI app. Bounded by the server's own limits on connections. Failure behaviour: a
     GatewayError becomes its status; anything else is logged and becomes a 500 that names nothing
-    but the request; once the status is out, the connection is cut instead.
+    but the request; once the status is out, the connection is cut instead. Where the path takes
+    calls, of `route`, the service hears of those that came to nothing before it was asked.
     """
 
     def __init__(
@@ -252,9 +257,11 @@ class Endpoint:
         new_id: Callable[[], str],
         echo_id: bool = True,
         shape: Shape = openai_shape,
+        route: Route | None = None,
     ) -> None:
         self._echo_id = echo_id
         self._service = service
+        self._route = route
         self._handlers = dict(handlers)
         if "GET" in handlers:
             self._handlers.setdefault("HEAD", handlers["GET"])
@@ -288,6 +295,8 @@ class Endpoint:
     async def _fail(self, exchange: Exchange, error: GatewayError) -> None:
         if exchange.started:
             raise error
+        if self._route is not None and not exchange.handed_on:
+            self._service.refused(self._route, exchange.tenant, exchange.request_id, error.status)
         headers = [JSON, *refusal_headers(exchange, error)]
         if error.status == 405:
             headers.append((b"allow", ", ".join(sorted(self._handlers)).encode()))
@@ -316,7 +325,7 @@ def refusal_headers(exchange: Exchange, error: GatewayError) -> list[Header]:
         (b"x-litellm-call-id", exchange.request_id.encode()),
         (b"x-forebay-config-version", b"%d" % exchange.service.config_version),
     ]
-    if error.retry_after_s is not None and error.status in (429, 503):
+    if error.retry_after_s is not None and error.status in (409, 429, 503):
         wait_s = max(0.0, error.retry_after_s)
         headers.append((b"retry-after", b"%d" % math.ceil(wait_s)))
         headers.append((b"retry-after-ms", b"%d" % math.ceil(wait_s * 1000)))
@@ -374,11 +383,12 @@ def ascii_value(name: str) -> bytes:
 
 
 def _worth_a_retry(error: GatewayError) -> bool:
-    """Whether waiting helps: not for a spent budget, nor for what no limit will ever allow.
+    """Whether waiting helps: not for a spent budget, nor for what no limit will ever allow, nor for
+    a key that was used for something else, though clients send what gets a 409 again.
 
     A provider that gives no time may be better any moment.
     """
-    if isinstance(error, BudgetExceeded):
+    if isinstance(error, BudgetExceeded) or error.code == "idempotency_key_reused":
         return False
     told = error.retry_after_s is not None or error.upstream_status is not None
     return told or not isinstance(error, RateLimitError)
@@ -453,15 +463,7 @@ def _priority(given: bytes | None) -> Priority:
 
 
 def _idempotency_key(given: bytes | None) -> str | None:
-    if given is None:
-        return None
-    key = given.decode("latin-1")
-    if not (0 < len(key) <= IDEMPOTENCY_KEY_CHARS_MAX and key.isascii() and key.isprintable()):
-        raise InvalidRequest.about(
-            "Idempotency-Key",
-            f"Idempotency-Key must be 1 to {IDEMPOTENCY_KEY_CHARS_MAX} printable characters.",
-        )
-    return key
+    return None if given is None else checked_key(given.decode("latin-1"), "Idempotency-Key")
 
 
 def _method_not_allowed(scope: Scope) -> InvalidRequest:

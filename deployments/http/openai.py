@@ -192,6 +192,8 @@ def told(exchange: Exchange, reply: Told) -> list[Header]:
         headers.append((b"x-forebay-overhead-ms", b"%.3f" % reply.overhead_ms))
     if reply.cost_nano is not None:
         headers.append((b"x-litellm-response-cost", usd(reply.cost_nano)))
+    if reply.replayed:
+        headers.append((b"x-forebay-idempotent-replay", b"true"))
     if reply.clamped is not None:
         headers.append((b"x-forebay-clamped", b"%d" % reply.clamped))
     if reply.warnings:

@@ -61,7 +61,8 @@ class Told:
     """How an answer came to be; what the response headers tell.
 
     `figures` is keyed "requests" and "tokens". `cost_nano` is integer nano-USD, None when the cost
-    is not known (yet). `clamped` is what `max_tokens` was lowered to.
+    is not known (yet). `clamped` is what `max_tokens` was lowered to. `replayed`: it is what the
+    first request with this idempotency key was answered.
     """
 
     model_group: str = ""
@@ -74,6 +75,7 @@ class Told:
     overhead_ms: float | None = None
     config_version: int = 0
     clamped: int | None = None
+    replayed: bool = False
     figures: Mapping[str, Figures] | None = None
     warnings: Sequence[str] = ()
 
@@ -117,6 +119,10 @@ class Service(Protocol):
         None where there is none, and nothing was done: then one of the others is to be awaited.
         """
 
+    def refused(self, route: Route, tenant: str | None, request_id: str, status: int) -> None:
+        """A request for a call was answered with an error before it became one; `tenant` is None
+        where nobody knows whose it was."""
+
     async def chat(self, call: HttpCall) -> Reply | StreamReply: ...
     async def completion(self, call: HttpCall) -> Reply | StreamReply: ...
     async def embedding(self, call: HttpCall) -> Reply: ...
@@ -139,11 +145,11 @@ class Service(Protocol):
         self,
         *,
         tenant: str | None,
-        group_by: Literal["model", "day", "tenant"] | None,
+        group_by: Sequence[str],
         since_s: float | None,
         until_s: float | None,
     ) -> dict[str, Any]:
-        """Totals of one tenant, or of all (None). Times are UTC epoch seconds."""
+        """Totals of one tenant, or of all (None), and by group. Times are UTC epoch seconds."""
 
     async def metrics(self) -> bytes:
         """Prometheus text for the whole system."""

@@ -47,6 +47,10 @@ def verdict(body: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("the moderation said neither safe nor unsafe", False, "moderation")
 
 
+UNASKED = Finding("the stream is not moderated: too many are under way", False, "moderation")
+"""Of a stream that is over when as many as may be wait for the moderation."""
+
+
 def unknown(error: GatewayError) -> Finding:
     """Nobody could be asked."""
     return Finding(f"the answer is not moderated: {type(error).__name__}", False, "moderation")
@@ -54,18 +58,34 @@ def unknown(error: GatewayError) -> Finding:
 
 def repair(
     request: Mapping[str, Any], answer: Mapping[str, Any], problems: Sequence[str]
-) -> dict[str, Any]:
-    """The request, asking once more and saying what was wrong with the answer before."""
+) -> dict[str, Any] | None:
+    """The request, asking once more and saying what was wrong with the answer before.
+
+    None where there is nowhere to say it: a completion of token ids, of several prompts, with its
+    prompt echoed, or of what stands between a prompt and a suffix.
+    """
     choice: dict[str, Any] = next(iter(answer.get("choices") or ()), {})
+    plea = f"This is not valid: {'; '.join(problems)}. Answer the question again, without that."
+    plea = f"{plea} Say nothing else."
+    if "messages" not in request:
+        return _prompt_again(request, choice.get("text"), plea)
     message = choice.get("message") or {}
     said = message.get("content")
     messages = list(request.get("messages") or ())
     # A call of a tool would have to be followed by its result.
     if isinstance(said, str) and said and not message.get("tool_calls"):
         messages.append({"role": "assistant", "content": said[:SHOWN_CHARS_MAX]})
-    wrong = "; ".join(problems)
-    plea = f"This is not valid: {wrong}. Answer the question again, without that. Say nothing else."
     return {**request, "messages": [*messages, {"role": "user", "content": plea}]}
+
+
+def _prompt_again(request: Mapping[str, Any], said: Any, plea: str) -> dict[str, Any] | None:
+    prompt = request.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str) or request.get("suffix") or request.get("echo"):
+        return None
+    shown = said[:SHOWN_CHARS_MAX] if isinstance(said, str) else ""
+    return {**request, "prompt": f"{prompt}{shown}\n\n{plea}\n\n"}
 
 
 def note(problems: Sequence[str]) -> str:

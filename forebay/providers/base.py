@@ -144,6 +144,10 @@ class Provider(Protocol):
         """The most that the deployment charges per token; None when no price is known."""
         ...
 
+    def price_version(self, deployment: Deployment) -> str:
+        """A name for the prices of the deployment's calls, which changes when they do."""
+        ...
+
     def prompt_caching(self, deployment: Deployment) -> PromptCaching | None:
         """How the provider caches the beginnings of prompts; None while nobody can tell."""
         ...

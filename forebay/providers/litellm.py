@@ -28,7 +28,7 @@ from forebay.providers import shapes
 from forebay.providers.base import NO_BASE64, STALL_S, Answer, Resolve
 from forebay.providers.calls import Call
 from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
-from forebay.providers.prices import PriceBound, Prices, PromptCaching
+from forebay.providers.prices import PriceBound, Prices, PromptCaching, version_of
 from forebay.providers.streams import LiteLLMChunks, Opened
 from forebay.providers.tokenizers import Tokenizers
 from forebay.providers.vectors import decoded
@@ -98,8 +98,9 @@ class LiteLLMProvider:
         """Import LiteLLM, off the event loop."""
         if self._litellm is None:
             litellm = await asyncio.to_thread(_imported, self._environ)
+            version = await asyncio.to_thread(version_of, litellm.model_cost)
             register(litellm, self._models)
-            self._prices.litellm = litellm
+            self._prices.litellm, self._prices.listed_version = litellm, version
             self._is_internal = _internal_call()
             self._litellm = litellm
 
@@ -213,6 +214,13 @@ class LiteLLMProvider:
         LiteLLM's list is known after `warm` only.
         """
         return self._prices.bound(deployment)
+
+    def price_version(self, deployment: Deployment) -> str:
+        """A name for the prices of the deployment's calls; of LiteLLM's list, empty before `warm`.
+
+        The list is what it is when this process starts; its name, too.
+        """
+        return self._prices.version(deployment)
 
     def prompt_caching(self, deployment: Deployment) -> PromptCaching | None:
         """What LiteLLM's list says of the model's prompt cache; None before `warm`."""

@@ -148,6 +148,9 @@ class Scripted:
     def prompt_caching(self, deployment: Deployment) -> PromptCaching | None:
         return PromptCaching(None, 1024)
 
+    def price_version(self, deployment: Deployment) -> str:
+        return "list 1"
+
     def price_bound(self, deployment: Deployment) -> PriceBound | None:
         if self.token_nano is None:
             return None

@@ -136,6 +136,10 @@ class ScriptedService:
     queries: list[dict[str, Any]] = field(default_factory=list)
     orders: list[tuple[str, str]] = field(default_factory=list)
     refusal: GatewayError | None = None
+    refusals: list[tuple[str, str | None, int]] = field(default_factory=list)
+
+    def refused(self, route: str, tenant: str | None, request_id: str, status: int) -> None:
+        self.refusals.append((route, tenant, status))
 
     def at_once(self, call: HttpCall) -> Reply | None:
         return None

@@ -81,7 +81,7 @@ async def test_an_owner_of_an_older_protocol_is_replaced_in_a_running_system(
 
 
 def owner_messages(text: str) -> Counter[str]:
-    pattern = r'forebay_owner_messages_total\{method="([^"]+)",owner="([^"]+)"\} ([\d.e+]+)'
+    pattern = r'forebay_owner_calls_total\{method="([^"]+)",owner="([^"]+)"\} ([\d.e+]+)'
     return Counter(
         {f"{owner}.{method}": int(float(n)) for method, owner, n in re.findall(pattern, text)}
     )

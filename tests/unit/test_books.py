@@ -164,6 +164,9 @@ class Prices:
     async def warm(self) -> None:
         self.is_warm = True
 
+    def price_version(self, deployment: Deployment) -> str:
+        return "list 1"
+
     def price_bound(self, deployment: Deployment) -> PriceBound | None:
         if not self.is_warm or deployment.id == "unknown":
             return None

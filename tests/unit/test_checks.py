@@ -9,7 +9,7 @@ import pytest
 
 from forebay.checks import aside, content
 from forebay.checks.finding import Finding
-from forebay.checks.patterns import PATTERN_CHARS_MAX, Pattern
+from forebay.checks.patterns import PATTERN_CHARS_MAX, STEPS_MAX, Pattern
 from forebay.checks.shape import REFUSAL_CHARS_MAX, shape
 
 KEY = "sk-proj-" + "a1B2" * 8
@@ -158,6 +158,22 @@ def test_a_pattern_is_found_anywhere_in_a_text_of_any_signs() -> None:
     assert not pattern.is_in("bluebird project")
 
 
+@pytest.mark.parametrize(
+    ("text", "states"),
+    [
+        ("(?i)bluebird", 8),
+        (r"\p{L}{3}\d{2,}", 5),
+        (r"[[:alpha:]_]{5}x\{9\}", 9),
+        ("(?P<name>ab){4}|(?:c|d){2,3}", 14),
+        ("(a.{0,80}){20}d", 1621),
+        ("(a+)+$", 1),
+        ("()", 1),
+    ],
+)
+def test_a_pattern_of_many_states_looks_at_less_of_the_text(text: str, states: int) -> None:
+    assert Pattern(text).chars_max == STEPS_MAX // states
+
+
 @pytest.mark.parametrize("text", ["(?=a)", r"(a)\1", "(", "", "a" * (PATTERN_CHARS_MAX + 1)])
 def test_a_pattern_that_cannot_be_linear_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"no regular expression|no text of"):
@@ -293,6 +309,23 @@ def test_a_repair_shows_the_text_and_says_what_is_wrong_with_it() -> None:
     assert "no JSON" in body["messages"][2]["content"]
     assert body["temperature"] == 0
     assert len(request["messages"]) == 1
+
+
+def test_a_repair_of_a_completion_goes_on_from_what_was_said() -> None:
+    asked = {"model": "m", "prompt": ["List three fish."], "max_tokens": 9}
+    again = aside.repair(asked, {"choices": [{"text": " Cod, ant"}]}, ["ant is no fish"])
+
+    assert again is not None
+    assert (again["model"], again["max_tokens"]) == ("m", 9)
+    assert again["prompt"].startswith("List three fish. Cod, ant\n\nThis is not valid: ant is no")
+    assert aside.repair({"prompt": "x"}, {"choices": []}, ["empty"]) is not None
+
+
+@pytest.mark.parametrize(
+    "more", [{"prompt": [1, 2]}, {"prompt": ["a", "b"]}, {"suffix": "end"}, {"echo": True}]
+)
+def test_a_completion_that_has_no_place_for_words_is_not_repaired(more: dict[str, Any]) -> None:
+    assert aside.repair({"prompt": "x", **more}, {"choices": [{"text": "y"}]}, ["bad"]) is None
 
 
 def test_a_repair_of_calls_shows_none_since_they_have_no_results() -> None:

@@ -175,6 +175,19 @@ async def test_a_correction_has_the_answer_forgotten(house: Open) -> None:
     assert here.system.feedback.stats()["forgotten"] == 1
 
 
+async def test_who_was_given_a_stored_answer_can_have_it_forgotten(house: Open) -> None:
+    here = await house(enable_caching=True)
+    for _ in range(2):
+        await answered(here)
+    at_once = here.call()
+    assert here.pipeline.at_once(at_once) is not None
+    loop = here.system.feedback
+    await loop.record("correction", "no", tenant="acme", response_id=at_once.request_id)
+
+    assert loop.stats()["forgotten"] == 1
+    assert (await here.pipeline.answer(here.call())).facts.cache == "miss"
+
+
 async def test_without_a_cache_there_is_nothing_to_forget(house: Open) -> None:
     here = await house()
     (row,) = await here.entries(await answered(here))

@@ -8,7 +8,7 @@ import pytest
 
 from deployments.http import KeyEntry, Keys, TenantIdentity, build_asgi
 from deployments.ingress import require_keys_or_loopback
-from forebay.errors import ConfigurationError
+from forebay.errors import ConfigurationError, Overloaded
 from forebay.secrets import hash_key, operator_key
 from tests.support.scripted_service import (
     SECRET,
@@ -126,6 +126,39 @@ async def test_the_caller_is_known_before_the_body_is_read() -> None:
     answered = await Client(build_asgi(service)).post("/v1/chat/completions", b"{not json")
 
     assert answered.status == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/v1/chat/completions", "chat"),
+        ("/v1/completions", "completion"),
+        ("/v1/embeddings", "embedding"),
+        ("/v1/messages", "chat"),
+        ("/api/v1/gateway/generate", "chat"),
+        ("/api/v1/gateway/generate/stream", "chat"),
+        ("/api/v1/gateway/embeddings", "embedding"),
+    ],
+)
+async def test_the_service_hears_of_requests_that_never_become_calls(path: str, route: str) -> None:
+    service = ScriptedService(keys=KEYS)
+    app = build_asgi(service)
+    await Client(app).post(path, CHAT)
+    await Client(app, "fb-acme").post(path, b"{not json")
+    await Client(app, "fb-acme").get(path)
+
+    assert service.refusals == [(route, None, 401), (route, "acme", 400), (route, None, 405)]
+
+
+async def test_it_hears_of_nothing_else() -> None:
+    service = ScriptedService(keys=KEYS, answer=Overloaded("not now"))
+    app = build_asgi(service)
+    await Client(app).get("/v1/models")
+    await Client(app).post("/v1/nothing", CHAT)
+    refused = await Client(app, "fb-acme").post("/v1/chat/completions", CHAT)
+
+    assert refused.status == 503
+    assert service.refusals == []
 
 
 async def test_a_revoked_key_is_unknown_at_once() -> None:

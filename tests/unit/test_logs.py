@@ -14,7 +14,13 @@ import pytest
 
 from deployments.http import build_asgi
 from forebay import logs
-from forebay.errors import GatewayError, ProviderConnectionError, ProviderError
+from forebay.config import SystemConfig, parse
+from forebay.errors import (
+    ConfigurationError,
+    GatewayError,
+    ProviderConnectionError,
+    ProviderError,
+)
 from forebay.logs import CHARS_MAX, LINES_PER_S_MAX, NAME_CHARS_MAX, RequestLog, install
 from tests.support.house import House, open_house
 from tests.support.scripted_service import Client, ScriptedService
@@ -25,7 +31,7 @@ CANARY = "sk-canary-0123456789abcdef"
 @pytest.fixture
 def lines() -> Iterator[Lines]:
     """What is logged while the test runs; logging is as it was afterwards."""
-    loggers = [logging.getLogger(name) for name in (logs.ROOT, "actors", "deployments")]
+    loggers = [logging.getLogger(name) for name in logs.PACKAGES]
     before = [(one, one.handlers, one.level, one.propagate) for one in loggers]
     stream = io.StringIO()
     install(stream)
@@ -196,6 +202,28 @@ def test_any_record_is_a_line_without_keys(lines: Lines) -> None:
     assert len(long["message"]) == CHARS_MAX
     assert (with_fields["level"], len(with_fields["tenant"])) == ("warning", NAME_CHARS_MAX)
     assert (with_fields["odd"], with_fields["list"]) == ("object", ["***", 1])
+
+
+def test_a_level_holds_from_now_on(lines: Lines) -> None:
+    def say(level: int) -> None:
+        for package in logs.PACKAGES:
+            logging.getLogger(f"{package}.x").log(level, "said")
+
+    logs.obey("warning")
+    say(logging.INFO)
+    say(logging.WARNING)
+    logs.obey("debug")
+    say(logging.DEBUG)
+
+    assert [line["level"] for line in lines] == ["warning"] * 3 + ["debug"] * 3
+
+
+def test_the_level_comes_from_the_configuration() -> None:
+    assert SystemConfig().telemetry.log_level == "info"
+    told = SystemConfig.model_validate({"telemetry": {"log_level": "error"}})
+    assert told.telemetry.log_level == "error"
+    with pytest.raises(ConfigurationError, match="log_level"):
+        parse({"telemetry": {"log_level": "loud"}})
 
 
 async def test_an_unforeseen_failure_has_the_requests_id(lines: Lines) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from actors.ref import InlineRef, OwnerUnavailable
 from actors.registry.sums import Sums
 from forebay.errors import Overloaded
 from forebay.metrics import SERIES_MAX, TENANTS_MAX, Meter, prompt_cache
+from tests.support.fake_time import settle
 from tests.support.house import open_house
 
 
@@ -57,12 +59,12 @@ def test_times_are_in_buckets_that_add_up() -> None:
     text = counted.render().decode()
 
     for line in (
-        'forebay_request_seconds_bucket{le="0.001",route="chat"} 2.0',
-        'forebay_request_seconds_bucket{le="0.0025",route="chat"} 3.0',
-        'forebay_request_seconds_bucket{le="300.0",route="chat"} 3.0',
-        'forebay_request_seconds_bucket{le="+Inf",route="chat"} 4.0',
-        'forebay_request_seconds_count{route="chat"} 4.0',
-        'forebay_request_seconds_sum{route="chat"} 400.0026',
+        'forebay_request_seconds_bucket{le="0.001"} 2.0',
+        'forebay_request_seconds_bucket{le="0.0025"} 3.0',
+        'forebay_request_seconds_bucket{le="300.0"} 3.0',
+        'forebay_request_seconds_bucket{le="+Inf"} 4.0',
+        "forebay_request_seconds_count 4.0",
+        "forebay_request_seconds_sum 400.0026",
         'forebay_requests_total{model="m",route="chat",status="ok",tenant="t"} 4.0',
     ):
         assert line in text.splitlines()
@@ -104,7 +106,7 @@ def test_every_name_of_the_contract_is_told_with_its_labels() -> None:
     ref.sent["lookup"] += 1
     counted = Meter(lambda: [ref])
     counted.request("chat", "m", "t", "ok", 0.2, 0.1)
-    counted.first_token("chat", 0.1)
+    counted.first_token(0.1)
     counted.usage(3, 2, 7_000)
     counted.cache("hit")
     counted.coalesced(2)
@@ -117,9 +119,10 @@ def test_every_name_of_the_contract_is_told_with_its_labels() -> None:
 
     for line in (
         'forebay_requests_total{model="m",route="chat",status="ok",tenant="t"} 1.0',
-        'forebay_request_seconds_count{route="chat"} 1.0',
-        'forebay_overhead_seconds_sum{route="chat"} 0.1',
-        'forebay_time_to_first_token_seconds_count{route="chat"} 1.0',
+        "forebay_request_seconds_count 1.0",
+        'forebay_route_seconds_count{route="chat"} 1.0',
+        "forebay_overhead_seconds_sum 0.1",
+        "forebay_time_to_first_token_seconds_count 1.0",
         'forebay_tokens_total{kind="prompt"} 3.0',
         'forebay_tokens_total{kind="completion"} 2.0',
         "forebay_cost_usd_total 7e-06",
@@ -128,7 +131,8 @@ def test_every_name_of_the_contract_is_told_with_its_labels() -> None:
         'forebay_provider_calls_total{deployment="d",outcome="success"} 1.0',
         'forebay_breaker_state{deployment="d"} 1.0',
         'forebay_rate_limited_total{kind="tokens_per_minute",tenant="t"} 1.0',
-        'forebay_owner_messages_total{method="lookup",owner="cache"} 1.0',
+        'forebay_owner_messages_total{owner="cache"} 1.0',
+        'forebay_owner_calls_total{method="lookup",owner="cache"} 1.0',
         "forebay_queue_seconds_count 1.0",
         "forebay_ledger_unsettled 4.0",
     ):
@@ -151,10 +155,15 @@ def test_two_processes_counts_add_up_to_one_text() -> None:
 
 
 def test_what_this_version_does_not_know_is_left_out() -> None:
-    figures = {("forebay_gone", "x"): (1,), ("forebay_queue_seconds",): (1, 2, 3)}
+    figures = {
+        ("forebay_gone", "x"): (1,),
+        ("forebay_queue_seconds",): (1, 2, 3),
+        ("forebay_owner_messages", "cache", "lookup"): (1,),
+    }
     text = meter().render(figures).decode()
 
     assert "forebay_gone" not in text
+    assert "forebay_owner_messages_total{" not in text
     assert "forebay_queue_seconds_count" not in text
 
 
@@ -192,9 +201,34 @@ async def test_the_systems_metrics_are_those_of_all_its_processes(tmp_path: Path
         assert 'forebay_requests_total{model="m",route="chat",status="ok",tenant="t"} 42.0' in text
         assert 'forebay_breaker_state{deployment="' in text
         assert "forebay_ledger_unsettled 0.0" in text
-        assert 'forebay_owner_messages_total{method="tally",owner="registry"}' in text
+        assert 'forebay_owner_calls_total{method="tally",owner="registry"}' in text
     finally:
         await house.system.close()
+
+
+async def test_the_wait_for_a_slot_is_told_once(tmp_path: Path) -> None:
+    house = await open_house(tmp_path, rate_limit_config={"concurrent_requests": 1})
+    system, passed = house.system, [0.0]
+    clock = system.clock
+    system.clock = lambda: clock() + passed[0]
+    gate = asyncio.Event()
+    house.provider.steps["openai/a"] = [gate]
+    try:
+        first = asyncio.create_task(house.pipeline.answer(house.call("a")))
+        while not house.provider.asked:
+            await asyncio.sleep(0)
+        before = system.meter.figures().get(("forebay_queue_seconds",), ())
+        second = asyncio.create_task(house.pipeline.answer(house.call("b", may_wait=True)))
+        await settle()
+        passed[0] = 4.0
+        gate.set()
+        await asyncio.gather(first, second)
+        after = system.meter.figures()["forebay_queue_seconds",]
+
+        assert sum(after[:-1]) - sum(before[:-1]) == 1
+        assert after[-1] - sum(before[-1:]) >= 4e9
+    finally:
+        await system.close()
 
 
 async def test_metrics_that_cannot_be_summed_are_refused_and_not_made_up(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def count_more(meter: Meter) -> None:
         meter.provider_call("openai/x", verdict.value)
     for outcome in ("hit", "miss", "joined"):
         meter.cache(outcome)
-    meter.first_token("chat", 0.1)
+    meter.first_token(0.1)
     meter.usage(10, 20, 1_500_000)
     meter.coalesced(2)
     meter.limited("acme", "tokens_per_minute")

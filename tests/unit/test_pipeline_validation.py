@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from actors.cache import desk
 from forebay.call import Call
 from forebay.codec import Answer
 from forebay.errors import ProviderError, ResponseValidationError
 from forebay.providers.base import Resolve
 from forebay.reckoning import Reckoner
 from forebay.routing import Deployment
+from tests.support.fake_time import settle
 from tests.support.house import USAGE, House, Scripted, open_house
 
 JSON = {"response_format": {"type": "json_object"}}
@@ -41,9 +44,12 @@ class Saying(Scripted):
         says = self.says[deployment.model.removeprefix("openai/")]
         text = says.pop(0) if len(says) > 1 else says[0]
         message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        said = {"text": text} if "prompt" in body else {"message": message}
+        choice = {"index": 0, **said, "finish_reason": "stop"}
         whole = {"id": "x1", "object": "chat.completion", "choices": [choice], "usage": USAGE}
         return Answer(whole, USAGE, self.cost_nano, deployment.model)
+
+    completion = chat
 
 
 @pytest.fixture
@@ -236,15 +242,141 @@ async def test_streams_are_judged_where_nothing_is_shared_either(house: Open) ->
     assert here.system.validation.stats()["findings"] == {"json": 1}
 
 
-async def test_streams_that_nobody_moderates_are_not_stored(house: Open) -> None:
+async def streamed(here: House, **more: Any) -> tuple[Call, str | None]:
+    """A stream taken to its end: its call, and where it came from."""
+    call = here.call()
+    call.body |= {"stream": True, **more}
+    stream = await here.pipeline.stream(call)
+    async for _ in stream.chunks:
+        pass
+    await settle()
+    return call, stream.facts.cache
+
+
+async def test_a_stream_is_moderated_at_its_end_and_stored_if_it_is_safe(house: Open) -> None:
+    limits = {"concurrent_requests": 2, "tokens_per_minute": 100_000}
+    here = await house(
+        {"a": ["x"], "c": ["safe"]}, enable_caching=True, rate_limit_config=limits, **MODERATION
+    )
+    heard: list[str] = []
+    here.system.validation.listener = lambda event: heard.append(f"{event.name} {event.label}")
+    call, first = await streamed(here)
+    _, second = await streamed(here)
+
+    entries = sorted(await here.entries(call), key=lambda entry: entry.attempt)
+    totals = await here.system.books.usage()
+    assert (first, second) == ("miss", "hit")
+    assert heard == ["validation pass"]
+    assert [(e.attempt, e.model, e.cost_nano) for e in entries] == [(1, "m", 7), (2, "spare", 7)]
+    assert totals["total_requests"] == 2
+    assert "onetwo" in here.provider.bodies[1]["messages"][0]["content"]
+    assert here.at_rest
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("unsafe", ["moderation fail", "validation fail"]),
+        ("who knows", ["moderation warn", "validation warn"]),
+    ],
+)
+async def test_a_stream_that_is_not_called_safe_is_told_of_and_not_stored(
+    house: Open, said: str, told: list[str]
+) -> None:
+    here = await house({"a": ["x"], "c": [said]}, enable_caching=True, **MODERATION)
+    heard: list[str] = []
+    here.system.validation.listener = lambda event: heard.append(f"{event.name} {event.label}")
+
+    assert [(await streamed(here))[1] for _ in range(2)] == ["miss", "miss"]
+    assert heard == told * 2
+    assert here.at_rest
+
+
+async def test_a_stream_that_is_wrong_anyway_is_not_moderated(house: Open) -> None:
+    here = await house({"a": ["x"], "c": ["safe"]}, **MODERATION)
+    await streamed(here, **JSON)
+
+    assert here.provider.asked == ["openai/a"]
+    assert here.system.validation.stats()["findings"] == {"json": 1}
+    assert here.at_rest
+
+
+async def test_where_too_many_streams_wait_for_the_moderation_one_is_not_asked_about(
+    house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = await house({"a": ["x"], "c": ["safe"]}, enable_caching=True, **MODERATION)
-    for _ in range(2):
-        call = here.call()
-        call.body["stream"] = True
-        stream = await here.pipeline.stream(call)
-        assert stream.facts.cache == "miss"
-        async for _ in stream.chunks:
-            pass
+    monkeypatch.setattr(desk, "CARRIED_MAX", 0)
+
+    assert [(await streamed(here))[1] for _ in range(2)] == ["miss", "miss"]
+    assert here.provider.asked == ["openai/a"] * 2
+    assert here.system.validation.stats()["findings"] == {"moderation": 2}
+    assert here.at_rest
+
+
+async def test_a_system_that_closes_waits_for_no_moderation(house: Open) -> None:
+    limits = {"concurrent_requests": 2}
+    here = await house({"a": ["x"], "c": ["safe"]}, rate_limit_config=limits, **MODERATION)
+    here.provider.steps["openai/c"] = [asyncio.Event()]
+    await streamed(here)
+    assert not here.at_rest
+
+    await here.system.cache.close()
+
+    assert here.at_rest
+
+
+async def test_who_wants_a_stream_whole_has_it_moderated_before_it_is_handed_on(
+    house: Open,
+) -> None:
+    here = await house({"a": ["bad"], "c": ["unsafe"]}, **MODERATION)
+    gate = asyncio.Event()
+    here.provider.gates = [asyncio.Event(), gate]
+    here.provider.gates[0].set()
+    call = here.call()
+    call.body["stream"] = True
+    stream = await here.pipeline.stream(call)
+    whole = asyncio.create_task(here.pipeline.answer(here.call()))
+    await settle()
+    gate.set()
+    said = [chunk async for chunk in stream.chunks]
+    with pytest.raises(ResponseValidationError, match="unsafe"):
+        await whole
+    await settle()
+
+    assert said
+    assert sorted(here.provider.asked) == ["openai/a", "openai/a", "openai/c", "openai/c"]
+    assert here.at_rest
+
+
+async def test_who_joins_an_answer_that_was_called_safe_asks_nobody(house: Open) -> None:
+    here = await house({"a": ["good"], "c": ["safe"]}, **MODERATION)
+    results = await asyncio.gather(*(here.pipeline.answer(here.call()) for _ in range(3)))
+
+    assert sorted(str(r.facts.cache) for r in results) == ["joined", "joined", "miss"]
+    assert here.provider.asked == ["openai/a", "openai/c"]
+
+
+async def test_a_completion_is_asked_for_once_more_too(house: Open) -> None:
+    here = await house({"a": ["ant", "cod"]}, validation={"repair": True})
+    here.system.validation.add_blocked_pattern("insects", "ant")
+    body = {"model": "m", "prompt": "a fish:"}
+    result = await here.pipeline.answer(Call("completion", body, "acme", "req_c"))
+
+    assert result.answer.body["choices"][0]["text"] == "cod"
+    assert here.provider.bodies[1]["prompt"].startswith("a fish:ant\n\nThis is not valid: ")
+    assert result.facts.cost_nano == 14
+    assert here.at_rest
+
+
+async def test_a_completion_that_cannot_be_asked_again_is_not(house: Open) -> None:
+    here = await house({"a": ["ant", "cod"]}, validation={"repair": True})
+    here.system.validation.add_blocked_pattern("insects", "ant")
+    body = {"model": "m", "prompt": [1, 2]}
+    with pytest.raises(ResponseValidationError, match="'insects' blocks"):
+        await here.pipeline.answer(Call("completion", body, "acme", "req_c"))
+
+    assert len(here.provider.asked) == 1
+    assert here.at_rest
 
 
 async def test_a_blocked_pattern_of_the_configuration_holds(house: Open) -> None:
@@ -252,6 +384,19 @@ async def test_a_blocked_pattern_of_the_configuration_holds(house: Open) -> None
     here = await house({"a": ["BlueBird"]}, validation={"blocked_patterns": patterns})
     with pytest.raises(ResponseValidationError, match="what 'projects' blocks"):
         await here.pipeline.answer(here.call())
+
+
+async def test_an_answer_that_was_stored_under_other_rules_is_not_served(house: Open) -> None:
+    here = await house({"a": ["BlueBird"]}, enable_caching=True)
+    stored = [(await here.pipeline.answer(here.call())).facts.cache for _ in range(2)]
+    here.system.validation.add_blocked_pattern("projects", "(?i)bluebird")
+    assert here.pipeline.at_once(here.call()) is None
+    with pytest.raises(ResponseValidationError, match="what 'projects' blocks"):
+        await here.pipeline.answer(here.call())
+    here.system.validation.remove("projects")
+
+    assert stored == ["miss", "hit"]
+    assert (await here.pipeline.answer(here.call())).facts.cache == "hit"
 
 
 async def test_findings_are_among_the_metrics(house: Open) -> None:

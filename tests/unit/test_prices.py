@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 from types import SimpleNamespace
@@ -241,6 +242,39 @@ class TestTokenizers:
     def test_without_an_encoding_there_is_no_count(self) -> None:
         assert Tokenizers({}).count(deployment("anthropic/claude"), "x") is None
         assert Tokenizers({NEWER: Encoding(1)}).count(deployment("openai/gpt-4"), "x") is None
+
+
+class TestVersions:
+    """Which prices an entry was made with."""
+
+    def test_own_prices_have_a_version_that_changes_when_they_do(self) -> None:
+        prices = Prices()
+        told = prices.version(deployment(**{INPUT: 0.1, OUTPUT: 2}))
+        assert told.startswith("own:")
+        assert prices.version(deployment(**{OUTPUT: "2.0", INPUT: SecretStr("0.10")})) == told
+        assert prices.version(deployment(**{INPUT: 0.1, OUTPUT: 3})) != told
+        assert prices.version(deployment(**{INPUT: 0.1, "input_cost_per_second": 1})) == ""
+
+    def test_lists_price_the_others_once_there_is_one(self) -> None:
+        prices, here = Prices(), deployment()
+        assert prices.version(here) == ""
+        prices.listed_version = "abc"
+        assert prices.version(here) == "litellm:abc"
+        assert prices.version(deployment("local/m")) == "local"
+
+    def test_it_is_made_once_for_each_deployment(self) -> None:
+        prices, here = Prices(listed_version="abc"), deployment()
+        assert prices.version(here) is prices.version(here)
+        assert prices.version(here) is not prices.version(deployment())
+
+
+async def test_litellms_own_list_has_a_version() -> None:
+    lane = LiteLLMProvider(InProcessModels())
+    here = deployment("openai/gpt-4o-mini")
+    assert lane.price_version(here) == ""
+    await lane.warm()
+    assert re.fullmatch("litellm:[0-9a-f]{12}", lane.price_version(here))
+    await lane.close()
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,9 @@ class Upstream:
         self.asked.append((deployment.model, texts))
         return Vectors(np.ones((1, 4), np.float32), 2, 3, deployment.model)
 
+    def price_version(self, deployment: Deployment) -> str:
+        return "list 1"
+
     def price_bound(self, deployment: Deployment) -> None:
         return None
 

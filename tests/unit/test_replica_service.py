@@ -21,7 +21,7 @@ from actors.registry.policy import (
 )
 from deployments.gateway import PipelineService
 from forebay.config import SystemConfig
-from forebay.errors import InvalidRequest, Overloaded
+from forebay.errors import ConfigurationError, InvalidRequest, Overloaded
 from forebay.system import System, open_inline
 from tests.support.fake_time import settle
 
@@ -210,6 +210,16 @@ async def test_where_it_is_not_stored_the_limiters_owners_are_as_before(
 
     assert after == {before}
     assert layouts(home) == [Layout(version, 3)] * 3
+
+
+async def test_a_configuration_that_names_a_validator_of_nobody_is_refused(house: Open) -> None:
+    home = await house()
+    document = json.loads(json.dumps(home.system.registry.document))
+    document.setdefault("gateway", {})["validation"] = {"validators": ["nobodys"]}
+    with pytest.raises(ConfigurationError, match="offers 'nobodys'"):
+        await home.service.write_config(document, None)
+
+    assert home.system.problem is None
 
 
 # --- health -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forebay.checks.patterns import Pattern
 from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, ResponseValidationError
 from forebay.validation import (
@@ -264,6 +265,47 @@ def test_a_validator_may_find_several_things_or_fail() -> None:
     assert judged.warnings[2] == "validator 'bad' failed: ZeroDivisionError"
 
 
+def test_a_validator_that_cannot_answer_at_once_is_refused() -> None:
+    async def later(text: str, request: Any) -> None: ...
+
+    for wrong in (later, "no function"):
+        with pytest.raises(ConfigurationError, match="plain function"):
+            manager().add_validator("late", wrong)  # type: ignore[arg-type]
+
+
+def test_what_a_pattern_of_many_states_has_not_looked_at_is_a_warning() -> None:
+    made = manager()
+    made.add_blocked_pattern("wide", "a.{0,900}d")
+    chars = Pattern("a.{0,900}d").chars_max
+
+    assert made.validate("ad" + "x" * chars).fatal == ["the answer holds what 'wide' blocks"]
+    assert made.validate("x" * chars).warnings == []
+    late = made.validate("x" * chars + "ad")
+    assert (late.fatal, late.warnings) == (
+        [],
+        [f"only {chars} characters were searched for 'wide'"],
+    )
+
+
+def test_other_rules_have_another_name() -> None:
+    patterns = {"one": {"a": "x"}, "two": {"a": "y"}}
+    told: list[dict[str, Any]] = [
+        {"validation": {"off": ["pii"]}},
+        {"validation": {"blocked_patterns": patterns["one"]}},
+        {"validation": {"blocked_patterns": patterns["two"]}},
+        {
+            "validation": {"moderation_model": "m"},
+            "model_list": [{"model_name": "m", "litellm_params": {"model": "openai/m"}}],
+        },
+        {"enable_validation": False},
+    ]
+    names = [manager(**one).rules for one in told]
+
+    assert manager().rules == manager(validation_level="strict").rules == ""
+    assert len({"", *names}) == 6
+    assert names == [manager(**one).rules for one in told]
+
+
 def test_a_blocked_pattern_is_named_and_its_match_is_not() -> None:
     made = manager(validation={"blocked_patterns": {"projects": r"(?i)bluebird\s+\d+"}})
     made.add_blocked_pattern("soft", "maybe", broken=False)
@@ -321,7 +363,7 @@ def test_there_is_room_for_so_many_rules() -> None:
 def test_a_wrong_rule_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="linear time"):
         manager().add_blocked_pattern("a", "(?=x)")
-    with pytest.raises(ConfigurationError, match="must be callable"):
+    with pytest.raises(ConfigurationError, match="plain function"):
         manager().add_validator("a", "x")  # type: ignore[arg-type]
 
 
