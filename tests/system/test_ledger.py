@@ -281,3 +281,37 @@ async def _asked(client: httpx.AsyncClient, count: int) -> dict[str, str]:
 
     await asyncio.gather(*(ask(number) for number in range(count)))
     return found
+
+
+async def test_a_keyed_request_is_made_once_whatever_is_killed(
+    ray_driver: Any, up: UpProcess, url: str, upstream: Upstream
+) -> None:
+    key = {"idempotency-key": f"order-{random.random()}"}
+    message = {"role": "user", "content": f"once {random.random()}"}
+    body = {"model": "paid", "messages": [message], "max_tokens": 16}
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        first = await client.post("/v1/chat/completions", json=body, headers=key)
+        ray_driver.kill(handle_of(ray_driver, "ledger"), no_restart=True)
+        for replica in replicas(up):
+            replica.send_signal(signal.SIGKILL)
+        await _ready(client)
+        again = await client.post("/v1/chat/completions", json=body, headers=key)
+        other = await client.post(
+            "/v1/chat/completions", json={**body, "max_tokens": 17}, headers=key
+        )
+
+    assert (first.status_code, again.status_code, other.status_code) == (200, 200, 409)
+    assert again.json() == first.json()
+    assert len(upstream.log()) == 1
+
+
+async def _ready(client: httpx.AsyncClient) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            if (await client.get("/health/ready")).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < deadline, "no replica after a minute"
+        await asyncio.sleep(0.1)
