@@ -1064,6 +1064,13 @@ async def test_budgets_keys_and_revocations_outlive_their_owners_and_the_system(
     async def worth(client: httpx.AsyncClient) -> tuple[set[int], set[int]]:
         return await _everywhere(client, kept["key"]), await _everywhere(client, gone["key"])
 
+    once = {"model": "sim", "messages": question("once")}
+    key = {"idempotency-key": "over-a-restart"}
+
+    async def keyed(client: httpx.AsyncClient) -> Any:
+        headers = system.headers("free", **key)
+        return (await client.post("/v1/chat/completions", json=once, headers=headers)).json()
+
     hours = [await _use(system, "hourly", 8)]
     days = [await _use(system, "daily", 8, **paid)]
     with system.driver() as driver:
@@ -1075,15 +1082,17 @@ async def test_budgets_keys_and_revocations_outlive_their_owners_and_the_system(
     days.append(await _use(system, "daily", 6, **paid))
     async with system.client() as client:
         after_the_kill = await worth(client)
+        first = await keyed(client)
     await asyncio.to_thread(system.restart)
     hours.append(await _use(system, "hourly", 12))
     days.append(await _use(system, "daily", 12, **paid))
     async with system.client() as client:
         after_the_restart = await worth(client)
+        again = await keyed(client)
 
     log = system.upstream.log()
     dear = [record for record in log if record.model == "sim-tokens=1000"]
-    cheap = len(log) - len(dear)
+    cheap = len(log) - len(dear) - 1  # the one with a key
     say(
         f"20 an hour over a killed owner and a restart: {cheap} served ({list(map(dict, hours))}); "
         f"$1.00 a day: {len(dear)} calls of $0.05 ({list(map(dict, days))})"
@@ -1093,3 +1102,4 @@ async def test_budgets_keys_and_revocations_outlive_their_owners_and_the_system(
     assert oracle.spent(dear, "0", USD_PER_TOKEN) <= oracle.NANO
     assert len(dear) == 20
     assert after_the_kill == after_the_restart == ({200}, {401})
+    assert again == first
