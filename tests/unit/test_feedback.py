@@ -339,6 +339,28 @@ async def test_after_200_ratings_the_better_deployment_gets_most_calls(house: Op
     assert told["by_deployment"][best]["rated"] > 100
 
 
+async def test_feedback_outlives_a_restart(tmp_path: Path) -> None:
+    how = {"ledger_url": f"sqlite:///{tmp_path}/ledger.db", "routing": "feedback"}
+    here = await open_house(tmp_path, **how)
+    await answered(here)
+    loop = here.system.feedback
+    await loop.record("rating", 2, tenant="acme", response_id="1", feedback_id="f")
+    await loop.record("improvement", "shorter", tenant="acme", response_id="1")
+    before = await loop.statistics()
+    await here.system.close()
+    again = await open_house(tmp_path, **how)
+    loop = again.system.feedback
+    told = await loop.record("rating", 2, tenant="acme", response_id="1", feedback_id="f")
+    after = await loop.statistics()
+    await again.system.close()
+
+    assert told is not None
+    assert told["duplicate"]
+    assert (before["total"], before["mean_score"]) == (2, 0.25)
+    assert list(before["ratings"]) == [again.deployment("openai/a").id]
+    assert after == before
+
+
 async def test_other_processes_learn_of_ratings_from_the_ledger(house: Open) -> None:
     here = await house(routing="feedback")
     ledger = Ledger()
