@@ -98,6 +98,13 @@ async def test_a_request_without_a_key_asks_nobody(house: Open) -> None:
     assert (sent["claim"], sent["finish"]) == (1, 1)
 
 
+async def test_keys_need_no_entries(house: Open) -> None:
+    here = await house(enable_llmops=False)
+    await here.pipeline.answer(here.call(**KEY))
+    assert (await here.pipeline.answer(here.call(**KEY))).facts.replayed
+    assert len(here.provider.asked) == 1
+
+
 async def test_answers_outlive_the_whole_system(tmp_path: Path) -> None:
     how: dict[str, Any] = {"ledger_url": f"sqlite:///{tmp_path / 'ledger.db'}"}
     bodies = []
