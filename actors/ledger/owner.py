@@ -233,6 +233,10 @@ class Ledger:
         """Settled entries in the store."""
         return await self._do(lambda store: store.last())
 
+    async def unsettled(self) -> int:
+        """Entries of calls whose outcome was lost. Nothing is read for it."""
+        return await self._do(lambda store: store.unsettled())
+
     async def entries(self, request_id: str) -> list[Entry]:
         """The settled entries of one request id, oldest first."""
         return await self._do(lambda store: store.entries(request_id))

@@ -178,6 +178,7 @@ class Store:
         self._connection: Connection | None = None
         self._checkpoint = 0
         self.open_count = 0
+        self._unsettled = 0
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -216,6 +217,7 @@ class Store:
         if found is None and kept == Totals():
             connection.execute(_add_to_totals(connection.dialect.name), {"after": 0})
             kept = _totals(connection.execute(_FOLD_TOTALS).one())
+        self._unsettled = kept.unsettled
         if counted.entries != last or counted != kept:
             raise StoreFailed(
                 f"{self.place.name}: its sums say {kept.entries} entries and {kept.cost_nano}"
@@ -262,6 +264,7 @@ class Store:
             opened = _open_rows(connection, messages, known)
             checkpoint = self._mark(connection, last)
         self.open_count += opened - closed
+        self._unsettled += sum(row["status"] == "unsettled" for row in rows)
         self._checkpoint = checkpoint
         return len(rows) + opened, [last if commit is None else commit for commit in own]
 
@@ -309,6 +312,11 @@ class Store:
         """The number of the last entry, 0 if there is none."""
         with self.transaction() as connection:
             return _last(connection)
+
+    def unsettled(self) -> int:
+        """How many entries are of calls whose outcome was lost."""
+        with self.transaction():
+            return self._unsettled
 
     def entries(self, request_id: str) -> list[Entry]:
         """The settled entries of one request id, in the order they were appended."""

@@ -295,3 +295,17 @@ async def test_an_append_looks_at_what_it_brought_and_at_no_older_entry(tmp_path
         with closing(sqlite3.connect(path)) as connection:
             plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}")]
         assert plan[0] == "SEARCH ledger_entries USING INTEGER PRIMARY KEY (rowid>?)"
+
+
+async def test_unsettled_entries_are_counted_over_restarts_and_once(keep: Keep) -> None:
+    lost = [entry(n, status="unsettled", error="lost") for n in range(3)]
+
+    async def work(ledger: Ledger) -> None:
+        await ledger.append("h", 1, [*lost, entry(3), entry(9, status="open")])
+        assert await ledger.unsettled() == 3
+        await ledger.holder_gone("h")
+        told = await ledger.usage()
+        assert await ledger.unsettled() == told["unsettled_entries"] == 4
+
+    await with_ledger(work, keep)
+    assert await with_ledger(lambda ledger: ledger.unsettled(), keep) == 4
