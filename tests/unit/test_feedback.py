@@ -215,10 +215,13 @@ async def test_a_response_object_names_its_answer(house: Open) -> None:
     response = GenerateResponse.of(
         {"id": "1", "model": "m", "choices": [{"message": {"content": "fine"}}]}
     )
-    told = await here.system.feedback.record("useful", True, tenant="acme", response=response)
+    loop = here.system.feedback
+    told = await loop.record("useful", True, tenant="acme", response=response)
+    named = await loop.record("useful", True, tenant="acme", response=response, response_id="req_1")
 
     assert told is not None
-    assert told["response_id"] == "1"
+    assert named is not None
+    assert (told["response_id"], named["response_id"]) == ("1", "req_1")
 
 
 @pytest.mark.parametrize(
