@@ -217,6 +217,9 @@ class Store:
         if found is None and kept == Totals():
             connection.execute(_add_to_totals(connection.dialect.name), {"after": 0})
             kept = _totals(connection.execute(_FOLD_TOTALS).one())
+            if last >= CHECKPOINT_ENTRIES:
+                number = last
+                _keep_checkpoint(connection, number, counted)
         self._unsettled = kept.unsettled
         if counted.entries != last or counted != kept:
             raise StoreFailed(
@@ -285,8 +288,7 @@ class Store:
         found = connection.execute(latest).first()
         counted = Totals() if found is None else _totals(found[1:])
         counted += _totals(connection.execute(_FOLD_ENTRIES, {"after": self._checkpoint}).one())
-        sums = {name: getattr(counted, name) for name in SUMS}
-        connection.execute(insert(CHECKPOINTS).values(number=last, **sums))
+        _keep_checkpoint(connection, last, counted)
         return last
 
     def settle_lost(self, holder: str) -> int:
@@ -503,6 +505,11 @@ def _add(
             set_={name: table.c[name] + added.excluded[name] for name in by},
         )
     )
+
+
+def _keep_checkpoint(connection: Connection, number: int, counted: Totals) -> None:
+    sums = {name: getattr(counted, name) for name in SUMS}
+    connection.execute(insert(CHECKPOINTS).values(number=number, **sums))
 
 
 def _last(connection: Connection) -> int:

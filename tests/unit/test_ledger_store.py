@@ -148,6 +148,21 @@ async def test_sums_that_are_emptied_are_made_again_from_the_entries(keep: Keep)
     assert usage["total_cost_nano"] == fold(some).cost_nano - 307 + 1
 
 
+async def test_a_start_that_made_the_sums_anew_has_folded_for_those_that_come(
+    keep: Keep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [entry(n) for n in range(1, 10)]
+    await with_ledger(lambda ledger: ledger.append("h", 1, some), keep)
+    statement(keep, "DELETE FROM ledger_sums")
+    monkeypatch.setattr(store, "CHECKPOINT_ENTRIES", 5)
+    await with_ledger(lambda ledger: ledger.count(), keep)
+    # What is before the checkpoint is not looked at again, by starts or by appends.
+    statement(keep, "UPDATE ledger_entries SET cost_nano = 1 WHERE number = 9")
+    assert await with_ledger(lambda ledger: ledger.append("h", 2, [entry(10)]), keep) == 10
+    usage = await with_ledger(lambda ledger: ledger.usage(), keep)
+    assert usage["total_cost_nano"] == fold([*some, entry(10)]).cost_nano
+
+
 async def test_a_start_folds_what_came_after_the_last_checkpoint(
     keep: Keep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
