@@ -25,7 +25,7 @@ from urllib.parse import quote, urlsplit
 
 from actors.registry.policy import RegistryUnavailable
 from actors.registry.store import read_access
-from forebay import __version__, running
+from forebay import __version__, running, usage_command
 from forebay import config as configuration
 from forebay.errors import AuthenticationError, ConfigurationError, GatewayError
 from forebay.secrets import HASH_PREFIX, hash_key, key_secret, new_key, operator_key
@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--stream", action="store_true", help="print the answer as it comes")
     command("models", _models, "the models that can be asked", asks=True)
     command("health", _health, "how the gateway and its owners are", asks=True)
+    usage = command("usage", _usage, "what was used, and what it cost", asks=True)
+    usage_command.add_arguments(usage)
 
     keys = commands.add_parser("keys", help="keys for tenants").add_subparsers(
         required=True, metavar="ACTION"
@@ -314,6 +316,15 @@ def _health(arguments: argparse.Namespace) -> int:
         rows = [(name, check["status"], check["message"]) for name, check in checks.items()]
         _print_table(rows, "  ")
     return DONE if status in ("healthy", "degraded") else FAILED
+
+
+def _usage(arguments: argparse.Namespace) -> int:
+    _, told = _get(arguments, usage_command.path(arguments, time.time()))
+    if arguments.json or arguments.format == "json":
+        print(json.dumps(told))
+    else:
+        print(usage_command.text(arguments, told))
+    return DONE
 
 
 def _url(arguments: argparse.Namespace) -> str:

@@ -171,8 +171,8 @@ class FeedbackLoop:
             names = ", ".join(FeedbackType)
             raise InvalidRequest.about("type", f"type must be one of {names}") from None
         named = response_id
-        if named is None and isinstance(response, GenerateResponse):
-            named, response = response.id, response.text
+        if isinstance(response, GenerateResponse):
+            named, response = response.id if named is None else named, response.text
         _check_text("response_id", named or None, RESPONSE_ID_CHARS_MAX)
         _check_text("id", feedback_id, ID_CHARS_MAX)
         own = self._new_id() if feedback_id is None else feedback_id

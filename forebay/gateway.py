@@ -93,8 +93,10 @@ class LiteLLMGateway:
             prompt: the user's message; `messages=` is sent verbatim in its place.
             model: a model group's name; None takes the default one.
             **keywords: `tenant_id`, `timeout` (seconds), `cache_ttl` (seconds), `cache` (False, or
-                LiteLLM's `{"no-cache": True, "no-store": True}`), `metadata`, and every OpenAI chat
-                parameter (`temperature`, `max_tokens`, `tools`, …).
+                LiteLLM's `{"no-cache": True, "no-store": True}`), `idempotency_key` (calls with the
+                same one and the same parameters are made once a day, and answered the same),
+                `metadata`, and every OpenAI chat parameter (`temperature`, `max_tokens`, `tools`,
+                …).
 
         Raises:
             GatewayError: every failure; see `forebay.errors`.
@@ -155,7 +157,7 @@ class LiteLLMGateway:
         Args:
             text: str or list of str (`texts=` is accepted too).
             model: a model group's name; None takes the default embedding one.
-            **keywords: `tenant_id`, `timeout` (seconds), `dimensions`, …
+            **keywords: `tenant_id`, `timeout` (seconds), `idempotency_key`, `dimensions`, …
 
         Returns:
             `.array` is float32 of shape (n, d); `.embeddings` the same as lists.
@@ -197,23 +199,38 @@ class LiteLLMGateway:
         """Totals from the ledger, of one tenant or of all.
 
         Returns:
-            `total_requests`, `total_cost` (USD), `total_tokens`, `success_rate` (0 to 1),
-            `cache_hits`, `by_model`, and what they are made of.
+            `total_requests`, `total_cost` (USD; `total_cost_nano` is exact), `total_tokens`,
+            `success_rate` (0 to 1), `cache_hits`, `by_model`, and what they are made of.
         """
         return self._loop.run(self._system.books.usage(tenant=tenant_id))
 
     def get_llmops_metrics(
         self, tenant_id: str | None = None, time_range_hours: float = 24
     ) -> dict[str, Any]:
-        """`get_usage_stats` over the last `time_range_hours`."""
-        since = _hours_ago(time_range_hours)
-        return self._loop.run(self._system.books.usage(tenant=tenant_id, since_s=since))
+        """`get_usage_stats` over the last `time_range_hours`, and more.
+
+        Returns:
+            `start` and `end` (UTC, `start` None for all time), the totals with `latency_ms_mean`,
+            `_p50`, `_p95` and `_p99`, and the same `by_model`, `by_deployment` and `by_hour`, or
+            `by_day` where the range is longer than a week.
+        """
+        _require_hours(time_range_hours)
+        told = self._system.books.metrics(tenant=tenant_id, hours=time_range_hours)
+        return self._loop.run(told)
 
     def get_cost_summary(
         self, tenant_id: str | None = None, time_range_hours: float = 24
     ) -> dict[str, Any]:
-        """Cost in USD over the last `time_range_hours`: the total, by model and by day."""
-        since = _hours_ago(time_range_hours)
+        """Cost in USD over the last `time_range_hours`.
+
+        Returns:
+            `total_cost` (and `total_cost_nano`, exact), `by_model`, `by_day`, for all tenants
+            `by_tenant`, `saved_cost` (by the cache and shared calls), `unsettled_cost` (the most
+            that lost answers may have cost), `unpriced_entries` (of unknown price) and
+            `cost_per_request`.
+        """
+        _require_hours(time_range_hours)
+        since = max(0.0, time.time() - time_range_hours * 3600)
         return self._loop.run(self._system.books.cost(tenant=tenant_id, since_s=since))
 
     # ---------------------------------------------------------------------------- feedback
@@ -460,11 +477,9 @@ def _attach(runtime: Runtime, namespace: str) -> LiteLLMGateway:
     return LiteLLMGateway(runtime=runtime, namespace=namespace)
 
 
-def _hours_ago(hours: float) -> float:
-    """UTC epoch seconds of then, 1970 at the earliest."""
+def _require_hours(hours: float) -> None:
     if not hours >= 0:
         raise InvalidRequest.about("time_range_hours", "time_range_hours must not be negative")
-    return max(0.0, time.time() - hours * 3600)
 
 
 def _generated(result: Result) -> GenerateResponse:

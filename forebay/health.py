@@ -26,6 +26,7 @@ from forebay.schemas import HealthCheckResult, HealthStatus
 
 ENTRIES_BEHIND = 1_000  # entries that wait for the ledger: 20 times what a busy desk sends at once
 NAMES_SHOWN_MAX = 10
+LEDGER_TOLD = ("open", "buffered", "full", "dropped", "failures", "last_error", "idempotency")
 
 Check = dict[str, Any]
 """`status` (healthy, degraded or unhealthy), `message`, and the figures they rest on."""
@@ -307,11 +308,7 @@ def _rate_limiter(seen: Seen) -> Check:
 
 def _ledger(seen: Seen) -> Check:
     desk = seen.desks.get("ledger", {})
-    figures = {
-        name: desk[name]
-        for name in ("open", "buffered", "full", "dropped", "failures", "last_error")
-        if name in desk
-    }
+    figures = {name: desk[name] for name in (*LEDGER_TOLD, "idempotency") if name in desk}
     if not seen.gateway.enable_llmops:
         return _check("healthy", "enable_llmops is off", **figures)
     wrong = _away(seen, "ledger", "entries are kept here until it answers")

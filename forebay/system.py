@@ -406,10 +406,9 @@ class System:
         if not self.books.enabled:
             return None
         try:
-            totals = await self._refs["ledger"].ask("usage", timeout_s=STATS_TIMEOUT_S)
+            return int(await self._refs["ledger"].ask("unsettled", timeout_s=STATS_TIMEOUT_S))
         except (OwnerUnavailable, StoreFailed):
             return None  # the ledger says itself what is wrong with it
-        return int(totals["unsettled_entries"])
 
     def metrics(self, figures: Figures | None = None) -> bytes:
         """Counts in Prometheus text format; None: this process's."""
@@ -740,7 +739,7 @@ class System:
                 "circuit_breaker": self.breaker.stats(),
                 "cache": self.cache.stats(),
                 "batcher": self.batcher.stats(),
-                "ledger": self.books.stats(),
+                "ledger": {**self.books.stats(), "idempotency": self.once.stats()},
                 "registry": self.registry.stats(),
             },
             shards=shards,

@@ -80,7 +80,7 @@ Attributes = dict[str, Any]
 class Telemetry:
     """Tells of each request by a span, with one for each attempt in it, and by three histograms;
     and of each evaluation of an answer by an event. The span is a part of the caller's trace, where
-    the request names one (W3C `traceparent`).
+    the request names one (W3C `traceparent`), or where it comes from Python, out of a span.
 
     Bounded by OpenTelemetry's own queues of 2,048 spans and events, and by the configuration's
     models.
@@ -224,7 +224,8 @@ class Telemetry:
                 exporter.shutdown()  # it gives up what it tries again and again
 
     def _around(self, trace_parent: str | None) -> Context | None:
-        """The trace that the caller's `traceparent` names; None: a new one, as for a wrong one."""
+        """The trace that the caller's `traceparent` names, a new one for a wrong one; without any,
+        None, which is the trace of the span that we are called from, or a new one."""
         return None if trace_parent is None else self._w3c.extract({"traceparent": trace_parent})
 
     def _measure(self, ended: Ended, about: Attributes) -> None:

@@ -347,7 +347,7 @@ def _own(
     try:
         told = validator(text, request)
         wrong: Sequence[str] = [told] if isinstance(told, str) else list(told or ())
-    except Exception as error:  # noqa: BLE001 - somebody else's code, and the answer is paid for
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - somebody else's code; and it is paid
         yield Finding(f"validator {name!r} failed: {type(error).__name__}", False, "validator")
         return
     for message in wrong:

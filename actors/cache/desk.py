@@ -19,7 +19,7 @@ from actors.ref import Clock, OwnerRef
 __all__ = ["CacheDesk", "FlightFailed", "Follow", "Hit", "Joined", "Lead", "Listening"]
 
 CARRIED_MAX = 1000
-"""Most streams that are read on for their followers, at the provider's own pace."""
+"""Most streams that go on without their own clients, at the provider's own pace."""
 ROUNDS_MAX = 16
 """How often a follower asks again when its leader is lost, before it computes alone."""
 
@@ -199,8 +199,8 @@ class CacheDesk:
             self._home(lead.key).on_followed(lead.flight, callback)
 
     def carry(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Read on for the followers of a stream, whatever its own client does. False where no
-        more fit."""
+        """Go on with a stream whatever its own client does: read it for its followers, or have it
+        judged when it is over. False where no more fit."""
         if len(self._carried) >= CARRIED_MAX:
             work.close()
             return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import BigInteger, Connection, bindparam, delete, func, insert, select, update
 
 from actors.ledger.idempotency import (
     CLAIMS_MAX,
@@ -41,6 +41,22 @@ Told = Outcome | bool | tuple[str, ...]
 are free again."""
 
 _C = CLAIMS.c
+# Made once: to make a statement takes as long as to run it.
+_NAMED = _C.name == bindparam("key")
+_KNOWN = select(_C.fingerprint, _C.token, _C.until_ms, _C.size).where(_NAMED)
+_ANSWER = select(_C.answer).where(_NAMED)
+_NEW = insert(CLAIMS)
+_KEEP = update(CLAIMS).where(_NAMED)
+_FORGET = delete(CLAIMS).where(_NAMED)
+_OLD = _C.until_ms <= bindparam("then_ms", type_=BigInteger)
+_SUMS = select(func.count(), func.coalesce(func.sum(_C.size), 0))
+_OLD_SUMS = _SUMS.where(_OLD)
+_OLDEST = (
+    select(_C.name, _C.fingerprint, _C.token, _C.until_ms, _C.size)
+    .where(_C.size > 0)
+    .order_by(_C.until_ms, _C.name)
+    .limit(EVICTED_AT_ONCE)
+)
 
 
 class Held(NamedTuple):
@@ -77,8 +93,7 @@ def obey(
 
 
 def _count(connection: Connection) -> Held:
-    sums = select(func.count(), func.coalesce(func.sum(_C.size), 0))
-    keys, size = connection.execute(sums).one()
+    keys, size = connection.execute(_SUMS).one()
     return Held(int(keys), int(size))
 
 
@@ -100,11 +115,10 @@ class _Claims:
 
     def sweep(self) -> None:
         """What is too old leaves."""
-        old = _C.until_ms <= self._now_ms - LATE_MS
-        sums = select(func.count(), func.coalesce(func.sum(_C.size), 0)).where(old)
-        keys, size = self._connection.execute(sums).one()
+        then = {"then_ms": self._now_ms - LATE_MS}
+        keys, size = self._connection.execute(_OLD_SUMS, then).one()
         if keys:
-            self._connection.execute(delete(CLAIMS).where(old))
+            self._connection.execute(delete(CLAIMS).where(_OLD), then)
             self._add(-int(keys), -int(size))
 
     def _claim(self, claim: Claim) -> Outcome:
@@ -115,8 +129,8 @@ class _Claims:
         if stands is Standing.OWN:
             return Won(claim.token)
         if stands is Standing.STORED:
-            kept = select(_C.answer).where(_C.name == claim.name)
-            return Kept(bytes(self._connection.execute(kept).scalar_one()))
+            kept = self._connection.execute(_ANSWER, {"key": claim.name})
+            return Kept(bytes(kept.scalar_one()))
         if stands is Standing.RUNNING:
             assert known is not None, "something runs"
             return Running((known.until_ms - self._now_ms) / 1000)
@@ -132,7 +146,7 @@ class _Claims:
             "until_ms": self._now_ms + int(claim.lapses_s * 1000),
             "size": 0,
         }
-        self._connection.execute(insert(CLAIMS), row)
+        self._connection.execute(_NEW, row)
         self._add(1, 0)
         return Won(claim.token)
 
@@ -148,7 +162,7 @@ class _Claims:
             self._forget(finish.name, known)
             return False
         kept = {"until_ms": self._now_ms + KEPT_MS, "size": size, "answer": finish.answer}
-        self._connection.execute(update(CLAIMS).where(_C.name == finish.name).values(kept))
+        self._connection.execute(_KEEP, {"key": finish.name, **kept})
         self._add(0, size)
         return True
 
@@ -161,20 +175,17 @@ class _Claims:
         return names
 
     def _known(self, name: str) -> Known | None:
-        of = select(_C.fingerprint, _C.token, _C.until_ms, _C.size).where(_C.name == name)
-        found = self._connection.execute(of).first()
+        found = self._connection.execute(_KNOWN, {"key": name}).first()
         return None if found is None else Known(*found)
 
     def _forget(self, name: str, known: Known) -> None:
-        self._connection.execute(delete(CLAIMS).where(_C.name == name))
+        self._connection.execute(_FORGET, {"key": name})
         self._add(-1, -known.size)
 
     def _make_room(self, keys: int, size: int) -> bool:
         """Whether so much more fits, when the oldest answers have left."""
-        answers = select(_C.name, _C.fingerprint, _C.token, _C.until_ms, _C.size)
-        oldest = answers.where(_C.size > 0).order_by(_C.until_ms, _C.name).limit(EVICTED_AT_ONCE)
         while not self._fits(keys, size):
-            found = self._connection.execute(oldest).all()
+            found = self._connection.execute(_OLDEST).all()
             for name, *known in found:
                 self._forget(name, Known(*known))
                 if self._fits(keys, size):

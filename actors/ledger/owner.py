@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from actors.ledger.claims import Claims
+from actors.ledger.idempotency import Claim, Finish, Outcome
 from actors.ledger.policy import (
     DAY_MS,
     FEEDBACK_PER_RESPONSE_MAX,
@@ -21,6 +23,7 @@ from actors.ledger.policy import (
     Recorded,
     Spent,
     StoreFailed,
+    groups_of,
 )
 from actors.ref import Clock
 
@@ -33,6 +36,8 @@ ROWS_QUEUED_MAX = 200_000
 """Most rows between the actor and its disk; beyond, `append` fails and desks keep theirs."""
 LOCK_WAIT_S = 10.0
 HOLDERS_PER_READ_MAX = 1000
+READINGS_MAX = 16
+"""Most readings of usage that are under way at a time."""
 
 T = TypeVar("T")
 
@@ -70,7 +75,7 @@ class Ledger:
     anew for the next one. In memory, nothing survives.
     """
 
-    PROTOCOL = 4
+    PROTOCOL = 5
 
     def __init__(
         self,
@@ -78,12 +83,14 @@ class Ledger:
         clock: Clock = time.monotonic,
         lock_wait_s: float = LOCK_WAIT_S,
         url: Callable[[], str] | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._path = path
         self._url = url
         self._clock = clock
         self._lock_wait_s = lock_wait_s
         self._store: Store | None = None
+        self._claims = Claims(self._do, clock, wall)
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._closed = False
@@ -92,6 +99,8 @@ class Ledger:
         self._rows_new = 0
         self._rows_known = 0
         self._commits = 0
+        self._readings = 0
+        self._reading = asyncio.Lock()  # so that an append waits for one step of one reading
         self._doomed: list[_Job] = []
         # Of which day, and after how much feedback.
         self._ratings: tuple[int, int, dict[str, Rating]] | None = None
@@ -124,32 +133,63 @@ class Ledger:
         return int(await self._put(_Job(self._future(), holder, entries)))
 
     async def holders(self) -> dict[str, int]:
-        """Who announced calls that are not settled yet, and how many: HOLDERS_PER_READ_MAX at
-        most."""
-        return await self._do(lambda store: store.holders(HOLDERS_PER_READ_MAX))
+        """Who announced calls that are not settled yet, or has keys of such calls, and how many:
+        HOLDERS_PER_READ_MAX of each at most."""
+        most = HOLDERS_PER_READ_MAX
+        announced: dict[str, int] = await self._do(lambda store: store.holders(most))
+        return {**await self._claims.holders(), **announced}
 
     async def holder_gone(self, holder: str) -> int:
         """A process has ended, and what it left is handed in or lost.
 
         What it announced and did not settle is unsettled from now on, at the most that it may have
-        cost. Returns how many entries that are. Safe to repeat.
+        cost, and stays so: should its node come back with an entry that says more, that one is
+        passed over, and the flagged one holds more than the call has cost. Returns how many
+        entries that are. Safe to repeat.
         """
-        return await self._do(lambda store: store.settle_lost(holder))
+        lost: int = await self._do(lambda store: store.settle_lost(holder))
+        await self._claims.gone(holder)  # last: a repeat of what it left is a call of its own
+        return lost
+
+    async def claim(self, claim: Claim, wait_s: float) -> Outcome:
+        """Whether a request that has a key may make its call, or the answer that was given before;
+        durable when it returns. See `Claims.claim`."""
+        return await self._claims.claim(claim, wait_s)
+
+    async def finish(self, finish: Finish) -> bool:
+        """What became of that call; see `Claims.finish`."""
+        return await self._claims.finish(finish)
 
     async def usage(
         self,
         tenant: str | None = None,
         since_ms: int | None = None,
         until_ms: int | None = None,
-        group_by: GroupBy | None = None,
+        group_by: GroupBy | Sequence[GroupBy] | None = None,
     ) -> dict[str, Any]:
         """Totals of the entries with `since_ms <= at_ms < until_ms` (UTC epoch ms).
 
-        Raises ValueError for an unknown `group_by`.
+        With `by_model` and `by_…` for each group that is asked for, and `data`, their combinations.
+        It is read step by step, with appends in between. Raises ValueError for an unknown group and
+        for hours without their beginning, StoreFailed also when READINGS_MAX are under way.
         """
-        if group_by not in (None, *get_args(GroupBy)):
-            raise ValueError(f"group_by is one of {get_args(GroupBy)}, not {group_by!r}")
-        return await self._do(lambda store: store.usage(tenant, since_ms, until_ms, group_by))
+        groups = groups_of(group_by)
+        if "hour" in groups and since_ms is None:
+            raise ValueError("hours are read from the entries: say since when")
+        if self._readings >= READINGS_MAX:
+            raise StoreFailed(f"{READINGS_MAX} readings of usage are under way")
+        from actors.ledger.usage import Reading
+
+        self._readings += 1
+        try:
+            reading = Reading(tenant, since_ms, until_ms, groups)
+            more = True
+            while more:
+                async with self._reading:
+                    more = await self._do(reading.step)
+        finally:
+            self._readings -= 1
+        return reading.answer()
 
     async def spent(self, tenants: list[str], at_ms: int) -> list[Spent]:
         """What each of the tenants had used at `at_ms` (UTC epoch ms), in their order.
@@ -193,6 +233,10 @@ class Ledger:
         """Settled entries in the store."""
         return await self._do(lambda store: store.last())
 
+    async def unsettled(self) -> int:
+        """Entries of calls whose outcome was lost. Nothing is read for it."""
+        return await self._do(lambda store: store.unsettled())
+
     async def entries(self, request_id: str) -> list[Entry]:
         """The settled entries of one request id, oldest first."""
         return await self._do(lambda store: store.entries(request_id))
@@ -207,6 +251,7 @@ class Ledger:
             "rows_new": self._rows_new,
             "rows_known": self._rows_known,
             "rows_queued": self._rows_queued,
+            "claims": self._claims.stats(),
             "commits": self._commits,
             "failures": self._failures,
             "last_error": self._last_error,

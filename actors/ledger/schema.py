@@ -1,7 +1,8 @@
 """The ledger's tables, the same in SQLite and PostgreSQL, and the way to them from older ones.
 
 Rule 1: `ledger_entries` and `ledger_feedback` are the truth and only grow. Everything else is
-        derived from them, but for `ledger_opened`, the calls that have no entry yet.
+        derived from them, but for `ledger_opened`, the calls that have no entry yet, and
+        `ledger_claims`, what is answered once and kept for a day.
 Rule 2: a new version gets a step in `UPGRADES`; a fresh ledger is made by `METADATA` at once.
 Rule 3: a flag is 0 or 1, since only PostgreSQL has booleans.
 """
@@ -16,6 +17,7 @@ from sqlalchemy import (
     Connection,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     SmallInteger,
     Table,
@@ -31,13 +33,14 @@ from sqlalchemy import (
 
 from actors.ledger.policy import COLUMNS, SUMS, StoreFailed
 
-VERSION = 4
+VERSION = 5
 METADATA = MetaData()
 
 _TEXTS = frozenset(
     ("id", "request_id", "tenant", "route", "model", "deployment", "status", "error")
 ) | {"price_version", "response_id", "cache_key"}
 _NEW_IN_4 = ("response_id", "cache_key")
+_DEFAULTS = {**dict.fromkeys(_NEW_IN_4, ""), "cached_tokens": "0"}
 FLAGS = ("unpriced", "estimated", "stream")
 # In SQLite only INTEGER makes a primary key that is the row's own number.
 _NUMBER = BigInteger().with_variant(Integer, "sqlite")
@@ -50,7 +53,7 @@ def _columns() -> list[Column[object]]:
             name,
             kinds.get(name, BigInteger),
             nullable=name == "error",
-            server_default="" if name in _NEW_IN_4 else None,
+            server_default=_DEFAULTS.get(name),
         )
         for name in COLUMNS
     ]
@@ -94,9 +97,13 @@ TOTALS = Table(
     Column("tenant", Text, primary_key=True),
     Column("day", BigInteger, primary_key=True, autoincrement=False),
     Column("model", Text, primary_key=True),
+    Column("deployment", Text, primary_key=True),
+    Column("route", Text, primary_key=True),
     *_sums(),
+    Index("ledger_sums_by_day", "day"),
 )
-"""The fold of all entries by tenant, UTC day since 1970 and model, written with the entries."""
+"""The fold of all entries by tenant, UTC day since 1970, model, deployment and route, written with
+the entries."""
 
 CHECKPOINTS = Table(
     "ledger_checkpoints",
@@ -151,6 +158,20 @@ RATINGS = Table(
 """The same by deployment and UTC day, of each response's latest score only: who rates an answer a
 hundred times counts once."""
 
+CLAIMS = Table(
+    "ledger_claims",
+    METADATA,
+    Column("name", Text, primary_key=True),
+    Column("fingerprint", Text, nullable=False),
+    Column("token", Text, nullable=False),
+    Column("holder", Text, nullable=False),
+    Column("until_ms", BigInteger, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("answer", LargeBinary),
+    Index("ledger_claims_by_time", "until_ms"),
+)
+"""Requests that have a key: who makes the call, and its answer; `size` is 0 until that is there."""
+
 _VERSION = Table("ledger_version", METADATA, Column("version", Integer, nullable=False))
 
 
@@ -197,7 +218,7 @@ def _version_of(connection: Connection) -> int | None:
 def _from_first(connection: Connection) -> int:
     """Versions 1 and 2 were in SQLite only, with the row's own number in no column."""
     METADATA.create_all(connection)
-    new = {"price_version", "saved_nano", "tool_calls", "most_nano", "requests", *_NEW_IN_4}
+    new = {"price_version", "saved_nano", "tool_calls", "most_nano", "requests", *_DEFAULTS}
     old = ", ".join(name for name in COLUMNS if name not in new)
     connection.execute(
         text(
@@ -221,6 +242,18 @@ def _from_third(connection: Connection) -> int:
             connection.execute(text(ddl))
     METADATA.create_all(connection)
     RESPONSES.create(connection)
+    return 4
+
+
+def _from_fourth(connection: Connection) -> int:
+    """Sums were by tenant, day and model only, and of fewer figures; the store makes them anew.
+    Nothing was answered once only."""
+    for table in (ENTRIES, OPENED):
+        ddl = f"ALTER TABLE {table.name} ADD COLUMN cached_tokens BIGINT NOT NULL DEFAULT '0'"
+        connection.execute(text(ddl))
+    for derived in (TOTALS, CHECKPOINTS):
+        connection.execute(text(f"DROP TABLE {derived.name}"))
+    METADATA.create_all(connection)
     return VERSION
 
 
@@ -228,5 +261,6 @@ UPGRADES: dict[int, Callable[[Connection], int]] = {
     1: _from_first,
     2: _from_first,
     3: _from_third,
+    4: _from_fourth,
 }
 """By version: what makes it a later one, and says which."""

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import date
 from functools import cache
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from sqlalchemy import (
@@ -23,7 +22,6 @@ from sqlalchemy import (
     Integer,
     Row,
     Select,
-    Subquery,
     Table,
     and_,
     bindparam,
@@ -33,24 +31,25 @@ from sqlalchemy import (
     insert,
     literal_column,
     select,
-    union_all,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from actors.ledger.place import Place, reason
 from actors.ledger.policy import (
+    ASKED,
     COLUMNS,
     DAY_MS,
     FEEDBACK_PER_RESPONSE_MAX,
+    LATENCY_MS,
     MINUTE_MS,
     MINUTES_TOLD,
+    NOT_MADE,
     RATING_DAYS_MAX,
     SERVED,
     SUMS,
     Entry,
     Feedback,
-    GroupBy,
     Rating,
     Recorded,
     Spent,
@@ -71,32 +70,31 @@ from actors.ledger.schema import (
     ensure,
 )
 
-GROUPS_MAX = 1000
-"""Most groups of one usage answer; what is beyond them is added up as `OTHERS`."""
-OTHERS = "(others)"
+FEEDBACK_SUMS_MAX = 1000
+"""Most sums of feedback in one answer."""
 CHECKPOINT_ENTRIES = 50_000
 """A start folds about so many entries at most."""
 IDS_PER_QUERY = 1000
-TEXT_CHARS_MAX = 300
-"""Longest text that is part of an index: four bytes a sign at most, and PostgreSQL takes 2,700."""
+TEXT_BYTES_MAX = 600
+"""Longest text that is part of an index, in UTF-8: one has four of them, and PostgreSQL takes 2,700
+bytes."""
 LOST = "the process that made the call ended before it was answered"
-INDEXED = frozenset(("request_id", "tenant", "model", "response_id"))
+INDEXED = frozenset(("request_id", "tenant", "model", "deployment", "route", "response_id"))
 RATING_ROWS_MAX = 50_000
 """Most days of deployments that ratings are made of; the latest ones."""
-
-_EPOCH = date(1970, 1, 1).toordinal()
 
 
 def _one(condition: ColumnElement[bool]) -> ColumnElement[int]:
     return case((condition, 1), else_=0)
 
 
-def _whole(dividend: ColumnElement[int], divisor: int) -> ColumnElement[int]:
+def whole(dividend: ColumnElement[int], divisor: int) -> ColumnElement[int]:
+    """How often `divisor` is in it."""
     # A literal, since PostgreSQL does not take two bound values for one expression.
     return dividend // literal_column(str(divisor), Integer)
 
 
-def _figures(t: FromClause) -> dict[str, ColumnElement[int]]:
+def figures(t: FromClause) -> dict[str, ColumnElement[int]]:
     """`policy.count`, in SQL. A test compares."""
     posted, lost = t.c.status == "posted", t.c.status == "unsettled"
     served = and_(t.c.status.in_(SERVED), t.c.error.is_(None))
@@ -117,11 +115,17 @@ def _figures(t: FromClause) -> dict[str, ColumnElement[int]]:
         "unsettled_nano": case((lost, t.c.cost_nano), else_=0),
         "saved_nano": t.c.saved_nano,
         "tool_calls": t.c.tool_calls,
+        "attempts": _one(and_(t.c.status.in_(ASKED), t.c.attempt != literal_column(str(NOT_MADE)))),
+        "cached_tokens": case((posted, t.c.cached_tokens), else_=0),
+        **{
+            f"ms_{high}": _one(and_(served, t.c.latency_ms > low, t.c.latency_ms <= high))
+            for low, high in pairwise((-1, *LATENCY_MS))
+        },
     }
 
 
-_DAY = _whole(ENTRIES.c.at_ms, DAY_MS)
-_ADDED = [func.sum(figure).label(name) for name, figure in _figures(ENTRIES).items()]
+_DAY = whole(ENTRIES.c.at_ms, DAY_MS)
+_ADDED = [func.sum(figure).label(name) for name, figure in figures(ENTRIES).items()]
 _NUMBERED = bindparam("after", type_=Integer)
 
 
@@ -129,23 +133,25 @@ def _folded(columns: Mapping[str, ColumnElement[int]]) -> list[ColumnElement[Any
     return [func.coalesce(func.sum(columns[name]), 0).label(name) for name in SUMS]
 
 
-_FOLD_ENTRIES = select(*_folded(_figures(ENTRIES))).where(ENTRIES.c.number > _NUMBERED)
+_FOLD_ENTRIES = select(*_folded(figures(ENTRIES))).where(ENTRIES.c.number > _NUMBERED)
 _FOLD_TOTALS = select(*_folded({name: TOTALS.c[name] for name in SUMS}))
 _LAST = select(func.coalesce(func.max(ENTRIES.c.number), 0))
+_PLACE = {name: ENTRIES.c[name] for name in ("tenant", "model", "deployment", "route")} | {
+    "day": _DAY
+}
 _GROUPS = (
-    select(ENTRIES.c.tenant, _DAY.label("day"), ENTRIES.c.model, *_ADDED)
+    select(*(column.label(name) for name, column in _PLACE.items()), *_ADDED)
     .where(ENTRIES.c.number > _NUMBERED)
-    .group_by(ENTRIES.c.tenant, _DAY, ENTRIES.c.model)
+    .group_by(*_PLACE.values())
 )
-_NAMES = ("tenant", "day", "model", *SUMS)
 
 
 @cache
 def _add_to_totals(dialect: str) -> Any:
     make = postgresql.insert if dialect == "postgresql" else sqlite.insert
-    added = make(TOTALS).from_select(list(_NAMES), _GROUPS)
+    added = make(TOTALS).from_select([*_PLACE, *SUMS], _GROUPS)
     return added.on_conflict_do_update(
-        index_elements=["tenant", "day", "model"],
+        index_elements=list(_PLACE),
         set_={name: TOTALS.c[name] + added.excluded[name] for name in SUMS},
     )
 
@@ -172,9 +178,10 @@ class Store:
         self._connection: Connection | None = None
         self._checkpoint = 0
         self.open_count = 0
+        self._unsettled = 0
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
+    def transaction(self) -> Iterator[Connection]:
         """One transaction, on a connection that is opened first where there is none."""
         connection = self._connection or self._open()
         with connection.begin():
@@ -210,6 +217,10 @@ class Store:
         if found is None and kept == Totals():
             connection.execute(_add_to_totals(connection.dialect.name), {"after": 0})
             kept = _totals(connection.execute(_FOLD_TOTALS).one())
+            if last >= CHECKPOINT_ENTRIES:
+                number = last
+                _keep_checkpoint(connection, number, counted)
+        self._unsettled = kept.unsettled
         if counted.entries != last or counted != kept:
             raise StoreFailed(
                 f"{self.place.name}: its sums say {kept.entries} entries and {kept.cost_nano}"
@@ -232,7 +243,7 @@ class Store:
         message without settled entries gets the former. An open entry is new when it was neither
         opened nor settled before.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             before = last = _last(connection)
             known = _numbers(connection, messages)
             rows: list[dict[str, Any]] = []
@@ -256,6 +267,7 @@ class Store:
             opened = _open_rows(connection, messages, known)
             checkpoint = self._mark(connection, last)
         self.open_count += opened - closed
+        self._unsettled += sum(row["status"] == "unsettled" for row in rows)
         self._checkpoint = checkpoint
         return len(rows) + opened, [last if commit is None else commit for commit in own]
 
@@ -276,13 +288,12 @@ class Store:
         found = connection.execute(latest).first()
         counted = Totals() if found is None else _totals(found[1:])
         counted += _totals(connection.execute(_FOLD_ENTRIES, {"after": self._checkpoint}).one())
-        sums = {name: getattr(counted, name) for name in SUMS}
-        connection.execute(insert(CHECKPOINTS).values(number=last, **sums))
+        _keep_checkpoint(connection, last, counted)
         return last
 
     def settle_lost(self, holder: str) -> int:
         """Settles what a holder opened and can settle no more. Returns how much that was."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             of = select(*_columns(OPENED)).where(OPENED.c.holder == _clean(holder))
             found = [_entry(row) for row in connection.execute(of.order_by(OPENED.c.at_ms))]
         lost = [
@@ -296,25 +307,30 @@ class Store:
         """Who announced calls that are not settled yet, and how many."""
         many = func.count().label("many")
         found = select(OPENED.c.holder, many).group_by(OPENED.c.holder).limit(most)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return {row.holder: row.many for row in connection.execute(found)}
 
     def last(self) -> int:
         """The number of the last entry, 0 if there is none."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return _last(connection)
+
+    def unsettled(self) -> int:
+        """How many entries are of calls whose outcome was lost."""
+        with self.transaction():
+            return self._unsettled
 
     def entries(self, request_id: str) -> list[Entry]:
         """The settled entries of one request id, in the order they were appended."""
-        asked = _indexed(request_id)
+        asked = indexed(request_id)
         of = select(*_columns(ENTRIES)).where(ENTRIES.c.request_id == asked)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return [_entry(row) for row in connection.execute(of.order_by(ENTRIES.c.number))]
 
     def spent(self, tenants: Sequence[str], at_ms: int) -> list[Spent]:
         """What each of the tenants had used at `at_ms`, all of the same moment in the ledger."""
         when = calendar(at_ms)
-        names = [_indexed(tenant) for tenant in tenants]
+        names = [indexed(tenant) for tenant in tenants]
         days = (
             select(
                 TOTALS.c.tenant,
@@ -328,7 +344,7 @@ class Store:
         paid: dict[str, dict[int, int]] = {name: {} for name in names}
         ages: dict[str, list[tuple[int, int, int]]] = {name: [] for name in names}
         # One owner, one connection, one thread: nothing is written between these statements.
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             commit = _last(connection)
             if names:
                 for tenant, day, cost_nano in connection.execute(days):
@@ -348,28 +364,6 @@ class Store:
             for name in names
         ]
 
-    def usage(
-        self,
-        tenant: str | None = None,
-        since_ms: int | None = None,
-        until_ms: int | None = None,
-        group_by: GroupBy | None = None,
-    ) -> dict[str, Any]:
-        """Totals over `since_ms <= at_ms < until_ms`, with `by_model` and what else is asked."""
-        rows = _within(None if tenant is None else _indexed(tenant), since_ms, until_ms)
-        groups: list[GroupBy] = ["model"] if group_by in (None, "model") else ["model", group_by]
-        with self._transaction() as connection:
-            sums = _folded({name: rows.c[name] for name in SUMS})
-            total = _totals(connection.execute(select(*sums)).one())
-            parts = {group: _grouped(connection, rows, group) for group in groups}
-        answer = total.as_dict()
-        for group, found in parts.items():
-            rest = total - sum(found.values(), Totals())
-            if rest != Totals():
-                found[OTHERS] = rest
-            answer[f"by_{group}"] = {name: part.as_dict() for name, part in found.items()}
-        return answer
-
     def record(self, feedback: Feedback) -> Recorded | None:
         """Keeps what a tenant thinks of an answer of its own; None where it had no such answer.
 
@@ -378,9 +372,9 @@ class Store:
         Raises:
             OverflowError: the tenant has said enough about this answer.
         """
-        tenant, response_id = _indexed(feedback.tenant), _indexed(feedback.response_id)
-        with self._transaction() as connection:
-            of_id = select(FEEDBACK).where(FEEDBACK.c.id == _indexed(feedback.id))
+        tenant, response_id = indexed(feedback.tenant), indexed(feedback.response_id)
+        with self.transaction() as connection:
+            of_id = select(FEEDBACK).where(FEEDBACK.c.id == indexed(feedback.id))
             known = connection.execute(of_id).first()
             if known is not None:
                 same = known.tenant == tenant
@@ -402,7 +396,7 @@ class Store:
             model, deployment, cache_key = about
             row = {
                 "number": int(connection.execute(number).scalar_one()) + 1,
-                "id": _indexed(feedback.id),
+                "id": indexed(feedback.id),
                 "tenant": tenant,
                 "response_id": response_id,
                 "type": feedback.type,
@@ -431,18 +425,18 @@ class Store:
                 if last is not None:
                     _rate(connection, deployment, last.at_ms, -1, -last.score)
                 _rate(connection, deployment, feedback.at_ms, 1, feedback.score)
-            return Recorded(_indexed(feedback.id), *about, new=True)
+            return Recorded(indexed(feedback.id), *about, new=True)
 
     def feedback(self, tenant: str | None = None) -> list[tuple[str, str, str, int, int, int]]:
         """Sums of feedback: (model, deployment, type, count, rated, score), those with the most
-        first, GROUPS_MAX at most."""
+        first, FEEDBACK_SUMS_MAX at most."""
         t = FEEDBACK_SUMS.c
         by = (t.model, t.deployment, t.type)
         sums = [func.sum(t[name]) for name in ("count", "rated", "score")]
-        of = select(*by, *sums).group_by(*by).order_by(sums[0].desc(), *by).limit(GROUPS_MAX)
+        of = select(*by, *sums).group_by(*by).order_by(sums[0].desc(), *by).limit(FEEDBACK_SUMS_MAX)
         if tenant is not None:
-            of = of.where(t.tenant == _indexed(tenant))
-        with self._transaction() as connection:
+            of = of.where(t.tenant == indexed(tenant))
+        with self.transaction() as connection:
             return [
                 (row[0], row[1], row[2], int(row[3]), int(row[4]), int(row[5]))
                 for row in connection.execute(of)
@@ -458,7 +452,7 @@ class Store:
             .limit(RATING_ROWS_MAX)
         )
         days: dict[str, list[tuple[int, int, int]]] = {}
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             for deployment, day, score, count in connection.execute(of):
                 days.setdefault(deployment, []).append((int(day), int(score), int(count)))
         return {name: rating_of(of_one, today) for name, of_one in days.items()}
@@ -513,6 +507,11 @@ def _add(
     )
 
 
+def _keep_checkpoint(connection: Connection, number: int, counted: Totals) -> None:
+    sums = {name: getattr(counted, name) for name in SUMS}
+    connection.execute(insert(CHECKPOINTS).values(number=number, **sums))
+
+
 def _last(connection: Connection) -> int:
     return int(connection.execute(_LAST).scalar_one())
 
@@ -550,8 +549,8 @@ def _minutes(tenants: Sequence[str], at_ms: int) -> Select[Any]:
     aged = (
         select(
             ENTRIES.c.tenant,
-            case((ahead, 0), else_=_whole(at_ms - ENTRIES.c.at_ms, MINUTE_MS)).label("age"),
-            _one(ENTRIES.c.status == "hit").label("hit"),
+            case((ahead, 0), else_=whole(at_ms - ENTRIES.c.at_ms, MINUTE_MS)).label("age"),
+            _one(ENTRIES.c.status.in_(("hit", "replay"))).label("hit"),
         )
         .where(ENTRIES.c.tenant.in_(tenants))
         .where(ENTRIES.c.at_ms > at_ms - told_ms, ENTRIES.c.at_ms < at_ms + told_ms)
@@ -563,57 +562,6 @@ def _minutes(tenants: Sequence[str], at_ms: int) -> Select[Any]:
         .group_by(aged.c.tenant, aged.c.age)
         .order_by(aged.c.age)
     )
-
-
-def _within(tenant: str | None, since_ms: int | None, until_ms: int | None) -> Subquery:
-    """Sums over a range: those of its whole days, and the entries of what is left at its ends."""
-    first_day = None if since_ms is None else -(-since_ms // DAY_MS)
-    end_day = None if until_ms is None else until_ms // DAY_MS
-    if first_day is not None and end_day is not None and first_day >= end_day:
-        return union_all(_of_entries(tenant, since_ms, until_ms)).subquery()
-    days = select(*(TOTALS.c[name] for name in _NAMES))
-    if tenant is not None:
-        days = days.where(TOTALS.c.tenant == tenant)
-    parts = [days]
-    if since_ms is not None and first_day is not None:
-        parts[0] = parts[0].where(TOTALS.c.day >= first_day)
-        parts.append(_of_entries(tenant, since_ms, first_day * DAY_MS))
-    if until_ms is not None and end_day is not None:
-        parts[0] = parts[0].where(TOTALS.c.day < end_day)
-        parts.append(_of_entries(tenant, end_day * DAY_MS, until_ms))
-    return union_all(*parts).subquery()
-
-
-def _of_entries(tenant: str | None, since_ms: int | None, until_ms: int | None) -> Select[Any]:
-    figures = _figures(ENTRIES)
-    named = [figures[name].label(name) for name in SUMS]
-    rows = select(ENTRIES.c.tenant, _DAY.label("day"), ENTRIES.c.model, *named)
-    if tenant is not None:
-        rows = rows.where(ENTRIES.c.tenant == tenant)
-    return rows.where(ENTRIES.c.at_ms >= since_ms, ENTRIES.c.at_ms < until_ms)
-
-
-def _grouped(connection: Connection, rows: Subquery, group: GroupBy) -> dict[str, Totals]:
-    by = rows.c[group]
-    sums = _folded({name: rows.c[name] for name in SUMS})
-    most = (
-        select(by, *sums)
-        .group_by(by)
-        .order_by(func.sum(rows.c.entries).desc(), by)
-        .limit(GROUPS_MAX)
-    )
-    found = [(row[0], _totals(row[1:])) for row in connection.execute(most)]
-    if group == "day":
-        return {_day_name(int(day)): totals for day, totals in sorted(found, key=_first)}
-    return dict(sorted(found, key=_first))
-
-
-def _first(pair: tuple[Any, Totals]) -> Any:
-    return pair[0]
-
-
-def _day_name(day: int) -> str:
-    return date.fromordinal(_EPOCH + day).isoformat()
 
 
 def _totals(sums: Iterable[Any]) -> Totals:
@@ -639,15 +587,16 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
-def _indexed(text: str) -> str:
-    return _clean(text)[:TEXT_CHARS_MAX]
+def indexed(text: str) -> str:
+    """The text as it is where it is part of an index."""
+    return _clean(text).encode()[:TEXT_BYTES_MAX].decode(errors="ignore")
 
 
 def _row(entry: Entry) -> dict[str, Any]:
     row = dict(zip(COLUMNS, entry.values(), strict=True))
     for name, value in row.items():
         if type(value) is str:
-            row[name] = _indexed(value) if name in INDEXED else _clean(value)
+            row[name] = indexed(value) if name in INDEXED else _clean(value)
         elif type(value) is bool:
             row[name] = int(value)
     return row

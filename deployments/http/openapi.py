@@ -10,7 +10,9 @@ from typing import Any
 
 import orjson
 
+from actors.ledger.policy import GROUPS, Totals
 from forebay.schemas import openapi_schemas
+from forebay.usage import in_usd
 
 Schema = dict[str, Any]
 
@@ -18,6 +20,7 @@ _REF = "#/components/schemas/"
 _JSON = "application/json"
 _OPEN: list[dict[str, list[str]]] = []
 _HEX: dict[str, Any] = {"pattern": "^[0-9a-f]{80}$"}
+_MOMENT = "An ISO 8601 date or time, UTC where it does not say, or epoch seconds"
 _KEY: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
 
 
@@ -122,10 +125,20 @@ def _ops_paths() -> dict[str, Any]:
     ready = _get("ready", "Whether requests can be served", anything, security=_OPEN)
     ready["responses"]["503"] = _answer("Not yet", anything)
     queries = [
-        _parameter("tenant", "query"),
-        _parameter("group_by", "query", {"enum": ["model", "day", "tenant"]}),
-        _parameter("start", "query"),
-        _parameter("end", "query"),
+        _parameter(
+            "tenant", "query", {"description": "Whose usage; any or all for an admin's key"}
+        ),
+        _parameter(
+            "group_by",
+            "query",
+            {
+                "description": "One or more, with commas",
+                "pattern": "^({0})(,({0}))*$".format("|".join(GROUPS)),
+                "examples": ["model,day"],
+            },
+        ),
+        _parameter("start", "query", {"description": f"The first moment. {_MOMENT}"}),
+        _parameter("end", "query", {"description": f"The first moment after it. {_MOMENT}"}),
     ]
     text = {"text/plain": {"schema": {"type": "string"}}}
     metrics = _get("metrics", "Prometheus text", anything, security=_OPEN)
@@ -135,7 +148,9 @@ def _ops_paths() -> dict[str, Any]:
         "/health/ready": {"get": ready},
         "/health/detail": {"get": _get("healthDetail", "Owners, desks, breakers", anything)},
         "/metrics": {"get": metrics},
-        "/v1/usage": {"get": _get("usage", "Requests, tokens and cost", anything, queries)},
+        "/v1/usage": {
+            "get": _get("usage", "Requests, tokens and cost", _ref("UsageReport"), queries)
+        },
         "/v1/feedback": {
             "post": {
                 **_get(
@@ -271,6 +286,18 @@ def _get(
     }
 
 
+def _usage_report() -> Schema:
+    """Totals, what they are by model and by each group, and a row for each combination."""
+    kinds = {int: "integer", float: "number"}
+    told: dict[str, Any] = in_usd(Totals().as_dict())
+    figures = _object(tuple(told), **{name: {"type": kinds[type(v)]} for name, v in told.items()})
+    by = {"type": "object", "additionalProperties": figures}
+    groups: dict[str, Schema] = {name: {"type": "string"} for name in GROUPS}
+    return _with(
+        figures, **{f"by_{name}": by for name in GROUPS}, data=_list(_with(figures, **groups))
+    )
+
+
 def _answer(description: str, schema: Schema) -> dict[str, Any]:
     return {"description": description, "content": {_JSON: {"schema": schema}}}
 
@@ -327,6 +354,7 @@ def _answers() -> dict[str, Schema]:
             name: _object(("choices",), object=string, choices=_list(item), **body)
             for name, item in kinds.items()
         },
+        "UsageReport": _usage_report(),
         "Usage": _object(prompt_tokens=integer, completion_tokens=integer, total_tokens=integer),
         "EmbeddingList": _object(("data",), object=string, data=_list(datum), **body),
         "Model": _object(("id", "object"), id=string, object=string, owned_by=string),

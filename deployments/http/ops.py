@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from datetime import UTC, datetime
-from typing import Literal, cast
-
+from actors.ledger.policy import GROUPS
 from deployments.http.exchange import Exchange
 from deployments.http.openapi import rendered
 from forebay.errors import InvalidRequest
+from forebay.usage import moment
 
-GROUPS = ("model", "day", "tenant")
-GroupBy = Literal["model", "day", "tenant"]
-FIRST_S, LAST_S = -62_135_596_800, 253_402_300_799
-"""Epoch seconds where the year 1 begins and the year 9999 ends; a date is between them, too."""
+USAGE_QUERY = ("tenant", "group_by", "start", "end")
 
 
 async def health(exchange: Exchange) -> None:
@@ -47,12 +42,19 @@ async def usage(exchange: Exchange) -> None:
     """GET /v1/usage: a tenant sees its own, an admin key any or all."""
     tenant = exchange.tenant_asked("usage")
     query = exchange.query()
-    group_by = query.get("group_by")
-    if group_by is not None and group_by not in GROUPS:
-        raise InvalidRequest.about("group_by", f"group_by must be one of {', '.join(GROUPS)}.")
+    for name in query:
+        if name not in USAGE_QUERY:
+            known = ", ".join(USAGE_QUERY)
+            raise InvalidRequest.about(name, f"Usage is not asked by {name!r}; there are {known}.")
+    groups = [group.strip() for group in query.get("group_by", "").split(",") if group.strip()]
+    if unknown := [group for group in groups if group not in GROUPS]:
+        raise InvalidRequest.about(
+            "group_by",
+            f"group_by takes {', '.join(GROUPS)}, one or more with commas, not {unknown[0]!r}.",
+        )
     totals = await exchange.service.usage(
         tenant=tenant,
-        group_by=cast("GroupBy | None", group_by),
+        group_by=groups,
         since_s=_moment("start", query.get("start")),
         until_s=_moment("end", query.get("end")),
     )
@@ -65,20 +67,7 @@ async def openapi(exchange: Exchange) -> None:
 
 
 def _moment(name: str, given: str | None) -> float | None:
-    """UTC epoch seconds of a date, a date and time (ISO 8601), or epoch seconds."""
-    if given is None:
-        return None
     try:
-        seconds = float(given)
-    except ValueError:
-        try:
-            moment = datetime.fromisoformat(given)
-        except ValueError:
-            seconds = math.nan
-        else:
-            seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
-    if not FIRST_S <= seconds <= LAST_S:  # which nan is not, either
-        raise InvalidRequest.about(
-            name, f"{name} must be an ISO 8601 date or epoch seconds, before the year 10000."
-        )
-    return seconds
+        return None if given is None else moment(given)
+    except ValueError as error:
+        raise InvalidRequest.about(name, f"{name} {error}") from None

@@ -215,10 +215,13 @@ async def test_a_response_object_names_its_answer(house: Open) -> None:
     response = GenerateResponse.of(
         {"id": "1", "model": "m", "choices": [{"message": {"content": "fine"}}]}
     )
-    told = await here.system.feedback.record("useful", True, tenant="acme", response=response)
+    loop = here.system.feedback
+    told = await loop.record("useful", True, tenant="acme", response=response)
+    named = await loop.record("useful", True, tenant="acme", response=response, response_id="req_1")
 
     assert told is not None
-    assert told["response_id"] == "1"
+    assert named is not None
+    assert (told["response_id"], named["response_id"]) == ("1", "req_1")
 
 
 @pytest.mark.parametrize(
@@ -337,6 +340,28 @@ async def test_after_200_ratings_the_better_deployment_gets_most_calls(house: Op
     assert told["routing"] == "feedback"
     assert told["ratings"][best]["mean"] > 0.8
     assert told["by_deployment"][best]["rated"] > 100
+
+
+async def test_feedback_outlives_a_restart(tmp_path: Path) -> None:
+    how = {"ledger_url": f"sqlite:///{tmp_path}/ledger.db", "routing": "feedback"}
+    here = await open_house(tmp_path, **how)
+    await answered(here)
+    loop = here.system.feedback
+    await loop.record("rating", 2, tenant="acme", response_id="1", feedback_id="f")
+    await loop.record("improvement", "shorter", tenant="acme", response_id="1")
+    before = await loop.statistics()
+    await here.system.close()
+    again = await open_house(tmp_path, **how)
+    loop = again.system.feedback
+    told = await loop.record("rating", 2, tenant="acme", response_id="1", feedback_id="f")
+    after = await loop.statistics()
+    await again.system.close()
+
+    assert told is not None
+    assert told["duplicate"]
+    assert (before["total"], before["mean_score"]) == (2, 0.25)
+    assert list(before["ratings"]) == [again.deployment("openai/a").id]
+    assert after == before
 
 
 async def test_other_processes_learn_of_ratings_from_the_ledger(house: Open) -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
+from actors.ledger.owner import Ledger
+from actors.ledger.policy import GROUPS
 from deployments.http import build_asgi
 from deployments.http.app import PATHS
 from deployments.http.openapi import document
+from forebay.usage import report
 from tests.support.scripted_service import Answered, Client, ScriptedService, keys_of
+from tests.unit.test_ledger_owner import entry
 
 KEYS = keys_of(acme="fb-acme", ops="fb-ops", admins=("ops",))
 
@@ -53,8 +58,20 @@ async def test_a_tenant_sees_its_own_usage() -> None:
     _, queries = await usage("?group_by=model&start=2026-01-01&end=2026-01-02T00:00:00%2B00:00")
 
     assert queries == [
-        {"tenant": "acme", "group_by": "model", "since_s": 1767225600, "until_s": 1767312000}
+        {"tenant": "acme", "group_by": ["model"], "since_s": 1767225600, "until_s": 1767312000}
     ]
+
+
+async def test_usage_is_grouped_by_several_at_once() -> None:
+    _, queries = await usage("?group_by=model,%20day,,hour")
+
+    assert queries[0]["group_by"] == ["model", "day", "hour"]
+
+
+async def test_usage_without_groups_has_none() -> None:
+    _, queries = await usage("")
+
+    assert queries == [{"tenant": "acme", "group_by": [], "since_s": None, "until_s": None}]
 
 
 async def test_a_tenant_cannot_see_anothers_usage() -> None:
@@ -73,16 +90,29 @@ async def test_an_admin_sees_all_or_any(query: str, tenant: str | None) -> None:
 
 
 FAR = ("?start=1e18", "?end=-1e18", "?end=253402300800")
+UNKNOWN = ("?group_by=key", "?group_by=model,key", "?groupby=model", "?since=2026-01-01")
+DIGITS = ("?start=2026", "?start=20260131", "?end=202601")
 
 
 @pytest.mark.parametrize(
-    "query", ["?group_by=key", "?start=yesterday", "?end=nan", "?start=inf", *FAR]
+    "query",
+    [*UNKNOWN, "?start=yesterday", "?end=nan", "?start=inf", *FAR, *DIGITS],
 )
 async def test_a_wrong_query_is_named(query: str) -> None:
-    answered, _ = await usage(query)
+    answered, queries = await usage(query)
 
     assert answered.status == 400
     assert answered.error["param"] == query[1:].partition("=")[0]
+    assert not queries
+
+
+async def test_a_wrong_group_is_answered_with_the_right_ones() -> None:
+    answered, _ = await usage("?group_by=day,colour")
+
+    assert answered.error["message"] == (
+        "group_by takes model, day, tenant, deployment, route, hour, one or more with commas,"
+        " not 'colour'."
+    )
 
 
 async def test_epoch_seconds_are_taken_too() -> None:
@@ -144,9 +174,19 @@ def test_the_document_has_the_structure_of_openapi_3_1() -> None:
             assert parameter["required"] == (parameter["in"] == "path")
 
 
-def test_the_schemas_are_json_schemas() -> None:
-    from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+async def test_a_report_is_as_it_is_described() -> None:
+    ledger = Ledger()
+    await ledger.append("h", 1, [entry(n, model=f"m{n}") for n in range(3)])
+    told = await report(ledger, 0.0, since_s=0.0, until_s=9.0, group_by=GROUPS)
+    await ledger.close()
+    schema = described()["components"]["schemas"]["UsageReport"]
 
+    assert set(told) == set(schema["properties"])
+    assert set(told["data"][0]) == set(schema["properties"]["data"]["items"]["properties"])
+    Draft202012Validator({**schema, "additionalProperties": False}).validate(told)
+
+
+def test_the_schemas_are_json_schemas() -> None:
     for schema in described()["components"]["schemas"].values():
         Draft202012Validator.check_schema(schema)
 

@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,15 @@ from hypothesis import strategies as st
 
 from actors.ledger import claims as claims_room
 from actors.ref import OwnerUnavailable
-from deployments.gateway import PipelineService
+from deployments.gateway import Gateway, PipelineService
 from deployments.http import build_asgi
 from forebay import once as room
 from forebay.call import KEY_CHARS_MAX, Call, Stream
+from forebay.config import GatewayConfig
 from forebay.errors import GatewayError, InvalidRequest, Overloaded, ProviderError
+from forebay.gateway import LiteLLMGateway
 from tests.support.fake_time import settle
-from tests.support.house import House, open_house
+from tests.support.house import House, Scripted, open_house
 from tests.support.readers import Reader, Slow, drained, words
 from tests.support.scripted_service import Answered, Client
 
@@ -93,6 +96,13 @@ async def test_a_request_without_a_key_asks_nobody(house: Open) -> None:
     assert (sent["claim"], sent["finish"]) == (0, 0)
     await here.pipeline.answer(here.call(**KEY))
     assert (sent["claim"], sent["finish"]) == (1, 1)
+
+
+async def test_keys_need_no_entries(house: Open) -> None:
+    here = await house(enable_llmops=False)
+    await here.pipeline.answer(here.call(**KEY))
+    assert (await here.pipeline.answer(here.call(**KEY))).facts.replayed
+    assert len(here.provider.asked) == 1
 
 
 async def test_answers_outlive_the_whole_system(tmp_path: Path) -> None:
@@ -556,3 +566,40 @@ def test_from_python_a_key_is_a_keyword() -> None:
         with pytest.raises(InvalidRequest, match="1 to 255 printable") as refused:
             Call.of("chat", {"messages": HI, "idempotency_key": wrong})
         assert refused.value.param == "idempotency_key"
+
+
+def test_a_gateway_answers_a_repeat() -> None:
+    models = [
+        {"model_name": name, "litellm_params": {"model": f"openai/{model}", "api_key": "k"}}
+        for name, model in (("m", "a"), ("e", "text-embedding-x"))
+    ]
+    with LiteLLMGateway(GatewayConfig(model_list=models), runtime="inline") as gateway:
+        gateway._system.provider = provider = Scripted()
+        told = [gateway.generate("hi", "m", **KEY) for _ in range(2)]
+        arrays = [gateway.embed(["a"], "e", idempotency_key="v").array.tolist() for _ in range(2)]
+        streams = [
+            list(gateway.generate("hi", "m", stream=True, idempotency_key="s")) for _ in range(2)
+        ]
+        with pytest.raises(InvalidRequest, match="another request body"):
+            gateway.generate("hello", "m", **KEY)
+    assert (told[0].text, told[0].id) == (told[1].text, told[1].id) == ("fine", "1")
+    assert [one.cost_usd for one in told] == [7e-9, 0.0]
+    assert arrays[0] == arrays[1]
+    assert ["".join(one) for one in streams] == ["onetwo", "onetwo"]
+    assert len(provider.asked) == 3
+
+
+async def test_a_handle_answers_a_repeat(house: Open) -> None:
+    here = await house()
+    replica: Any = SimpleNamespace(_system=here.system)
+    request = {"model": "m", "messages": HI, **KEY}
+    first, again = [await Gateway.generate(replica, request) for _ in range(2)]
+    chunks = [
+        [chunk async for chunk in Gateway.stream(replica, request | {"idempotency_key": "s"})]
+        for _ in range(2)
+    ]
+    vectors = [await Gateway.embed(replica, ["a"], "e", idempotency_key="v") for _ in range(2)]
+    assert first == again
+    assert words(chunks[0]) == words(chunks[1]) == "onetwo"
+    assert vectors[0][0].tolist() == vectors[1][0].tolist()
+    assert len(here.provider.asked) == 3

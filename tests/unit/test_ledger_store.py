@@ -101,6 +101,7 @@ async def test_sums_of_whole_days_and_of_their_parts_are_one_answer(keep: Keep) 
                     if until is None or e.at_ms < until
                 ]
                 by_model, by_day = told.pop("by_model"), told.pop("by_day")
+                assert [row["day"] for row in told.pop("data")] == list(by_day)
                 assert told == fold(mine).as_dict()
                 assert set(by_model) == {e.model for e in mine}
                 assert set(by_day) == {f"1970-01-{e.at_ms // DAY_MS + 1:02}" for e in mine}
@@ -145,6 +146,21 @@ async def test_sums_that_are_emptied_are_made_again_from_the_entries(keep: Keep)
     statement(keep, "DELETE FROM ledger_sums")
     usage = await with_ledger(lambda ledger: ledger.usage(), keep)
     assert usage["total_cost_nano"] == fold(some).cost_nano - 307 + 1
+
+
+async def test_a_start_that_made_the_sums_anew_has_folded_for_those_that_come(
+    keep: Keep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [entry(n) for n in range(1, 10)]
+    await with_ledger(lambda ledger: ledger.append("h", 1, some), keep)
+    statement(keep, "DELETE FROM ledger_sums")
+    monkeypatch.setattr(store, "CHECKPOINT_ENTRIES", 5)
+    await with_ledger(lambda ledger: ledger.count(), keep)
+    # What is before the checkpoint is not looked at again, by starts or by appends.
+    statement(keep, "UPDATE ledger_entries SET cost_nano = 1 WHERE number = 9")
+    assert await with_ledger(lambda ledger: ledger.append("h", 2, [entry(10)]), keep) == 10
+    usage = await with_ledger(lambda ledger: ledger.usage(), keep)
+    assert usage["total_cost_nano"] == fold([*some, entry(10)]).cost_nano
 
 
 async def test_a_start_folds_what_came_after_the_last_checkpoint(
@@ -232,7 +248,7 @@ async def test_a_ledger_of_the_third_version_learns_of_answers_and_feedback(keep
     await with_ledger(lambda ledger: ledger.append("h", 1, [entry(1), opened(2)]), keep)
     statement(keep, "DROP INDEX ledger_entries_by_response")
     for table in ("ledger_entries", "ledger_opened"):
-        for column in ("response_id", "cache_key"):
+        for column in ("response_id", "cache_key", "cached_tokens"):
             statement(keep, f"ALTER TABLE {table} DROP COLUMN {column}")
     for table in ("ledger_feedback", "ledger_feedback_sums", "ledger_ratings"):
         statement(keep, f"DROP TABLE {table}")
@@ -243,6 +259,36 @@ async def test_a_ledger_of_the_third_version_learns_of_answers_and_feedback(keep
         assert await ledger.feedback() == []
         assert await ledger.append("h", 2, [entry(2, response_id="a"), opened(3)]) == 2
         assert (await ledger.entries("r2"))[0].response_id == "a"
+
+    await with_ledger(work, keep)
+    if keep.path is not None:
+        new = keep.path + "-new"
+        await with_ledger(lambda ledger: ledger.count(), Keep(new))
+        assert shape(Path(keep.path)) == shape(Path(new))
+
+
+async def test_a_ledger_of_the_fourth_version_has_its_sums_made_anew(keep: Keep) -> None:
+    some = [entry(n, deployment=f"d{n % 2}", at_ms=n * DAY_MS // 3) for n in range(1, 9)]
+    await with_ledger(lambda ledger: ledger.append("h", 1, [*some, opened(9)]), keep)
+    for table in ("ledger_entries", "ledger_opened"):
+        statement(keep, f"ALTER TABLE {table} DROP COLUMN cached_tokens")
+    for table in ("ledger_sums", "ledger_checkpoints"):
+        statement(keep, f"DROP TABLE {table}")
+    by = "tenant TEXT NOT NULL, day BIGINT NOT NULL, model TEXT NOT NULL"
+    old = ", ".join(f"{name} BIGINT NOT NULL" for name in SUMS[:16])
+    statement(keep, f"CREATE TABLE ledger_sums ({by}, {old}, PRIMARY KEY (tenant, day, model))")
+    statement(keep, f"CREATE TABLE ledger_checkpoints (number INTEGER PRIMARY KEY, {old})")
+    statement(keep, "INSERT INTO ledger_sums VALUES ('acme', 0, 'small'" + ", 8" * 16 + ")")
+    statement(keep, "UPDATE ledger_version SET version = 4")
+
+    async def work(ledger: Ledger) -> None:
+        told = await ledger.usage(group_by="deployment")
+        assert told["attempts"] == 8
+        for name in ("d0", "d1"):
+            mine = [e for e in some if e.deployment == name]
+            assert told["by_deployment"][name] == fold(mine).as_dict()
+        assert await ledger.append("h", 2, [entry(9, cached_tokens=7)]) == 9
+        assert (await ledger.usage())["cached_prompt_tokens"] == 7
 
     await with_ledger(work, keep)
     if keep.path is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry import trace
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv._incubating.metrics import gen_ai_metrics
 from opentelemetry.semconv.attributes import error_attributes
@@ -149,6 +150,40 @@ async def test_a_request_is_a_part_of_its_callers_trace(
     (span,) = [s for s in receiver.spans if s["kind"] == CLIENT]
     assert ((span["trace"], span["parent"]) == (trace, parent)) is named
     assert named or span["parent"] == ""
+
+
+async def test_in_python_the_callers_own_span_is_the_parent(
+    tmp_path: Path, receiver: OtlpReceiver
+) -> None:
+    house = await telling(tmp_path, receiver)
+    around = trace.SpanContext(0xABC, 0x77, is_remote=False, trace_flags=trace.TraceFlags(1))
+    with trace.use_span(trace.NonRecordingSpan(around)):
+        await house.pipeline.answer(house.call())
+    await house.system.close()
+
+    (span,) = [s for s in receiver.spans if s["kind"] == CLIENT]
+    assert (int(span["trace"], 16), int(span["parent"], 16)) == (0xABC, 0x77)
+
+
+async def test_embeddings_have_spans_with_attempts_and_no_texts(
+    tmp_path: Path, receiver: OtlpReceiver
+) -> None:
+    house = await telling(tmp_path, receiver)
+    call = house.texts("a very private text")
+    call.body["dimensions"] = 4
+    await house.pipeline.answer(call)
+    await house.system.close()
+
+    (span,) = [s for s in receiver.spans if s["kind"] == CLIENT]
+    told = span["told"]
+    assert span["name"] == "embeddings e"
+    assert (told["gen_ai.operation.name"], told["gen_ai.embeddings.dimension.count"]) == (
+        "embeddings",
+        4,
+    )
+    assert told["gen_ai.usage.input_tokens"] == 1
+    assert [s["parent"] for s in receiver.spans if s["kind"] == INTERNAL] == [span["id"]]
+    assert b"private" not in receiver.raw
 
 
 async def test_http_takes_the_callers_trace() -> None:
@@ -301,7 +336,11 @@ def test_the_names_are_those_of_the_conventions() -> None:
 
 def test_nothing_is_imported_where_nothing_is_configured() -> None:
     code = (
-        "import sys, forebay.system\n"
+        "import sys, deployments.http\n"
+        "from forebay import GatewayConfig, LiteLLMGateway\n"
+        "entry = {'model_name': 'm', 'litellm_params': {'model': 'openai/m', 'api_key': 'k'}}\n"
+        "with LiteLLMGateway(GatewayConfig(model_list=[entry]), runtime='inline') as gateway:\n"
+        "    gateway.get_usage_stats()\n"
         "print([m for m in sys.modules if m.startswith('opentelemetry')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

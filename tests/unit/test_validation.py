@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -258,11 +259,15 @@ def test_a_validator_of_ones_own_breaks_the_rules() -> None:
 def test_a_validator_may_find_several_things_or_fail() -> None:
     made = manager()
     made.add_validator("two", lambda text, request: ["one", "two"])
+    made.add_validator("exits", lambda text, request: sys.exit(1))
     made.add_validator("bad", lambda text, request: str(1 // len(text[3:])))
     judged = made.validate("abc")
 
     assert judged.fatal == ["two: one", "two: two"]
-    assert judged.warnings[2] == "validator 'bad' failed: ZeroDivisionError"
+    assert judged.warnings[2:] == [
+        "validator 'exits' failed: SystemExit",
+        "validator 'bad' failed: ZeroDivisionError",
+    ]
 
 
 def test_a_validator_that_cannot_answer_at_once_is_refused() -> None:
