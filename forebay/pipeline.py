@@ -77,6 +77,8 @@ JOINED_TEXTS_MAX = 256
 and takes its vector to the owner, whether anybody waits for it or not: for 2,048 texts of 1,536
 dimensions 25 ms and 12 MB, where the list itself costs 5 ms (measured in one process). Such lists
 are jobs, which read each text once; two of them seldom have the same texts under way."""
+NO_JSON = (TypeError, ValueError, RecursionError)
+"""What comes of a body that holds other things than JSON, or is too deep."""
 OWN_ENDS = ("stop", "tool_calls", "function_call")
 NANO_PER_USD = 1e9
 UNKNOWN = "unknown"  # the model and provider of a request that was not even understood
@@ -165,7 +167,7 @@ class Pipeline:
             address = self._address(scope, call, group)
             hit = system.cache.near(address, scope)
             request = None if hit is None else self._check(call)
-        except (GatewayError, TypeError, ValueError):  # the last two: a body that is no JSON
+        except GatewayError:
             return None
         if hit is None or request is None:
             return None
@@ -461,7 +463,11 @@ class Pipeline:
     def _address(self, scope: Scope, call: Call, group: Group) -> bytes:
         """Where an answer is kept: what was judged by other rules is kept elsewhere."""
         meaning = _meaning(group) + self._system.validation.rules
-        return key(scope, call.route, group.name, call.body, meaning)
+        try:
+            return key(scope, call.route, group.name, call.body, meaning)
+        except NO_JSON as error:  # Python's callers can ask for what no request can say
+            message = f"the request cannot be sent as JSON: {error}"
+            raise InvalidRequest(message, code="invalid_json") from None
 
     def _may_share(self, call: Call) -> tuple[bool, bool]:
         """Whether a stored answer may serve the call, and whether another's running one may."""

@@ -29,7 +29,11 @@ class _TooMuch(Exception):
 
 def misfit(value: Any, schema: dict[str, Any], what: str, rule: Rule) -> Iterator[Finding]:
     """Where the value breaks the schema, if it does. `what` is what the value is, in words."""
-    text = json.dumps(schema, sort_keys=True)
+    try:
+        text = json.dumps(schema, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        yield Finding(f"the schema is no JSON; {what} is unchecked", False, rule)
+        return
     if len(text) > SCHEMA_BYTES_MAX:
         yield Finding(f"the schema is too large to check {what} against", False, rule)
         return

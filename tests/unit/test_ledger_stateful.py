@@ -54,11 +54,13 @@ class Machine:
         self._disk = Disk(state)
         self._disk.__enter__()
         self.owner = Ledger(str(self._path), lock_wait_s=0.0)
+        self.is_down = False
 
     async def ends(self, dice: random.Random | None) -> State:
         """What is on its disk then; without dice it was shut down in good order."""
         if dice is None:
             await self.owner.close()
+        self.is_down = True
         state = self._disk.state()
         self._disk.__exit__()
         await self.owner.close()
@@ -103,7 +105,7 @@ class Line:
         answer = await getattr(machine.owner, method)(*args)
         if fault == "2":
             answer = await getattr(machine.owner, method)(*args)
-        if world.machine is not machine:
+        if machine.is_down:
             raise OwnerUnavailable(self.name, "it went down")
         if method == "append":
             world.durable.update(entry.id for entry in args[2])

@@ -13,7 +13,7 @@ import pytest
 from actors.cache import desk
 from forebay.call import Call
 from forebay.codec import Answer
-from forebay.errors import ProviderError, ResponseValidationError
+from forebay.errors import InvalidRequest, ProviderError, ResponseValidationError
 from forebay.providers.base import Resolve
 from forebay.reckoning import Reckoner
 from forebay.routing import Deployment
@@ -405,3 +405,17 @@ async def test_findings_are_among_the_metrics(house: Open) -> None:
 
     line = b'forebay_validation_findings_total{rule="pii",severity="warning"} 1.0'
     assert line in here.system.metrics()
+
+
+async def test_what_no_json_can_say_is_refused_before_anybody_is_asked(house: Open) -> None:
+    here = await house({"a": ["fine"]}, enable_caching=True)
+    for odd in ({"a": {1: {}, "b": {}}}, {"a": object()}, {"a": float("nan")}):
+        call = here.call()
+        schema = {"name": "s", "schema": odd}
+        call.body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        assert here.pipeline.at_once(call) is None
+        with pytest.raises(InvalidRequest, match="cannot be sent as JSON"):
+            await here.pipeline.answer(call)
+
+    assert here.provider.asked == []
+    assert here.at_rest

@@ -169,8 +169,9 @@ DOUBLING = {
         {"$ref": "#/nowhere"},
         {"type": 5},
         {"enum": ["x" * 40_000]},
+        {"properties": {1: {}, "a": {}}},
     ],
-    ids=["exponential", "endless", "remote", "remote-dynamic", "dangling", "wrong", "large"],
+    ids=["exponential", "endless", "remote", "dynamic", "dangling", "wrong", "large", "no-json"],
 )
 def test_a_schema_that_cannot_be_checked_is_a_warning(schema: dict[str, Any]) -> None:
     assert len(bent(answer("1"), wants(schema))) == 1
