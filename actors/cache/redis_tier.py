@@ -54,7 +54,7 @@ STEADY_S = 10.0
 """Who fails again sooner than this is probed ever more rarely, up to the longer back-off."""
 REASON_MAX = 200
 
-_FORMAT = b"forebay.cache.3\n"
+_FORMAT = b"forebay.cache.4\n"
 _MARK_BYTES = 16
 _CHECKSUM_BYTES = 4
 _HEADER_BYTES = len(_FORMAT) + _MARK_BYTES + DIGEST_BYTES + _CHECKSUM_BYTES
