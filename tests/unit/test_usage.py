@@ -146,13 +146,16 @@ def test_what_is_no_moment_is_refused(given: str) -> None:
 # --- what really happened -----------------------------------------------------------------------
 
 
-async def test_the_figures_are_those_of_the_calls(house: Callable[..., Awaitable[House]]) -> None:
+@pytest.mark.parametrize(("cached", "told_of_each"), [(20, 20), (99, 30)])
+async def test_the_figures_are_those_of_the_calls(
+    house: Callable[..., Awaitable[House]], cached: int, told_of_each: int
+) -> None:
     here = await house()
     here.provider.usage = {
         "prompt_tokens": 30,
         "completion_tokens": 2,
         "total_tokens": 32,
-        "prompt_tokens_details": {"cached_tokens": 20},  # type: ignore[dict-item]
+        "prompt_tokens_details": {"cached_tokens": cached},  # type: ignore[dict-item]
     }
     for number in range(3):
         body = {"model": "m", "messages": [{"role": "user", "content": f"{number}"}]}
@@ -160,5 +163,5 @@ async def test_the_figures_are_those_of_the_calls(house: Callable[..., Awaitable
     told = await here.system.books.usage(group_by=("model", "deployment"))
 
     assert (told["total_requests"], told["attempts"], told["success_rate"]) == (3, 3, 1.0)
-    assert (told["prompt_tokens"], told["cached_prompt_tokens"]) == (90, 60)
+    assert (told["prompt_tokens"], told["cached_prompt_tokens"]) == (90, 3 * told_of_each)
     assert told["total_cost_nano"] == 3 * 7
