@@ -83,7 +83,8 @@ def looks_like_float32(array: NDArray[np.float32]) -> bool:
         return False
     if np.array_equal(array, np.rint(array)):
         return False
-    return float(np.count_nonzero(sizes < SPREAD * largest)) <= WIDE_SHARE * sizes.size
+    small = int(np.count_nonzero(sizes < SPREAD * largest))
+    return small <= WIDE_SHARE * int(sizes.size)
 
 
 class VectorsAside:
