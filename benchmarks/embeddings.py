@@ -152,6 +152,10 @@ class Running:
     child: Child
     admin: str | None = None
 
+    def rows(self, expected: int = 0) -> int:
+        """Rows of its ledger, if it has one, once they are as many as expected or it is late."""
+        return 0 if self.admin is None else ledger_rows(self.url, self.admin, expected)
+
 
 def clients(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
     systems: dict[str, Callable[[], AbstractContextManager[Running]]] = {
@@ -165,11 +169,12 @@ def clients(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> No
         with system() as running:
             await_rest(running.child)
             upstream.script(dims=DIMENSIONS, **UPSTREAM)
-            sent = 1 + ask(report, plan, name, running, upstream, None)
+            before = running.rows()
+            sent = ask(report, plan, name, running, upstream, None)
             for rate in RATES:
                 sent += ask(report, plan, name, running, upstream, rate)
             if running.admin is not None:
-                audit(report, name, running, upstream, sent)
+                audit(report, name, running, upstream, before, sent)
     upstream.reset()
 
 
@@ -214,10 +219,15 @@ def wrongs(report: Report, system: str, rate: int | None, result: Result) -> Non
         report.problems.append(f"{of}: {result.wrong} vectors of another text")
 
 
-def audit(report: Report, name: str, running: Running, upstream: Upstream, sent: int) -> None:
-    """The ledger against what was sent, and against what the upstream has counted."""
+def audit(
+    report: Report, name: str, running: Running, upstream: Upstream, before: int, sent: int
+) -> None:
+    """The ledger against what was sent, and against what the upstream has counted.
+
+    `before`: the rows that getting to the first answer has left.
+    """
     assert running.admin is not None
-    rows = ledger_rows(running.url, running.admin, sent)
+    rows = running.rows(before + sent) - before
     told = json.loads(get(f"{running.url}/v1/usage", running.admin))
     counted = sum(record.prompt_tokens for record in upstream.log())
     report.facts[f"{name}: requests sent / ledger rows"] = f"{sent} / {rows}"
