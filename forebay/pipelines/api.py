@@ -251,7 +251,7 @@ def _embed_setting(
         return embedding_plan(census, tokens, rates_of(gateway, model, "embedding"), done)
 
     work = EmbedWork(text_column, model, tenant_id, dimensions, on_error == "raise")
-    of = {"source": _absolute(src), "model": model, "text column": text_column}
+    of: dict[str, Any] = {"source": _absolute(src), "model": model, "text column": text_column}
     of |= {"id column": id_column, "dimensions": dimensions}
     return Setting(
         work, (text_column,), embedding.COLUMNS, (embedding.EMBEDDING,), of, planned, id_column,

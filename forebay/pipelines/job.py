@@ -310,7 +310,7 @@ class Job:
         from forebay.pipelines import resume
         from forebay.pipelines.sink import Sink
 
-        account = ray.remote(num_cpus=0)(Account).remote(most, self.setting.unwritten_max)
+        account: Any = ray.remote(num_cpus=0)(Account).remote(most, self.setting.unwritten_max)
         name, id_column = self._name(), self.setting.id_column
         checkpoints = None
         if self.resume and id_column is not None:
@@ -338,8 +338,9 @@ class Job:
                 dataset.write_datasink(sink, ray_remote_args={"num_cpus": IO_CPUS})
             except Exception as error:  # noqa: BLE001 (Ray wraps whatever was raised)
                 raise _failure(error) from None
-        figures: Figures = ray.get(account.figures.remote())
+        told: Any = ray.get(account.figures.remote())
         ray.kill(account)
+        figures: Figures = told
         return figures
 
     # ----------------------------------------------------------------- what is remembered, where

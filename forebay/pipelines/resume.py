@@ -26,7 +26,7 @@ PENDING = ".pending.parquet"
 FILTER_CPUS = 0.1
 
 
-class Recovery(IdColumnCheckpointManager):  # type: ignore[misc]
+class Recovery(IdColumnCheckpointManager):
     """Removes what was not whole, as Ray does, and leaves the filtering to `left_of`."""
 
     def load_checkpoint(

@@ -22,7 +22,7 @@ from forebay.pipelines.places import DEAD_LETTER, Format, Place
 WRITE_UUID = "write_uuid"
 
 
-class Sink(BlockBasedFileDatasink):  # type: ignore[misc]
+class Sink(BlockBasedFileDatasink):
     """Writes one file for a block, and one more where rows of it failed.
 
     Failure behaviour: a task that is run again writes the same files again.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pyarrow as pa
 
 from forebay.errors import ConfigurationError
@@ -46,7 +46,7 @@ def read(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
         found = json.loads(text)
     except ValueError:
         raise ValueError("the answer is no JSON") from None
-    error = jsonschema.exceptions.best_match(
+    error: Any = jsonschema.exceptions.best_match(
         jsonschema.Draft202012Validator(schema).iter_errors(found)
     )
     if error is not None:
@@ -65,7 +65,7 @@ def columns(schema: Mapping[str, Any], rows: Sequence[Mapping[str, Any] | None])
     for name, one in schema["properties"].items():
         kind = _kind(one)
         values = [None if row is None else row.get(name) for row in rows]
-        convert = _CONVERT.get(kind, json.dumps)
+        convert: Callable[[Any], Any] = _CONVERT.get(kind, json.dumps)
         values = [None if value is None else convert(value) for value in values]
         made[name] = pa.array(values, _TYPES.get(kind, pa.string()))
     return made

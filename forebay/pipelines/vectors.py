@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,23 +18,17 @@ EMPTY = "there is no text"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Got:
-    """One answer: float32 of shape (n, d), tokens, nano-USD (None: not known), rows from the cache.
-
-    `failed` are the positions of texts that the provider refused; their rows mean nothing.
-    """
+    """One answer: float32 of shape (n, d), tokens, nano-USD (None: unknown), cached rows."""
 
     array: NDArray[np.float32]
     tokens: int
     cost_nano: int | None
     cached: int = 0
-    failed: Mapping[int, Exception] = field(default_factory=dict)
 
 
-def words_of(error: Exception) -> str:
+def words_of(error: GatewayError) -> str:
     """What a row's error column says."""
-    if isinstance(error, GatewayError):
-        return f"{error.code or error.type}: {error.message}"
-    return str(error)
+    return f"{error.code or error.type}: {error.message}"
 
 
 Send = Callable[[Sequence[str]], Awaitable[Got]]
@@ -64,14 +58,8 @@ class Rows:
         if len(self._sizes) > 1:
             raise ProviderError(f"vectors of different lengths came: {sorted(self._sizes)}")
         sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
-        for place in got.failed:
-            sizes[place] = 0
-        parts = split(got.tokens, sizes) if any(sizes) else [0] * len(sizes)
-        for place, row in enumerate(rows):
-            if place in got.failed:
-                self.errors[row] = words_of(got.failed[place])
-            else:
-                self.vectors[row], self.tokens[row] = got.array[place], parts[place]
+        for row, vector, tokens in zip(rows, got.array, split(got.tokens, sizes), strict=True):
+            self.vectors[row], self.tokens[row] = vector, tokens
         self.cached += got.cached
         unknown = got.cost_nano is None or self.cost_nano is None
         self.cost_nano = None if unknown else (self.cost_nano or 0) + (got.cost_nano or 0)

@@ -24,8 +24,11 @@ class Work(Protocol):
     It travels to the workers, so it is picklable and holds no secret.
     """
 
-    error_column: str
-    raises: bool
+    @property
+    def error_column(self) -> str: ...
+
+    @property
+    def raises(self) -> bool: ...
 
     def texts(self, table: pa.Table) -> list[str | None]:
         """What is sent for each row; None for rows that are not."""

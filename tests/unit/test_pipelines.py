@@ -169,17 +169,6 @@ async def test_exactly_the_bad_texts_fail_and_no_good_one_is_paid_twice(bad: lis
     assert rows.cost_nano == 10 * bad.count(False)
 
 
-async def test_texts_that_the_gateway_names_are_not_searched_for() -> None:
-    async def send(texts: Sequence[str]) -> Got:
-        array = np.ones((len(texts), 2), np.float32)
-        return Got(array, 4, 0, failed={1: errors.InvalidRequest("too long")})
-
-    rows = await embed_rows(["aa", "bbbbbb", "cc"], send, World().patience())
-
-    assert rows.errors == [None, "invalid_request_error: too long", None]
-    assert rows.tokens == [2, 0, 2]
-
-
 async def test_passing_failures_are_waited_out() -> None:
     world = World(
         errors.RateLimitError("slow down", retry_after_s=7.0), errors.Overloaded("busy"),
