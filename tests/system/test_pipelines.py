@@ -220,10 +220,11 @@ def test_a_model_is_asked_about_each_row(
     src, dst = tmp_path / "in.jsonl", tmp_path / "out"
     rows = [{"id": i, "name": None if i == 5 else f"place {i}"} for i in range(40)]
     src.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    schema = {"type": "object", "properties": {"big": {"type": "boolean"}}, "required": ["big"]}
+    properties = {"answer": {"type": "string", "maxLength": 9}}
+    schema = {"type": "object", "properties": properties, "required": ["answer"]}
     (tmp_path / "schema.json").write_text(json.dumps(schema))
-    upstream.script(answer='{"big": true}')
-    upstream.script(answer="no JSON", text="place 7 ", count=1000)
+    upstream.script(answer="yes")
+    upstream.script(answer="certainly not", text="place 7 ", count=1000)
     job = ("map", src, dst, "--model", "sim", "--prompt", "Is {name} big?", "--id-column", "id")
     job = (*job, "--schema", tmp_path / "schema.json", "--json")
     dry = forebay(up, *job, "--dry-run")
@@ -235,14 +236,14 @@ def test_a_model_is_asked_about_each_row(
 
     assert ended.returncode == 3, ended.stderr
     table, dead = read(dst), read(dst / "_dead_letter")
-    assert table["big"].to_pylist() == [True] * 38
+    assert table["answer"].to_pylist() == ["yes"] * 38
     errors_by_id = dict(
         zip(dead["id"].to_pylist(), dead["generation_error"].to_pylist(), strict=True)
     )
     assert set(errors_by_id) == {5, 7}
     assert "'name' is empty" in errors_by_id[5]
     upstream.reset()
-    upstream.script(answer='{"big": false}')
+    upstream.script(answer="no")
     again = forebay(up, *job, "--retry-dead-letter")
     assert again.returncode == 3, again.stderr
     assert read(dst)["id"].to_pylist() == [i for i in range(40) if i != 5]
