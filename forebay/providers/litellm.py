@@ -30,6 +30,7 @@ from forebay.providers.calls import Call
 from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
 from forebay.providers.encodings import BASE64, Encodings
 from forebay.providers.prices import PriceBound, Prices, PromptCaching
+from forebay.providers.remaining import room_in
 from forebay.providers.streams import LiteLLMChunks, Opened
 from forebay.providers.tokenizers import Tokenizers
 from forebay.providers.vectors import VectorsAside, decoded
@@ -339,7 +340,8 @@ class LiteLLMProvider:
                         error.paid = paid  # type: ignore[attr-defined]
                     raise
         paid, estimated = self._paid(deployment, response, texts, tokens)
-        return Vectors(array, paid.prompt_tokens, paid.cost_nano, paid.model, estimated)
+        room = room_in(_headers(response))
+        return Vectors(array, paid.prompt_tokens, paid.cost_nano, paid.model, estimated, room)
 
     def _paid(
         self, deployment: Deployment, response: Any, texts: Sequence[Text], tokens: int
@@ -476,6 +478,13 @@ def _estimate(route: Route, body: Mapping[str, Any], told: dict[str, Any]) -> di
         tally.add({"choices": [{**choice, "delta": choice.get("message")}]})
     usage: dict[str, Any] | None = tally.answer(dict(body), complete=True).usage
     return usage or {}
+
+
+def _headers(response: Any) -> Mapping[str, Any]:
+    """The provider's headers, as LiteLLM hands them on."""
+    hidden = getattr(response, "_hidden_params", None)
+    headers = hidden.get("additional_headers") if hidden is not None else None
+    return headers if isinstance(headers, Mapping) else {}
 
 
 def _usd(response: Any) -> float | None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from actors.batcher.policy import Paid
+from actors.batcher.policy import Paid, Room
 from actors.circuit_breaker.policy import Verdict
 from forebay.errors import (
     ConfigurationError,
@@ -774,7 +774,12 @@ VECTORS = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
 
 
 def embedding_reply(
-    *, shuffled: bool = False, floats: bool = False, vectors: np.ndarray = VECTORS, usage: int = 6
+    *,
+    shuffled: bool = False,
+    floats: bool = False,
+    vectors: np.ndarray = VECTORS,
+    usage: int = 6,
+    headers: dict[str, str] | None = None,
 ) -> Reply:
     async def reply(_: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
         as_text = asked.get("encoding_format") == "base64" and not floats
@@ -793,7 +798,8 @@ def embedding_reply(
                 "data": data[::-1] if shuffled else data,
                 "model": "text-embedding-3-small",
                 "usage": told,
-            }
+            },
+            headers=headers,
         )
 
     return reply
@@ -821,6 +827,16 @@ async def test_vectors_are_asked_in_base64_and_come_as_one_array(remote: Remote)
     assert vectors.cost_nano == 6 * 20
     assert vectors.model == "text-embedding-3-small"
     assert not vectors.estimated
+
+
+async def test_what_the_provider_says_is_left_comes_with_the_vectors(remote: Remote) -> None:
+    lane = LiteLLMProvider(InProcessModels())
+    remote.reply = embedding_reply()
+    texts = ["a", "b", "c"]
+    assert (await lane.embed(embedder(remote), texts, {}, **call())).room is None
+    left = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "2s"}
+    remote.reply = embedding_reply(headers=left)
+    assert (await lane.embed(embedder(remote), texts, {}, **call())).room == Room(0, None, 2.0)
 
 
 async def test_a_server_that_ignores_base64_is_understood(
