@@ -1,7 +1,7 @@
 """What embeddings cost and how fast they come: Forebay, LiteLLM's function, LiteLLM Proxy.
 
-    python -m benchmarks.embeddings            # about six minutes
-    python -m benchmarks.embeddings --quick    # about three
+    python -m benchmarks.embeddings            # about eight minutes
+    python -m benchmarks.embeddings --quick    # about five
     python -m benchmarks.embeddings --only lane
 
   lane     128 texts a call, 1536 dimensions, an upstream that answers at once: vectors per CPU
@@ -13,6 +13,10 @@
            moment a request is due. Of three systems: Forebay with 50 tenants, keys, limits and
            ledger; the same with `enable_request_batching` off, so one call per request; and
            LiteLLM Proxy, one worker
+  parquet  `forebay embed` over a Parquet file on that upstream, 32 texts a call, from the
+           first call's beginning to the last one's end, against what the upstream can do at most in
+           that time; and against Ray Data's HttpRequestProcessor with one worker for each of the
+           calls that the upstream does at a time, over fewer rows
 
 The load is honest: every text is unique, every vector that comes is compared with its own text's,
 all answers are 200, Forebay's ledger has as many rows as requests were sent, and its tokens are
@@ -23,16 +27,19 @@ only told.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks import peers
 from benchmarks.cache import await_rest
@@ -49,7 +56,8 @@ from benchmarks.passthrough import (
 from benchmarks.processes import ROOT, Child, free_port, get, machine
 from forebay.secrets import new_key
 from tests.support.loader import Load, Result, in_process
-from tests.support.upstream import Upstream
+from tests.support.simulator.truth import vectors
+from tests.support.upstream import Record, Upstream
 
 TEXTS_PER_CALL = 128
 CLIENTS = 200
@@ -61,7 +69,11 @@ BODY = (
     '{"model":"sim","encoding_format":"base64","input":"Question @UNIQUE@: what does a forebay do '
     'for the turbines behind it?"}'
 )
-LANE_GOAL, CLIENTS_GOAL = 25.0, 10.0
+JOB_TEXTS, JOB_DIMENSIONS = 32, 256
+JOB_ROWS, JOB_ROWS_QUICK = 60_000, 20_000
+HTTP_ROWS = 800
+JOB_S = 300.0
+LANE_GOAL, CLIENTS_GOAL, LIMIT_GOAL, HTTP_GOAL = 25.0, 10.0, 0.95, 10.0
 NAMES = {
     "forebay": "Forebay",
     "single": "Forebay, one call per request",
@@ -88,6 +100,7 @@ class Report:
     machine: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     rounds: dict[str, list[float]] = field(default_factory=dict)
+    jobs: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -105,6 +118,7 @@ class Plan:
     seconds: float
     rounds: int
     requests: int
+    rows: int
 
 
 # --------------------------------------------------------------------------------------- lane
@@ -151,6 +165,7 @@ class Running:
     keys: Sequence[str]
     child: Child
     admin: str | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self, expected: int = 0) -> int:
         """Rows of its ledger, if it has one, once they are as many as expected or it is late."""
@@ -159,7 +174,7 @@ class Running:
 
 def clients(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
     systems: dict[str, Callable[[], AbstractContextManager[Running]]] = {
-        "forebay": lambda: forebay(upstream, scratch, "forebay", coalesce=True),
+        "forebay": lambda: forebay(upstream, scratch, "forebay"),
         "single": lambda: forebay(upstream, scratch, "single", coalesce=False),
         "peer": lambda: litellm_proxy(upstream, scratch),
     }
@@ -243,10 +258,19 @@ def audit(
 
 
 @contextmanager
-def forebay(upstream: Upstream, scratch: Path, name: str, *, coalesce: bool) -> Any:
+def forebay(
+    upstream: Upstream,
+    scratch: Path,
+    name: str,
+    *,
+    coalesce: bool = True,
+    batch_size: int | None = None,
+) -> Any:
     keys, admin, secret, port = tenant_keys(), new_key(), secrets.token_hex(32), free_port()
     document = forebay_document(upstream.url, port, keys, admin, secret, caching=False)
     document["gateway"] |= {"enable_request_batching": coalesce, "timeout": 120}
+    if batch_size is not None:
+        document["gateway"]["batch_size"] = batch_size
     for tenant in document["tenants"]:
         if "limits" in tenant:
             tenant["limits"]["concurrent_requests"] = 2 * max(RATES.values())
@@ -264,7 +288,7 @@ def forebay(upstream: Upstream, scratch: Path, name: str, *, coalesce: bool) -> 
     first = {"model": "sim", "input": "The first text", "dimensions": DIMENSIONS}
     with Child(command, scratch / f"{name}.log", environ) as child:
         child.await_200(f"{url}/v1/embeddings", START_S, key=keys[0], body=first)
-        yield Running(url, keys, child, admin)
+        yield Running(url, keys, child, admin, environ)
 
 
 @contextmanager
@@ -278,9 +302,88 @@ def litellm_proxy(upstream: Upstream, scratch: Path) -> Any:
         yield Running(url, [peers.MASTER_KEY], child)
 
 
+# ------------------------------------------------------------------------------------ parquet
+
+
+def parquet(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet as files
+
+    src = scratch / "texts.parquet"
+    texts = [
+        f"Row {n}: what does a forebay do for the turbines behind it?" for n in range(plan.rows)
+    ]
+    files.write_table(pa.table({"id": range(plan.rows), "text": texts}), src)
+    upstream.reset()
+    with forebay(upstream, scratch, "parquet", batch_size=JOB_TEXTS) as running:
+        await_rest(running.child)
+        before = upstream.stats()["requests"]
+        upstream.script(**UPSTREAM)
+        dst = scratch / "vectors"
+        command = [sys.executable, "-m", "forebay", "embed", str(src), str(dst), "--json"]
+        command += ["--model", "sim", "--text-column", "text", "--id-column", "id"]
+        command += ["--dimensions", str(JOB_DIMENSIONS)]
+        took_s = ran(command, scratch / "job.log", running.environ)
+        calls = upstream.log()[before:]
+        report.jobs["forebay embed, rows/s"] = rate_of(calls)
+    check_vectors(report, dst, texts)
+    most = UPSTREAM["latency"] + UPSTREAM["latency_per_text"] * JOB_TEXTS
+    report.jobs["the upstream's own limit, rows/s"] = UPSTREAM["concurrency"] * JOB_TEXTS / most
+    report.facts["parquet: rows / texts sent / calls"] = (
+        f"{plan.rows} / {sum(call.texts for call in calls)} / {len(calls)}"
+    )
+    report.facts["parquet: the whole job, starting included, s"] = round(took_s, 1)
+    upstream.reset()
+    upstream.script(**UPSTREAM)
+    command = [sys.executable, "-m", "benchmarks.http_request_job", str(src)]
+    command += ["--url", f"{upstream.url}/v1/embeddings", "--rows", str(HTTP_ROWS)]
+    command += ["-c", str(UPSTREAM["concurrency"]), "--dimensions", str(JOB_DIMENSIONS)]
+    ran(command, scratch / "http_request_job.log")
+    report.jobs["HttpRequestProcessor, rows/s"] = rate_of(upstream.log())
+    upstream.reset()
+
+
+def ran(command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> float:
+    """Seconds that a command took. Raises RuntimeError with the end of its log where it fails."""
+    begun_s = time.perf_counter()
+    with log.open("w") as out:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environ or {})},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            check=False,
+            timeout=JOB_S,
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"ended with {done.returncode}: {log.read_text()[-2000:]}")
+    return time.perf_counter() - begun_s
+
+
+def rate_of(calls: Sequence[Record]) -> float:
+    """Texts/s from the first call's beginning to the last one's end."""
+    ends = [call.end_mono_ns or 0 for call in calls]
+    took_ns = max(ends) - min(call.start_mono_ns for call in calls)
+    return sum(call.texts for call in calls) / took_ns * 1e9
+
+
+def check_vectors(report: Report, dst: Path, texts: Sequence[str]) -> None:
+    from pyarrow import parquet as files
+
+    found = files.read_table(dst, columns=["id", "embedding"]).to_pydict()
+    if sorted(found["id"]) != list(range(len(texts))):
+        report.problems.append(f"parquet: {len(texts)} rows went in, {len(found['id'])} came out")
+    some = range(0, len(found["id"]), 97)
+    want = vectors([texts[found["id"][row]] for row in some], JOB_DIMENSIONS)
+    if not np.array_equal([found["embedding"][row] for row in some], want):
+        report.problems.append("parquet: vectors of another text")
+
+
 RUN: dict[str, Callable[[Report, Plan, Upstream, Path], None]] = {
     "lane": lane,
     "clients": clients,
+    "parquet": parquet,
 }
 
 
@@ -316,6 +419,11 @@ def show(report: Report) -> None:
         if ours is not None and theirs is not None and theirs.requests_per_s:
             ratio = ours.requests_per_s / theirs.requests_per_s
             tell_goal(f"{CLIENTS} clients, Forebay / {NAMES[other]}", ratio, CLIENTS_GOAL)
+    jobs = list(report.jobs.items())
+    for name, rate in jobs:
+        print(f"  {name:48}{rate:12,.1f}")
+    for (name, rate), goal in zip(jobs[1:], (LIMIT_GOAL, HTTP_GOAL), strict=False):
+        tell_goal(f"forebay embed / {name.partition(',')[0]}", jobs[0][1] / rate, goal)
     print()
     for name, fact in {**report.facts, **report.machine}.items():
         print(f"  {name:62}{fact}")
@@ -325,7 +433,7 @@ def show(report: Report) -> None:
 
 def tell_goal(name: str, ratio: float, goal: float) -> None:
     verdict = "reached" if ratio >= goal else "missed"
-    print(f"  goal {name} >= {goal:g}: {ratio:.1f}, {verdict}")
+    print(f"  goal {name} >= {goal:g}: {ratio:.4g}, {verdict}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -333,7 +441,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     wanted = wanted_of(parser, given.only, RUN)
     seconds = given.seconds or (3.0 if given.quick else 8.0)
-    plan = Plan(seconds, 2 if given.quick else 3, REQUESTS // 4 if given.quick else REQUESTS)
+    plan = (
+        Plan(seconds, 2, REQUESTS // 4, JOB_ROWS_QUICK)
+        if given.quick
+        else Plan(seconds, 3, REQUESTS, JOB_ROWS)
+    )
     report = Report(machine())
     begun_s = time.monotonic()
     with at(given.keep) as scratch, Upstream(log=scratch / "upstream.jsonl", fast=True) as upstream:

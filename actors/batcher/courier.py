@@ -140,7 +140,7 @@ class Many:
 
     async def __call__(self, messages: Sequence[Message]) -> list[tuple[int, Any]]:
         """(place in `messages`, share or exception) of those that are done; at least one is."""
-        tasks = [self._held.pop(message[0], None) or self._begin(message) for message in messages]
+        tasks = [self._take(message) for message in messages]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.sleep(0)  # the others of the same provider call are done in this tick
@@ -150,8 +150,9 @@ class Many:
                     self._hold(message[0], task)
         return [(place, _outcome(task)) for place, task in enumerate(tasks) if task.done()]
 
-    def _begin(self, message: Message) -> asyncio.Task[Any]:
-        return asyncio.ensure_future(self._embed(*message))
+    def _take(self, message: Message) -> asyncio.Task[Any]:
+        held = self._held.pop(str(message[0]), None)
+        return asyncio.ensure_future(self._embed(*message)) if held is None else held
 
     def _hold(self, call_id: str, task: asyncio.Task[Any]) -> None:
         self._held[call_id] = task

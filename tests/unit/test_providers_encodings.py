@@ -115,7 +115,8 @@ DIMENSIONS = st.sampled_from([64, 256, 1024, 1536])
 
 def normal(seed: int, dimensions: int) -> np.ndarray:
     rows = np.random.default_rng(seed).standard_normal((2, dimensions))
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    even: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return even
 
 
 @given(SEEDS, DIMENSIONS, st.floats(1e-3, 1e3), st.floats(0.0, 0.9))
