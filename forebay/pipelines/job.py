@@ -94,9 +94,11 @@ class Setting:
         if self.string_column is None:
             return
         kind = found[self.string_column]
-        value = getattr(kind, "value_type", kind)  # of a dictionary
+        if not isinstance(kind, pa.DataType):
+            return  # a pandas column of objects: what they are is seen when they are read
+        value = kind.value_type if pa.types.is_dictionary(kind) else kind
         tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
-        if not (isinstance(value, pa.DataType) and any(test(value) for test in tests)):
+        if not any(test(value) for test in tests):
             raise ConfigurationError(
                 f"column {self.string_column!r} holds {kind}, no texts", param="text_column"
             )

@@ -402,3 +402,19 @@ def test_progress_fits_a_line() -> None:
     assert "100/200 rows  5 rows/s  50 tokens/s  $0.0100  10% cached  20% repeated" in said
     assert "2 failed  0:20 left" in said
     assert said.count("#") == said.count(".") - 1  # the bar is half full; one point is the money's
+
+
+def test_columns_are_checked_before_anything_is_sent() -> None:
+    setting = _embed_setting("", "t", "m", "id", None, None, "raise", None, 1, "forebay")
+    good = {"id": pa.int64(), "t": pa.dictionary(pa.int32(), pa.string())}
+    setting.check_columns(good, "here")
+    for changed, words in (
+        ({"t": pa.list_(pa.string())}, "holds list"),
+        ({"t": pa.int64()}, "holds int64"),
+        ({"tokens": pa.int64()}, "'tokens' already"),
+    ):
+        with pytest.raises(errors.ConfigurationError, match=words):
+            setting.check_columns({**good, **changed}, "here")
+    with pytest.raises(errors.ConfigurationError, match="no column 'id' in here; there are t"):
+        setting.check_columns({"t": pa.string()}, "here")
+    setting.check_columns({**good, "tokens": pa.int64()}, "here", adds=False)
