@@ -230,6 +230,14 @@ def _batcher(boot: Boot) -> tuple[type, dict[str, Any]]:
     return Batcher, {"factory": BatcherCalls(boot)}
 
 
+def _both(one: Paid | None, other: Paid | None) -> Paid | None:
+    """What two calls have cost together, if any of them has."""
+    if one is None or other is None:
+        return one or other
+    tokens = one.prompt_tokens + other.prompt_tokens
+    return Paid(tokens, costs_of(one.cost_nano, other.cost_nano), other.model)
+
+
 def _carried(ref: OwnerRef, clock: Clock) -> OwnerRef:
     """A line to the Batcher that puts lists together; not where a message costs nothing."""
     return ref if isinstance(ref, InlineRef) else Courier(ref, clock)
@@ -576,7 +584,8 @@ class System:
         try:
             vectors = await self._embed_once(lane, texts, until_s - self.clock(), is_retry=True)
         except GatewayError as error:
-            error.paid = paid  # type: ignore[attr-defined]
+            again: Paid | None = getattr(error, "paid", None)
+            error.paid = _both(paid, again)  # type: ignore[attr-defined]
             raise
         if paid is None:
             return vectors

@@ -175,7 +175,7 @@ class LiteLLMProvider:
             ProviderError: with the code NO_BASE64 when base64 was asked for and not given; the
                 next call of the deployment asks for floats. `paid` says what this one has cost.
             ResponseValidationError: vectors are missing, doubled, of the wrong length or not
-                finite.
+                finite. `paid` says what the call has cost all the same.
             GatewayError: see `failures`.
         """
         encoding, doubted = self._encodings.begin(deployment)
@@ -335,9 +335,9 @@ class LiteLLMProvider:
                     data = response.data if aside is None else aside.data
                     array = decoded(data, len(texts), dimensions, doubted=doubted)
                 except ResponseValidationError as error:
-                    if encoding == BASE64:
-                        paid, _ = self._paid(deployment, response, texts, tokens)
-                        error.paid = paid  # type: ignore[attr-defined]
+                    # Whatever came, it was answered, and so it costs.
+                    paid, _ = self._paid(deployment, response, texts, tokens)
+                    error.paid = paid  # type: ignore[attr-defined]
                     raise
         paid, estimated = self._paid(deployment, response, texts, tokens)
         room = room_in(_headers(response))

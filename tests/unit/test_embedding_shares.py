@@ -36,7 +36,6 @@ class Counting(Scripted):
         self.dice = random.Random(seed)
         self.failing = failing
         self.tokens = self.charged_nano = 0
-        self.knows_base64 = True
 
     async def embed(
         self,
@@ -51,13 +50,12 @@ class Counting(Scripted):
         fails = self.dice.random() < self.failing
         for _ in range(self.dice.randrange(4)):
             await asyncio.sleep(0)
-        if fails and not (self.knows_base64 and self.dice.random() < 0.5):
+        if fails and self.dice.random() < 0.5:
             raise ProviderError("not today", upstream_status=500)
         tokens, cost_nano = self.dice.randrange(1, 1000), self.dice.randrange(10_000)
         self.tokens += tokens
         self.charged_nano += cost_nano
         if fails:
-            self.knows_base64 = False  # it is asked for floats from now on
             error = ProviderError("no base64 here", code=NO_BASE64)
             error.paid = Paid(tokens, cost_nano, deployment.model)  # type: ignore[attr-defined]
             raise error

@@ -1011,6 +1011,8 @@ async def test_wrong_vectors_are_not_passed_on(
         await lane.embed(floats, ["a", "b", "c"], params, **call())
     assert caught.value.status == 502
     assert caught.value.model == "the-group"
+    paid: Any = caught.value
+    assert paid.paid == Paid(6, 6 * 20, "text-embedding-3-small"), "it was answered, and so paid"
 
 
 async def test_tokens_that_nobody_counted_are_estimated(
