@@ -82,3 +82,16 @@ def test_a_number_of_batchers_that_cannot_be_is_refused(wrong: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
         ServerConfig(batcher_shards=wrong)
     assert caught.value.param == "batcher_shards"
+
+
+async def test_each_batcher_is_asked_how_it_is(tmp_path: Any) -> None:
+    document = {
+        "model_list": [{"model_name": "e", "litellm_params": {"model": "openai/e"}}],
+        "server": {"batcher_shards": 3},
+        "data_dir": str(tmp_path),
+    }
+    system = await open_inline(SystemConfig.from_document(document))
+    told = await system.health()
+    await system.close()
+    assert {name for name in told["owners"] if name.startswith("batcher")} == set(batcher_names(3))
+    assert told["checks"]["batcher"]["texts_queued"] == 0
