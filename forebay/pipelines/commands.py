@@ -128,6 +128,7 @@ def _run(
 
 def _attach(config: Path | None) -> None:
     """Join the gateway that runs here; without one, let a local Ray and its owners be started."""
+    running.prepare_ray(os.environ, configuration.data_dir(os.environ))  # before Ray is imported
     importlib.import_module("ray.data")  # which sets its own level, to tell of each step
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     found = running.read(configuration.data_dir(os.environ))
