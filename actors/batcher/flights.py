@@ -90,3 +90,9 @@ class Flight:
     @property
     def size(self) -> int:
         return sum(unit.size for unit in self.units)
+
+
+def unlist(wanted: dict[Text, Unit], unit: Unit) -> None:
+    """Take a text out of those that are known by what they say, if it is the one that is known."""
+    if wanted.get(unit.text) is unit:
+        del wanted[unit.text]

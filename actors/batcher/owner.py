@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import random
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from actors.batcher.calls import (
-    Call,
-    Part,
-    Unit,
-    buyers_of,
-    checked,
-    share_of,
-    split_cost,
-    with_paid,
-)
+from actors.batcher.callers import Callers
+from actors.batcher.calls import Call, Part, Unit, buyers_of, split_cost
+from actors.batcher.copies import Copies, EmbedCall
 from actors.batcher.courier import Many, Message
-from actors.batcher.flights import Flight, Line, Tree, Up
-from actors.batcher.hedge import Hedging, Kind, kind_of
+from actors.batcher.flights import Flight, Line, Tree, Up, unlist
 from actors.batcher.lane import Go, LaneState
 from actors.batcher.limits import learn
-from actors.batcher.linger import Rate
 from actors.batcher.planner import cut, middle, size_of, tokens_of
 from actors.batcher.poison import Poison
 from actors.batcher.policy import (
-    BadVectors,
-    BatcherFull,
     Caps,
     Lane,
     NoPermit,
@@ -45,16 +33,6 @@ from actors.batcher.policy import (
 )
 from actors.ref import Clock
 
-TEXTS_QUEUED_MAX = 100_000
-"""Most texts that callers wait for, sent or not; beyond, `embed` raises BatcherFull. One tenant has
-half of them at the most, and so has all bulk together."""
-CHARS_QUEUED_MAX = 256 * 1024 * 1024
-"""Most characters of those texts. A single caller's list is taken whatever its size."""
-RETRY_AFTER_S = (1.0, 30.0)
-"""Least and most that a caller for whom there is no room is told to wait."""
-FINISHED_MAX = 1000
-FINISHED_BYTES_MAX = 8 * 1024 * 1024
-"""Most vectors kept after their caller was answered, for an answer that got lost on its way."""
 LINES_MAX = 1000
 """Most lanes, and most upstreams, that are remembered while nothing waits in them."""
 CLOSE_WAIT_S = 5.0
@@ -73,12 +51,8 @@ LEAVES_MAX = 8
 """Most texts of one refused call that are refused one by one in a lane which has never had an
 answer: then it is the lane that is refused, and the rest is not asked for."""
 NOT_OF_A_TEXT = frozenset({"model", "dimensions", "encoding_format", "user"})
-BUSY_S = 1.0
 
 T = TypeVar("T")
-EmbedCall = Callable[[Lane, list[Text], float], Awaitable[Vectors]]
-"""One provider call: the lane, distinct texts, and the seconds it may take. Raises NoPermit where
-nothing was sent for want of room in the provider's limits."""
 
 
 class Batcher:
@@ -95,9 +69,7 @@ class Batcher:
     With Caps.hedge a call that is late (see `hedge`) is made a second time; the first good answer
     is handed out and the other copy is stopped. What that one has cost is in Share.spare.
 
-    Bounded by TEXTS_QUEUED_MAX and CHARS_QUEUED_MAX, beyond which it refuses, by LINES_MAX for what
-    is remembered of quiet lanes, and by FINISHED_MAX and FINISHED_BYTES_MAX for answers kept for a
-    repeated message.
+    Bounded by what `callers` takes in, and by LINES_MAX for what is remembered of quiet lanes.
 
     Failure behaviour: nothing survives a restart. Callers' desks send again what had no answer, so
     a call that was on its way is paid for twice. A caller that leaves before its texts are sent
@@ -116,30 +88,19 @@ class Batcher:
         rng: random.Random | None = None,
         cpu: Clock = time.process_time,
     ) -> None:
-        self._factory = factory
         self._clock = clock
         self._pause = pause
         self._rng = rng or random.Random()
-        self._cpu = cpu
-        self._hedging = Hedging()
+        self._counts: Counter[str] = Counter()
+        self._callers = Callers(self._counts, clock, cpu)
+        self._copies = Copies(factory, self._callers, self._counts, clock, self._spawn)
         self._poison = Poison()
-        self._provider: EmbedCall | None = None
         self._ups: OrderedDict[tuple[str, str], Up] = OrderedDict()
         self._lines: OrderedDict[tuple[Lane, Caps], Line] = OrderedDict()
-        self._calls: dict[str, Call] = {}
-        self._finished: deque[tuple[str, int]] = deque()
-        self._finished_bytes = 0
-        self._texts_queued = 0
-        self._chars_queued = 0
-        self._bulk_queued = 0
-        self._queued_by: Counter[str] = Counter()
-        self._answered = Rate()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sent = 0
         self._closed = False
         self._many = Many(self.embed)
-        self._busy = (0.0, 0.0, 0.0)
-        self._counts: Counter[str] = Counter()
 
     def protocol(self) -> int:
         return self.PROTOCOL
@@ -152,20 +113,20 @@ class Batcher:
         for all whom that failure hit; NoPermit's `error`; TimeoutError after `order.timeout_s`
         seconds; BatcherFull; BadVectors; ValueError for an empty list.
         """
-        call = self._calls.get(call_id)
+        call = self._callers.get(call_id)
         if call is not None:
-            return await self._wait(call)
-        call = self._accept(call_id, texts, order)
+            return await self._callers.wait(call)
+        call = self._callers.accept(call_id, texts, order)
         if self._is_known_bad(call, lane):
-            return await self._wait(call)
+            return await self._callers.wait(call)
         if order.coalesce:
             self._enqueue(call, lane)
-            return await self._wait(call)
+            return await self._callers.wait(call)
         flights = self._alone(call, lane)
         if len(flights) > 1:
             for flight in flights:
                 self._spawn(self._send(flight))
-            return await self._wait(call)
+            return await self._callers.wait(call)
         call.waiters += 1
         try:
             await self._send(flights[0])  # in this very tick
@@ -173,7 +134,7 @@ class Batcher:
             call.claimed = True
             return call.done.result()
         finally:
-            self._leave(call)
+            self._callers.leave(call)
 
     async def embed_many(self, messages: list[Message]) -> list[tuple[int, Share | Exception]]:
         """`embed` for several lists, answered as soon as some are done: see `courier`."""
@@ -181,31 +142,31 @@ class Batcher:
 
     def drop(self, call_id: str) -> None:
         """Nobody waits for this call any more. Safe to repeat."""
-        call = self._calls.get(call_id)
+        call = self._callers.get(call_id)
         if call is None:
             return
         if call.done.done():
-            self._write_off(call)  # its answer got lost on the way
+            self._callers.write_off(call)  # its answer got lost on the way
         else:
-            self._finish(call, TimeoutError("the caller went away"))
+            self._callers.finish(call, TimeoutError("the caller went away"))
 
     def stats(self) -> dict[str, Any]:
         return {
-            "texts_queued": self._texts_queued,
-            "calls_under_way": sum(not call.done.done() for call in self._calls.values()),
+            "texts_queued": self._callers.texts_queued,
+            "calls_under_way": len(self._callers.under_way()),
             "provider_calls": self._sent + self._counts["hedges"],
             "concurrency": {
                 key[0]: up.state.concurrency.limit
                 for key, up in self._ups.items()
                 if up.state.in_flight or up.waiting
             },
-            "busy": round(self._busy_share(), 3),
+            "busy": round(self._callers.busy_share(), 3),
             **self._counts,
         }
 
     async def close(self) -> None:
         """Lets what waits be sent and come back for CLOSE_WAIT_S, then lets go of the provider."""
-        self._closed = True
+        self._closed = self._callers.closed = True
         for up in self._ups.values():
             self._stop_timer(up)
         if self._tasks:
@@ -214,63 +175,11 @@ class Batcher:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        for call in list(self._calls.values()):
-            if not call.done.done():
-                self._finish(call, TimeoutError("the Batcher was told to stop"))
-        provider, self._provider = self._provider, None
-        close = getattr(provider, "close", None)
-        if close is not None:
-            closing = close()
-            if inspect.isawaitable(closing):
-                await closing
+        for call in self._callers.under_way():
+            self._callers.finish(call, TimeoutError("the Batcher was told to stop"))
+        await self._copies.close()
 
     # --------------------------------------------------------------------------------- callers
-
-    def _accept(self, call_id: str, texts: list[Text], order: Order) -> Call:
-        if not texts:
-            raise ValueError("there are no texts to embed")
-        chars, count = sum(map(len, texts)), len(texts)
-        if self._closed or self._is_full(count, chars, order):
-            self._counts["refused"] += 1
-            raise BatcherFull(self._retry_after_s())
-        now = self._clock()
-        deadline_s = now + order.timeout_s
-        patience_s = order.timeout_s if order.bulk else max(order.patience_s, order.caps.linger_s)
-        done: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
-        wait_until_s = min(deadline_s, now + patience_s)
-        call = Call(call_id, texts, chars, order, deadline_s, wait_until_s, done, count)
-        self._calls[call_id] = call
-        self._count(call, 1)
-        self._counts["callers"] += 1
-        self._counts["texts"] += count
-        return call
-
-    def _is_full(self, count: int, chars: int, order: Order) -> bool:
-        """Whether there is no room for a list; for one there always is where none is yet."""
-        half = TEXTS_QUEUED_MAX // 2
-        mine, bulk = self._queued_by[order.tenant], self._bulk_queued
-        return (
-            (self._texts_queued > 0 and self._texts_queued + count > TEXTS_QUEUED_MAX)
-            or (self._chars_queued > 0 and self._chars_queued + chars > CHARS_QUEUED_MAX)
-            or (mine > 0 and mine + count > half)
-            or (order.bulk and bulk > 0 and bulk + count > half)
-        )
-
-    def _retry_after_s(self) -> float:
-        """How long it takes until half of what waits is done, as things go now."""
-        per_s = self._answered.per_s(self._clock())
-        least_s, most_s = RETRY_AFTER_S
-        return min(most_s, max(least_s, self._texts_queued / 2 / per_s)) if per_s else least_s
-
-    def _count(self, call: Call, sign: int) -> None:
-        count = sign * len(call.texts)
-        self._texts_queued += count
-        self._chars_queued += sign * call.chars
-        self._queued_by[call.order.tenant] += count
-        if not self._queued_by[call.order.tenant]:
-            del self._queued_by[call.order.tenant]
-        if call.order.bulk:
-            self._bulk_queued += count
 
     def _is_known_bad(self, call: Call, lane: Lane) -> bool:
         """Whether the provider has refused one of the texts lately. Then the call has failed."""
@@ -279,90 +188,8 @@ class Batcher:
         error = self._poison.among(lane, call.texts, self._clock())
         if error is not None:
             self._counts["remembered"] += 1
-            self._finish(call, error)
+            self._callers.finish(call, error)
         return error is not None
-
-    async def _wait(self, call: Call) -> Share:
-        call.waiters += 1
-        try:
-            left_s = max(0.0, call.deadline_s - self._clock())
-            await asyncio.wait([call.done], timeout=left_s)
-            if not call.done.done():
-                raise TimeoutError("the texts were not embedded within the deadline")
-            call.claimed = True
-            return call.done.result()
-        finally:
-            self._leave(call)
-
-    def _leave(self, call: Call) -> None:
-        call.waiters -= 1
-        if call.waiters or call.claimed:
-            return
-        if not call.done.done():
-            self._finish(call, TimeoutError("the caller went away"))
-            return
-        self._write_off(call)  # it came just as the last caller left
-
-    def _write_off(self, call: Call) -> None:
-        """What a call has cost that is over and has nobody to pay for it. Counted once."""
-        call.claimed = True
-        if not call.written_off:
-            call.written_off = True
-            error = call.done.exception()
-            self._unclaimed(call.done.result() if error is None else getattr(error, "paid", None))
-
-    def _finish(self, call: Call, result: Share | Exception) -> None:
-        """The call's one end. What it has been brought and cannot be handed on is unclaimed."""
-        self._count(call, -1)
-        size = 0
-        if isinstance(result, Share):
-            size = result.array.nbytes
-            call.done.set_result(result)
-        else:
-            call.done.set_exception(result)
-            call.done.exception()  # retrieved: it may be that nobody waits
-            self._release(call)
-            if getattr(result, "paid", None) is None:
-                owed: list[Part | Paid] = [*call.parts, *call.debts]
-                for part in owed:
-                    self._unclaimed(part)
-        call.texts = []
-        call.units.clear()
-        call.parts.clear()
-        call.debts.clear()
-        self._finished.append((call.id, size))
-        self._finished_bytes += size
-        while len(self._finished) > FINISHED_MAX or self._finished_bytes > FINISHED_BYTES_MAX:
-            call_id, size = self._finished.popleft()
-            self._finished_bytes -= size
-            del self._calls[call_id]
-
-    def _release(self, call: Call) -> None:
-        """The call's texts are not to be sent for its sake any more."""
-        for unit in call.units:
-            if unit.airborne:
-                continue
-            before = len(unit.takers)
-            unit.takers = [taker for taker in unit.takers if taker[0] is not call]
-            call.left -= before - len(unit.takers)
-            if unit.queued and not unit.takers and unit.line is not None:
-                unit.queued = False
-                unit.line.state.queue(unit.bulk).forget(unit)
-                _unlist(unit.line.queued[unit.bulk], unit)
-        call.units = [unit for unit in call.units if unit.airborne]
-
-    def _unclaimed(self, part: Part | Share | Paid | Vectors | None) -> None:
-        if part is None:
-            return
-        self._counts["unclaimed_tokens"] += part.prompt_tokens
-        self._counts["unclaimed_nano"] += part.cost_nano or 0
-        if isinstance(part, Part | Share):
-            self._unclaimed_spare(part.spare)
-
-    def _unclaimed_spare(self, spare: Spare | None) -> None:
-        if spare is not None and not spare.estimated:
-            self._counts["unclaimed_tokens"] += spare.prompt_tokens
-            self._counts["unclaimed_nano"] += spare.cost_nano or 0
 
     # -------------------------------------------------------------------------- lanes and queues
 
@@ -486,11 +313,13 @@ class Batcher:
         aboard: dict[Text, Unit] = {}
         for unit in go.units:
             unit.queued = False
-            _unlist(line.queued[unit.bulk], unit)
-            _unlist(line.flying, unit)
+            unlist(line.queued[unit.bulk], unit)
+            unlist(line.flying, unit)
             for call, _ in unit.takers:
                 if call.deadline_s <= now and not call.done.done():
-                    self._finish(call, TimeoutError("the deadline passed before the texts left"))
+                    self._callers.finish(
+                        call, TimeoutError("the deadline passed before the texts left")
+                    )
             twin = aboard.get(unit.text)
             if twin is not None:
                 twin.takers += unit.takers
@@ -553,7 +382,7 @@ class Batcher:
         for unit in flight.units:
             unit.airborne = False
             if line is not None:
-                _unlist(line.flying, unit)
+                unlist(line.flying, unit)
         if line is not None:
             line.state.ended(flight.bulk, flight.up.state)
             if flight.up.waiting:
@@ -570,7 +399,7 @@ class Batcher:
         self._counts["callers_coalesced"] += len(flight.buyers) if len(flight.buyers) > 1 else 0
         state, began_s = flight.up.state, self._clock()
         try:
-            vectors, spare = await self._ask_provider(flight)
+            vectors, spare = await self._copies.ask(flight)
         except NoPermit as refusal:
             self._sent -= 1
             self._counts["texts_sent"] -= count
@@ -587,7 +416,7 @@ class Batcher:
             self._landed(flight)
             for call in flight.buyers:
                 if not call.done.done():
-                    self._finish(call, TimeoutError("the Batcher was told to stop"))
+                    self._callers.finish(call, TimeoutError("the Batcher was told to stop"))
             raise
         else:
             now = self._clock()
@@ -597,78 +426,11 @@ class Batcher:
             if flight.line is not None:
                 flight.line.state.linger.took(now - began_s)
             flight.up.answered.add(flight.lane.params)
-            self._answered.add(count, now)
+            self._callers.answered(count)
             if flight.tree is not None:
                 flight.tree.found = True
             self._landed(flight)
             self._hand_out(flight, vectors, spare, call_id)
-
-    async def _ask_provider(self, flight: Flight) -> tuple[Vectors, Spare | None]:
-        """The vectors of a call, and what a second copy has cost, if there was one."""
-        begun_s = self._clock()
-        ends_s = flight.ends_s
-        timeout_s = max(0.0, ends_s - begun_s)
-        # A provider that has just failed is not helped by two calls in place of one.
-        if not flight.caps.hedge or flight.lane.retry:
-            async with asyncio.timeout(timeout_s):
-                return await self._copy(flight, ends_s), None
-        kind = kind_of(flight.lane, sum(unit.size for unit in flight.units))
-        late_after_s = self._hedging.late_after_s(kind)
-        spare: Spare | None = None
-        async with asyncio.timeout(timeout_s):
-            if late_after_s is None:
-                vectors = await self._copy(flight, ends_s)
-            else:
-                vectors, spare = await self._race(flight, kind, late_after_s, ends_s)
-        self._hedging.answered(kind, self._clock() - begun_s)
-        return vectors, spare
-
-    async def _copy(self, flight: Flight, ends_s: float) -> Vectors:
-        """One provider call, and whether its vectors are any good."""
-        if self._provider is None:
-            self._provider = self._factory()
-        timeout_s = max(0.0, ends_s - self._clock())
-        texts = [unit.text for unit in flight.units]
-        vectors = await self._provider(flight.lane, texts, timeout_s)
-        try:
-            return checked(vectors, len(texts))
-        except BadVectors:
-            self._unclaimed(vectors)
-            raise
-
-    async def _race(
-        self, flight: Flight, kind: Kind, late_after_s: float, ends_s: float
-    ) -> tuple[Vectors, Spare | None]:
-        """The first good answer of two copies, where the budget has a second one.
-
-        With none the failure of the first copy is raised: the second may not even have left.
-        """
-        first = self._spawn(self._copy(flight, ends_s))
-        copies = [first]
-        try:
-            await asyncio.wait(copies, timeout=late_after_s)
-            if first.done() or not self._hedging.take(kind):
-                return await first, None
-            self._counts["hedges"] += 1
-            second = self._spawn(self._copy(flight, ends_s))
-            copies.append(second)
-            await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
-            if not any(map(_is_good, copies)):
-                await asyncio.wait(copies)
-            if not _is_good(first) and not _is_good(second):
-                self._unclaimed(_cost_of(second))
-                return await first, None
-            winner, loser = (first, second) if _is_good(first) else (second, first)
-            self._counts["hedges_won"] += winner is second
-            return winner.result(), _spare(winner.result(), loser)
-        except asyncio.CancelledError:
-            # The deadline, or a caller who leaves, may come a tick after the answer.
-            for one in copies:
-                self._unclaimed(_cost_of(one))
-            raise
-        finally:
-            for one in copies:
-                one.cancel()
 
     # -------------------------------------------------------------------------- what came of it
 
@@ -753,7 +515,7 @@ class Batcher:
                     ended[call] = None
             unit.takers = [taker for taker in unit.takers if _is_sound(taker[0])]
         for call in ended:
-            self._complete_if(call)
+            self._callers.complete_if(call)
         return [unit for unit in units if unit.takers]
 
     def _learn(self, flight: Flight, units: list[Unit], status: int, error: Exception) -> bool:
@@ -804,8 +566,8 @@ class Batcher:
             call.left -= 1
             call.error = error
         for call in alike:
-            self._release(call)
-            self._complete_if(call)
+            self._callers.release(call)
+            self._callers.complete_if(call)
 
     def _fail_all(self, units: list[Unit], error: Exception) -> None:
         """The failure is all callers', whole lists of them."""
@@ -820,16 +582,16 @@ class Batcher:
             if not call.done.done():
                 call.left -= positions
                 call.error = error
-                self._release(call)
-                self._complete_if(call)
+                self._callers.release(call)
+                self._callers.complete_if(call)
 
     def _give_up(self, call: Call, error: Exception | None) -> None:
         """The call cannot wait for a permit; what of it is under way is awaited."""
         if call.done.done():
             return
         call.error = error or TimeoutError("there was no permit in time")
-        self._release(call)
-        self._complete_if(call)
+        self._callers.release(call)
+        self._callers.complete_if(call)
 
     def _owe(self, flight: Flight, paid: Paid | None) -> None:
         """A provider call has brought nothing, and costs: each of its callers pays a part."""
@@ -841,7 +603,7 @@ class Batcher:
         for call, part, cost in zip(flight.buyers, tokens, costs, strict=True):
             debt = Paid(part, cost, paid.model)
             if call.done.done():
-                self._unclaimed(debt)
+                self._callers.unclaimed(debt)
             else:
                 call.debts.append(debt)
 
@@ -875,44 +637,11 @@ class Batcher:
 
     def _arrived(self, call: Call, part: Part) -> None:
         if call.done.done():
-            self._unclaimed(part)
+            self._callers.unclaimed(part)
             return
         call.parts.append(part)
         call.left -= len(part.positions)
-        self._complete_if(call)
-
-    def _complete_if(self, call: Call) -> None:
-        """Answers the call once each of its texts is answered for."""
-        if call.left or call.done.done():
-            return
-        error = call.error
-        if error is None:
-            try:
-                share = share_of(call, self._busy_share())
-            except BadVectors as bad:
-                error = bad
-            else:
-                self._finish(call, share)
-                return
-        # It failed, and the parts of it that did come back are paid all the same.
-        for part in call.parts:
-            self._unclaimed_spare(part.spare)  # `Paid` is what the caller owes, and no more
-        self._finish(call, with_paid(error, call))
-
-    def _busy_share(self) -> float:
-        """How much of a core this process has taken lately."""
-        at_s, cpu_s, share = self._busy
-        now = self._clock()
-        if now - at_s >= BUSY_S:
-            cpu = self._cpu()
-            share = (cpu - cpu_s) / (now - at_s) if at_s else 0.0
-            self._busy = (now, cpu, share)
-        return share
-
-
-def _unlist(wanted: dict[Text, Unit], unit: Unit) -> None:
-    if wanted.get(unit.text) is unit:
-        del wanted[unit.text]
+        self._callers.complete_if(call)
 
 
 def _is_sound(call: Call) -> bool:
@@ -922,25 +651,3 @@ def _is_sound(call: Call) -> bool:
 def _only_one(units: Sequence[Unit]) -> bool:
     """Whether all is one caller's, whose list fails as a whole."""
     return len({call for unit in units for call, _ in unit.takers}) == 1
-
-
-def _is_good(call: asyncio.Task[Vectors]) -> bool:
-    return call.done() and not call.cancelled() and call.exception() is None
-
-
-def _cost_of(call: asyncio.Task[Vectors]) -> Vectors | Paid | None:
-    """What a copy of a call has cost, as far as is known by now."""
-    if not call.done() or call.cancelled():
-        return None
-    error = call.exception()
-    return call.result() if error is None else getattr(error, "paid", None)
-
-
-def _spare(won: Vectors, loser: asyncio.Task[Vectors]) -> Spare | None:
-    """What the copy whose answer is not used has cost; nothing where it failed for nothing."""
-    if not loser.done():
-        return Spare(won.prompt_tokens, won.cost_nano, won.model, estimated=True)
-    lost = _cost_of(loser)
-    if lost is None:
-        return None
-    return Spare(lost.prompt_tokens, lost.cost_nano, lost.model, getattr(lost, "estimated", False))

@@ -325,7 +325,7 @@ async def test_two_copies_that_fail_and_cost_are_both_somebodys() -> None:
 async def test_a_call_that_fails_in_time_is_not_made_again() -> None:
     upstream = Upstream()
     batcher = await used_to(upstream)
-    hedging = batcher._hedging
+    hedging = batcher._copies._hedging
     for _ in range(CALLS_KEPT):
         hedging.answered(KIND, 60.0)
     task = start(batcher, "a")
@@ -352,7 +352,7 @@ async def test_an_unknown_lane_and_a_retry_are_not_doubled(lane: Lane) -> None:
 async def test_without_hedging_nothing_is_doubled_nor_measured() -> None:
     upstream = Upstream()
     batcher = await used_to(upstream, caps=Caps())
-    assert len(batcher._hedging) == 0
+    assert len(batcher._copies._hedging) == 0
 
 
 async def test_one_call_in_twenty_may_be_doubled_and_no_more() -> None:

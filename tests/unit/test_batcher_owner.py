@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.batcher import callers as callers_module
 from actors.batcher import owner as owner_module
 from actors.batcher.owner import Batcher
 from actors.batcher.policy import (
@@ -363,7 +364,7 @@ async def test_a_message_that_comes_twice_is_sent_and_paid_once(coalesce: bool) 
 async def test_answers_are_kept_for_repetition_within_bounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(owner_module, "FINISHED_MAX", 2)
+    monkeypatch.setattr(callers_module, "FINISHED_MAX", 2)
     provider = Provider()
     batcher = make(provider)
     for call_id in ("x", "y", "z"):
@@ -372,7 +373,7 @@ async def test_answers_are_kept_for_repetition_within_bounds(
     assert len(provider.sent) == 3
     await embed(batcher, ["a"], call_id="x")
     assert len(provider.sent) == 4
-    assert len(batcher._calls) == 2
+    assert len(batcher._callers._calls) == 2
 
 
 @pytest.mark.parametrize("coalesce", [True, False])
@@ -397,7 +398,7 @@ async def test_a_call_may_take_as_long_as_its_most_patient_caller() -> None:
 async def test_a_full_batcher_refuses_and_says_when_to_come_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(owner_module, "TEXTS_QUEUED_MAX", 3)
+    monkeypatch.setattr(callers_module, "TEXTS_QUEUED_MAX", 3)
     provider = Provider()
     provider.gate.clear()
     batcher = make(provider)
@@ -566,8 +567,9 @@ def start(batcher: Batcher, *texts: str, **more: Any) -> asyncio.Task[Share]:
 
 
 async def test_what_comes_while_all_places_are_taken_leaves_in_one_call() -> None:
+    time = FakeTime()
     provider = Slow()
-    batcher = make(provider)
+    batcher = on(time, provider)
     places = []
     for n in range(4):  # one after the other, each alone
         places.append(start(batcher, f"first {n}"))
@@ -579,7 +581,7 @@ async def test_what_comes_while_all_places_are_taken_leaves_in_one_call() -> Non
         await settle()
     assert len(provider.sent) == 4
     await provider.tell(0)
-    await asyncio.sleep(0.03)  # the bound of a linger
+    await time.advance(0.025)  # the bound of a linger
     assert [len(sent) for sent in provider.sent] == [1, 1, 1, 1, 30]
     for n in range(1, 5):
         await provider.tell(n)
@@ -643,7 +645,7 @@ async def test_a_tenants_thousands_do_not_keep_another_tenant_from_the_next_call
 async def test_half_of_the_room_is_the_most_that_a_tenant_or_all_bulk_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(owner_module, "TEXTS_QUEUED_MAX", 8)
+    monkeypatch.setattr(callers_module, "TEXTS_QUEUED_MAX", 8)
     provider = Slow()
     batcher = make(provider)
     waiting = [start(batcher, "a", "b", "c", tenant="t")]
@@ -662,8 +664,8 @@ async def test_half_of_the_room_is_the_most_that_a_tenant_or_all_bulk_has(
         task.cancel()
     await asyncio.wait(waiting)
     assert batcher.stats()["texts_queued"] == 0
-    assert not batcher._queued_by
-    assert batcher._bulk_queued == 0
+    assert not batcher._callers._queued_by
+    assert batcher._callers._bulk_queued == 0
 
 
 # ------------------------------------------------------------------------------------ permits

@@ -35,7 +35,8 @@ class World:
         self.bad = {f"t{n}" for n in self.dice.sample(range(60), 6)}
         self.under_way = self.most = 0
         self.paid = 0  # what the provider has asked for, in tokens
-        self.lost = 0  # of that, what dead owners were asked for
+        self.charged = 0  # what callers were told that they owe, and what nobody is left to pay
+        self.lost = 0  # of `paid`, what dead owners were asked for
         self.batchers: list[Batcher] = []
         self.asks: set[asyncio.Task[Any]] = set()
         self.born()
@@ -168,20 +169,20 @@ async def session(seed: int, *, kills: int, faults: float, cancels: float) -> Wo
     assert not any(up.waiting or up.state.in_flight for up in world.alive._ups.values())
     for batcher in world.batchers:
         charged += batcher.stats().get("unclaimed_tokens", 0)
-    world.charged = charged  # type: ignore[attr-defined]
+    world.charged = charged
     return world
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_caller_gets_its_own_vectors_and_every_token_is_somebodys(seed: int) -> None:
     world = asyncio.run(session(seed, kills=0, faults=0.0, cancels=0.1))
-    assert world.charged == world.paid  # type: ignore[attr-defined]
+    assert world.charged == world.paid
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_lost_and_doubled_messages_fail_nobody_and_are_paid_once(seed: int) -> None:
     world = asyncio.run(session(seed, kills=0, faults=0.1, cancels=0.05))
-    assert world.charged == world.paid  # type: ignore[attr-defined]
+    assert world.charged == world.paid
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -189,6 +190,5 @@ def test_a_batcher_killed_twenty_times_fails_nobody(seed: int) -> None:
     """Nobody is charged twice; what dead owners had asked for is all that nobody is charged for."""
     world = asyncio.run(session(seed, kills=20, faults=0.05, cancels=0.05))
     assert len(world.batchers) == 21
-    charged = world.charged  # type: ignore[attr-defined]
-    assert charged <= world.paid
+    assert world.charged <= world.paid
     assert world.lost > 0

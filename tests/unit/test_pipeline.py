@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.batcher import owner as batcher_owner
+from actors.batcher import callers as batcher_callers
 from actors.batcher.policy import Lane, Paid
 from actors.circuit_breaker.policy import State
 from actors.rate_limiter.terms import Refusal
@@ -823,7 +823,7 @@ async def test_calls_earn_retries_and_open_nothing_where_the_breaker_is_off(hous
 async def test_texts_for_which_there_is_no_room_are_to_come_back(
     house: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batcher_owner, "TEXTS_QUEUED_MAX", 1)
+    monkeypatch.setattr(batcher_callers, "TEXTS_QUEUED_MAX", 1)
     here = await house(enable_request_batching=True, max_retries=0)
     gate = asyncio.Event()
     here.provider.steps["openai/text-embedding-x"] = [gate]
