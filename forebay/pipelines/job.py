@@ -227,7 +227,9 @@ class Job:
             return table.filter(hash_array(ids, categorize=False) == hashed)
 
         dataset = places.read(self.src).select_columns([name])
-        dataset = dataset.map_batches(same, batch_format="pyarrow", batch_size=None)
+        dataset = dataset.map_batches(
+            same, batch_format="pyarrow", batch_size=None, num_cpus=IO_CPUS
+        )
         found = Counter(row[name] for row in dataset.iter_rows()).most_common(IDS_SHOWN)
         twice = [f"{value!r} ({times} times)" for value, times in found if times > 1]
         if twice:
@@ -276,15 +278,18 @@ class Job:
             return report
 
     def _run(self, dst: Place, gateway: LiteLLMGateway, watch: Watch | None) -> Report:
-        self._claim(dst)
+        running = dst.beside_inner(RUNNING)
+        if dst.filesystem.get_file_info(running).is_file:
+            time.sleep(SETTLE_S)
         plan = self.plan(gateway)
         most = self.setting.most_nano(gateway)
+        self._claim(dst)
         begun_s = time.monotonic()
         figures = Figures()
         if plan.rows > plan.done:
             with own_context():
                 figures = self._execute(dst, plan, most, watch, begun_s)
-        dst.filesystem.delete_file(dst.beside_inner(RUNNING))
+        dst.filesystem.delete_file(running)
         if figures.error is not None:
             raise figures.error
         has_dead = places.has_files(dst.filesystem, f"{dst.inner}/{DEAD_LETTER}")
@@ -379,10 +384,8 @@ class Job:
             lock.release()
 
     def _claim(self, dst: Place) -> None:
-        """Make the destination this job's, or see that it is."""
-        from pyarrow.fs import FileType
-
-        path, running = dst.beside_inner("job.json"), dst.beside_inner(RUNNING)
+        """Make the destination this job's, or see that it is; and say that it runs."""
+        path = dst.beside_inner("job.json")
         ours = json.loads(json.dumps(dict(self.setting.of)))
         theirs = _read_json(dst.filesystem, path)
         if theirs is None or not self.resume:
@@ -401,9 +404,7 @@ class Job:
                         f"{ours[name]!r}; name another folder",
                         param="dst",
                     )
-        if dst.filesystem.get_file_info(running).type != FileType.NotFound:
-            time.sleep(SETTLE_S)
-        with dst.filesystem.open_output_stream(running) as stream:
+        with dst.filesystem.open_output_stream(dst.beside_inner(RUNNING)) as stream:
             stream.write(b"")
 
 
