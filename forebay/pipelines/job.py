@@ -479,7 +479,9 @@ def _failure(error: Exception) -> GatewayError:
         if isinstance(cause, GatewayError):
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Ray tells the first exception at the top, and ends with advice.
+    told, _, _ = str(error).partition("The above exception was the direct cause")
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
     return GatewayError(f"the job failed: {lines[-1] if lines else type(error).__name__}")
 
 

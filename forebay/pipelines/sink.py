@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 from pyarrow import csv, parquet
 from ray.data.block import BlockAccessor
 from ray.data.datasource import BlockBasedFileDatasink
@@ -52,7 +53,8 @@ class Sink(BlockBasedFileDatasink):
         if good.num_rows:
             with self.open_output_stream(posixpath.join(self.path, name)) as file:
                 write_table(good, file, self._kind)
-        self._account.written.remote(name, table.num_rows)
+        # Waited for: blocks that may not be sent yet wait for this word.
+        ray.get(self._account.written.remote(name, table.num_rows))
 
 
 def write_table(table: pa.Table, file: Any, kind: Format) -> None:
