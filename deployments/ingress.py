@@ -29,6 +29,8 @@ PROFILE: dict[str, str] = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # gRPC's own 4 MB are 700 vectors; what crosses a handle by reference has no such bound.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 << 20),
     # Handles must work outside an event loop too; the profile above would forbid it.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
     # A reload must not cut a stream that is still within its deadline.

@@ -1,6 +1,6 @@
 """The `forebay` command.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
+Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 partly done.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from actors.registry.store import read_access
 from forebay import __version__, running, usage_command
 from forebay import config as configuration
 from forebay.errors import AuthenticationError, ConfigurationError, GatewayError
+from forebay.pipelines import commands as jobs
 from forebay.secrets import HASH_PREFIX, hash_key, key_secret, new_key, operator_key
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("question")
     ask.add_argument("--model", help="default: the first of `forebay models`")
     ask.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    jobs.add_to(command)
     command("models", _models, "the models that can be asked", asks=True)
     command("health", _health, "how the gateway and its owners are", asks=True)
     usage = command("usage", _usage, "what was used, and what it cost", asks=True)

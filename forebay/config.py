@@ -770,6 +770,11 @@ class ServerConfig(Settings):
         default=1,
         description="Processes that share the cache's keys and bytes; read when it starts.",
     )
+    batcher_shards: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=1,
+        description="Processes that send embedding texts; a lane spreads over more than one only "
+        "while one is busy. Read when it starts.",
+    )
 
 
 def _otlp_url(url: str) -> str:

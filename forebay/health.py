@@ -243,6 +243,11 @@ def is_cache(name: str) -> bool:
     return name == "cache" or name.startswith("cache-")
 
 
+def is_batcher(name: str) -> bool:
+    """Whether an owner of this name is one of the Batcher's."""
+    return name == "batcher" or name.startswith("batcher-")
+
+
 def stored_in(owners: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Answers in the cache, their bytes, how many gave way; those that desks hold on lease too."""
     return {
@@ -324,14 +329,19 @@ def _ledger(seen: Seen) -> Check:
 
 
 def _batcher(seen: Seen) -> Check:
-    owner, desk = seen.owners.get("batcher", {}), seen.desks.get("batcher", {})
+    desk, names = seen.desks.get("batcher", {}), [name for name in seen.owners if is_batcher(name)]
+    here = [seen.owners[name] for name in names if seen.owners[name]["reachable"]]
     figures = {
-        **{name: owner[name] for name in ("texts_queued", "calls_under_way") if name in owner},
+        **{
+            figure: sum(owner.get(figure, 0) for owner in here)
+            for figure in ("texts_queued", "calls_under_way")
+        },
         **{name: desk[name] for name in ("under_way",) if name in desk},
     }
     if not seen.shares_batches:
         return _check("healthy", "this process sends its texts by itself", **figures)
-    wrong = _away(seen, "batcher", "embeddings wait for it until their deadlines")
+    meanwhile = "embeddings wait for it until their deadlines"
+    wrong = [words for name in names for words in _away(seen, name, meanwhile)]
     return _judged(wrong, "available", **figures)
 
 

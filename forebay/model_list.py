@@ -56,6 +56,10 @@ class ModelEntry(TypedDict):
     allowed_params: NotRequired[list[str]]
 
 
+CALL_CAPS = ("max_texts_per_call", "max_tokens_per_call", "max_bytes_per_call")
+"""Of `model_info`: most of one embedding call, where the deployment takes more or less than is
+known of its provider."""
+
 # What no caller may send, whatever the operator allows: it chooses whose key goes where.
 NEVER_ALLOWED = frozenset(
     {"api_base", "api_key", "api_version", "base_url", "extra_headers", "headers"}
@@ -90,6 +94,9 @@ def entry_faults(entry: Mapping[str, Any]) -> Iterator[Fault]:
     info = entry.get("model_info") or {}
     yield from (fault.under("litellm_params") for fault in _price_faults(params))
     yield from (fault.under("model_info") for fault in _price_faults(info))
+    for name in CALL_CAPS:
+        if name in info and (type(info[name]) is not int or info[name] < 1):
+            yield Fault(("model_info", name), "must be a whole number of at least 1")
     for name in ("rpm", "tpm"):
         figure = params.get(name, entry.get(name, info.get(name)))
         if figure == 0:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from actors.batcher.policy import BadVectors, BatcherFull, Lane, Text
+from actors.batcher.policy import BadVectors, BatcherFull, Lane, Order, Text
 from actors.cache.desk import FlightFailed, Hit, Joined, Lead
 from actors.cache.policy import Scope, key, text_keys
 from actors.circuit_breaker.policy import LETS_THROUGH, Pass, Verdict
@@ -913,7 +913,8 @@ class Pipeline:
 
     async def _embed(self, request: _Request, attempt: _Attempt, timeout_s: float) -> Answer:
         """Texts go through the Batcher, which may send them together with other callers'."""
-        system, body, deployment = self._system, request.call.body, attempt.deployment
+        system, call, deployment = self._system, request.call, attempt.deployment
+        body = call.body
         texts = _inputs(body["input"])
         params = tuple(
             sorted(
@@ -936,13 +937,26 @@ class Pipeline:
             share = await system.batcher_for(deployment, coalesce).embed(
                 Lane(deployment.id, params, retry=attempt.is_retry, tokens=tokens),
                 texts,
-                timeout_s=timeout_s,
-                coalesce=coalesce,
-                caps=system.caps_for(deployment),
+                Order(
+                    call.tenant,
+                    timeout_s,
+                    coalesce,
+                    call.bulk,
+                    self._patience_s(request),
+                    system.caps_for(deployment),
+                ),
             )
-        except (BatcherFull, OwnerUnavailable) as error:
-            after_s = error.retry_after_s if isinstance(error, BatcherFull) else 1.0
-            raise Overloaded(f"texts cannot be sent now: {error}", retry_after_s=after_s) from None
+        except BatcherFull as error:
+            full = RateLimitError(
+                f"texts cannot be sent now: {error}",
+                code="texts_queue_full",
+                model=deployment.group,
+                retry_after_s=error.retry_after_s,
+            )
+            full.sent = False
+            raise full from None
+        except OwnerUnavailable as error:
+            raise Overloaded(f"texts cannot be sent now: {error}", retry_after_s=1.0) from None
         except BadVectors as error:
             raise ProviderError(
                 f"the provider's vectors make no sense: {error}",
@@ -952,7 +966,7 @@ class Pipeline:
         if share.texts_in_call > len(texts):
             system.meter.coalesced(len(texts))
         if share.spare is not None:
-            system.books.spare(request.call, request.facts, deployment, share.spare)
+            system.books.spare(call, request.facts, deployment, share.spare)
             system.meter.usage(share.spare.prompt_tokens, 0, share.spare.cost_nano)
         usage = {"prompt_tokens": share.prompt_tokens, "total_tokens": share.prompt_tokens}
         return Answer(
@@ -963,6 +977,15 @@ class Pipeline:
             array=share.array,
             estimated=share.estimated,
         )
+
+    def _patience_s(self, request: _Request) -> float:
+        """How long texts may wait in the Batcher for the deployment's own limits: not at all where
+        another deployment may have room."""
+        group = request.group
+        if len(group.deployments) > 1 or self._system.table.fallbacks(group.name):
+            return 0.0
+        now = self._system.clock()
+        return self._waits_until_s(request, now) - now
 
     async def _open_stream(self, request: _Request, lead: Lead | None) -> Stream:
         """Attempts as planned, until one gives a first chunk.

@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 from pydantic import SecretStr
 
+from actors.batcher.courier import Courier
 from actors.batcher.desk import BatcherDesk
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import Caps, Lane, Paid, Text, Vectors
+from actors.batcher.policy import LINGER_S, Caps, Lane, NoPermit, Paid, Text, Vectors
 from actors.cache.desk import CacheDesk
 from actors.cache.owner import Cache
 from actors.cache.tallies import NOW, TallyDesk
@@ -49,7 +50,7 @@ from actors.registry.policy import Access, RegistryUnavailable
 from actors.registry.sums import Figures, SumsDesk
 from forebay import config as configuration
 from forebay import health, running, secrets
-from forebay.attempts import pass_unasked, refusal_error, spent_error
+from forebay.attempts import pass_unasked, refusal_error, spent_error, why_of
 from forebay.books import Books
 from forebay.cache_tier import FixedPlace, RayRegistry, RegisteredPlace, Setting
 from forebay.codec import costs_of
@@ -70,7 +71,7 @@ from forebay.errors import (
     ProviderError,
 )
 from forebay.feedback import FeedbackLoop
-from forebay.health import is_cache
+from forebay.health import is_batcher, is_cache
 from forebay.kv_cache import KVCacheManager, Reading
 from forebay.ledger_place import LedgerUrl
 from forebay.logs import RequestLog
@@ -79,6 +80,7 @@ from forebay.once import Once
 from forebay.pipeline import Pipeline
 from forebay.probing import Prober
 from forebay.providers.base import NO_BASE64, STALLED, Provider, verdict_of
+from forebay.providers.call_caps import call_caps
 from forebay.providers.litellm import LiteLLMProvider
 from forebay.providers.local import InProcessModels, LocalModels
 from forebay.reckoning import Quotas, Reckoner
@@ -95,7 +97,7 @@ LIMITER = "rate-limiter-"
 LIMITER_SHARDS_MAX = 64
 LIMITER_PACE_S = (0.01, 0.05)  # a tenant that nobody saw lately waits so long at most, under load
 CACHE_SHARDS_MAX = 64
-STARTED_LATER = frozenset({"batcher"})
+BATCHER_SHARDS_MAX = 16
 STATS_TIMEOUT_S = 2.0
 ATTACH_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 5.0
@@ -116,6 +118,7 @@ class Boot:
     ledger_url: str | None = None
     limiter_shards: int = 1
     cache_shards: int = 1
+    batcher_shards: int = 1
     cache_bytes_max: int = 256 * 1024 * 1024
     cache_url: str | None = None
     cache_namespace: str = "forebay"
@@ -142,6 +145,7 @@ class Boot:
             ledger_url=secrets.refer(elsewhere, Vault(data_dir)),
             limiter_shards=config.server.limiter_shards,
             cache_shards=config.server.cache_shards,
+            batcher_shards=config.server.batcher_shards,
             cache_bytes_max=cache.max_bytes,
             cache_url=url,
             cache_namespace=cache.namespace,
@@ -190,7 +194,7 @@ def owners(boot: Boot) -> dict[str, tuple[type, dict[str, Any]]]:
         "registry": (Registry, {"path": boot.registry_path}),
         "circuit-breaker": (CircuitBreaker, {}),
         **{name: _cache(boot) for name in cache_names(boot.cache_shards)},
-        "batcher": (Batcher, {"factory": BatcherCalls(boot)}),
+        **dict.fromkeys(batcher_names(boot.batcher_shards), _batcher(boot)),
         "ledger": (Ledger, {"path": boot.ledger_path, "url": _ledger_url(boot, boot.ledger_url)}),
     }
 
@@ -206,6 +210,11 @@ def cache_names(shards: int) -> list[str]:
     return ["cache"] if shards == 1 else [f"cache-{shard}" for shard in range(shards)]
 
 
+def batcher_names(shards: int) -> list[str]:
+    """The Batcher's owners, in the order that lanes are shared out in. Only one has no number."""
+    return ["batcher"] if shards == 1 else [f"batcher-{shard}" for shard in range(shards)]
+
+
 def _cache(boot: Boot) -> tuple[type, dict[str, Any]]:
     max_bytes = boot.cache_bytes_max // boot.cache_shards
     return Cache, {"max_bytes": max_bytes, "places": _cache_place(boot)}
@@ -217,6 +226,23 @@ def _cache_place(boot: Boot) -> RegisteredPlace | None:
         return None
     setting = Setting(boot.cache_url, boot.cache_namespace)
     return RegisteredPlace(setting, boot.data_dir, RayRegistry(boot.namespace, boot.registry_path))
+
+
+def _batcher(boot: Boot) -> tuple[type, dict[str, Any]]:
+    return Batcher, {"factory": BatcherCalls(boot)}
+
+
+def _both(one: Paid | None, other: Paid | None) -> Paid | None:
+    """What two calls have cost together, if any of them has."""
+    if one is None or other is None:
+        return one or other
+    tokens = one.prompt_tokens + other.prompt_tokens
+    return Paid(tokens, costs_of(one.cost_nano, other.cost_nano), other.model)
+
+
+def _carried(ref: OwnerRef, clock: Clock) -> OwnerRef:
+    """A line to the Batcher that puts lists together; not where a message costs nothing."""
+    return ref if isinstance(ref, InlineRef) else Courier(ref, clock)
 
 
 def limiter(shard: int, layout: Layout) -> tuple[type, dict[str, Any]]:
@@ -272,9 +298,10 @@ class System:
         self.breaker = CircuitBreakerDesk(refs["circuit-breaker"], holder, clock)
         caches = [name for name in refs if is_cache(name)]
         self.cache = CacheDesk([refs[name] for name in caches], holder, clock)
-        self.batcher = BatcherDesk(refs["batcher"], holder)
+        batchers = [_carried(ref, clock) for name, ref in refs.items() if is_batcher(name)]
+        self.batcher = BatcherDesk(batchers, holder)
         own_batcher = InlineRef("own-batcher", Batcher(factory=lambda: self.embed_call))
-        self._own_batcher = BatcherDesk(own_batcher, holder)
+        self._own_batcher = BatcherDesk([own_batcher], holder)
         self._own_batcher_owner: Any = own_batcher.owner
         self._ledger = LedgerDesk(refs["ledger"], holder, clock, spools=spools)
         self._orphans = (
@@ -538,14 +565,20 @@ class System:
         return self.batcher if coalesce and not self._private else self._own_batcher
 
     def caps_for(self, deployment: Deployment) -> Caps:
-        """Most texts per provider call, and whether a late one is made a second time."""
+        """Most of one provider call, how long texts linger, and whether a late one is doubled."""
         config = self.config.gateway
-        return Caps(items_max=config.batch_size or Caps().items_max, hedge=config.hedge_embeddings)
+        linger_s = LINGER_S if config.batch_timeout is None else config.batch_timeout
+        return replace(
+            call_caps(deployment, config.batch_size),
+            hedge=config.hedge_embeddings,
+            linger_s=linger_s,
+        )
 
     async def embed_call(self, lane: Lane, texts: list[Text], timeout_s: float) -> Vectors:
         """A batch's vectors, by one provider call; by two where base64 was asked for in vain.
 
-        The second counts as any retry does, and both are paid by those who share the batch.
+        The second counts as any retry does, and both are paid by those who share the batch. Raises
+        NoPermit where the deployment's own limits, or the pause it asked for, leave no room now.
         """
         until_s = self.clock() + timeout_s
         try:
@@ -557,7 +590,8 @@ class System:
         try:
             vectors = await self._embed_once(lane, texts, until_s - self.clock(), is_retry=True)
         except GatewayError as error:
-            error.paid = paid  # type: ignore[attr-defined]
+            again: Paid | None = getattr(error, "paid", None)
+            error.paid = _both(paid, again)  # type: ignore[attr-defined]
             raise
         if paid is None:
             return vectors
@@ -586,7 +620,10 @@ class System:
         if self.config.gateway.enable_circuit_breaker:
             passed = await self.breaker.admit(deployment.circuit)
             if isinstance(passed, BreakerRefusal):
-                raise refusal_error(deployment, passed)
+                refused = refusal_error(deployment, passed)
+                if why_of(passed) == "throttled":
+                    raise NoPermit(passed.retry_after_s, refused)
+                raise refused
             admitted = passed
         verdict, retry_after_s = Verdict.IGNORED, None
         used = Amount()
@@ -596,11 +633,12 @@ class System:
         try:
             quota = await self.quotas.take_texts(deployment, texts)
             if isinstance(quota, Refusal):
-                raise DeploymentsBusy(
+                busy = DeploymentsBusy(
                     f"{deployment.group!r} has used up its own rpm or tpm",
                     model=deployment.group,
                     retry_after_s=quota.retry_after_s,
                 )
+                raise NoPermit(quota.retry_after_s, busy)
             asked_s = self.clock()
             vectors = await self.provider.embed(
                 deployment, texts, dict(lane.params), timeout_s=timeout_s, resolve=self.resolve
@@ -658,8 +696,9 @@ class System:
 
     async def complete(self) -> None:
         """See to it that the owners which were left for later run too."""
-        for name in STARTED_LATER:
-            await self._refs[name].ask("protocol", timeout_s=ATTACH_TIMEOUT_S)
+        for name, ref in self._refs.items():
+            if is_batcher(name):
+                await ref.ask("protocol", timeout_s=ATTACH_TIMEOUT_S)
 
     async def close(self) -> None:
         """Hand in what the desks hold, then let go. Owners that are Ray actors go on.
@@ -858,7 +897,8 @@ async def open_inline(config: SystemConfig) -> System:
     async def call(lane: Lane, texts: list[Text], timeout_s: float) -> Vectors:
         return await calls[0].embed_call(lane, texts, timeout_s)
 
-    refs["batcher"] = InlineRef("batcher", Batcher(factory=lambda: call))
+    for name in batcher_names(boot.batcher_shards):
+        refs[name] = InlineRef(name, Batcher(factory=lambda: call))
     system = System(
         config,
         refs,
@@ -947,7 +987,7 @@ def create_owners(config: SystemConfig, namespace: str) -> Boot:
     specs = [
         spec
         for name, spec in made.items()
-        if name not in STARTED_LATER or spawn.running(spec, namespace)
+        if not is_batcher(name) or spawn.running(spec, namespace)
     ]
     first = spawn.read_boot(namespace) is None
     spawn.write_boot(namespace, asdict(boot))
@@ -969,8 +1009,14 @@ def remove_owners(boot: Boot) -> None:
 
     # There may be more of the limiter's than at the start, or there may have been; and of the
     # cache's, if an earlier start was told of another number.
-    widest = replace(boot, limiter_shards=LIMITER_SHARDS_MAX, cache_shards=CACHE_SHARDS_MAX)
-    for name, made in {**owners(widest), "cache": _cache(boot)}.items():
+    widest = replace(
+        boot,
+        limiter_shards=LIMITER_SHARDS_MAX,
+        cache_shards=CACHE_SHARDS_MAX,
+        batcher_shards=BATCHER_SHARDS_MAX,
+    )
+    single = {"cache": _cache(boot), "batcher": _batcher(boot)}
+    for name, made in {**owners(widest), **single}.items():
         spawn.remove(spawn.OwnerSpec(name, *made), boot.namespace)
     spawn.erase_boot(boot.namespace)
 

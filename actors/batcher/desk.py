@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from actors.batcher.policy import Caps, Lane, Share, Text
+from actors.batcher.policy import BatcherFull, Lane, Order, Share, Text
+from actors.batcher.spread import Spread
 from actors.ref import Clock, OwnerRef, OwnerUnavailable
 
 GRACE_S = 0.5
@@ -23,19 +26,24 @@ class BatcherDesk:
 
     Failure behaviour: with the owner away a call is sent again, under the same id, until its
     deadline; then OwnerUnavailable. An owner that was restarted knows nothing of what it had sent,
-    so the provider may be paid twice for one call. A cancelled caller tells the owner, which drops
-    what it has not sent yet.
+    so the provider may be asked twice for one call; its caller pays for the answer that it got.
+    Bulk for which the owner has no room waits here. A cancelled caller tells the owner, which
+    drops what it has not sent yet.
     """
 
     def __init__(
         self,
-        ref: OwnerRef,
+        refs: Sequence[OwnerRef],
         holder: str,
         clock: Clock = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         nonce: str | None = None,
+        rng: random.Random | None = None,
     ) -> None:
-        self._ref = ref
+        """`refs` are the Batcher's shards, in the same order for every desk."""
+        self._refs = list(refs)
+        self._spread = Spread(len(self._refs), holder)
+        self._rng = rng or random.Random()
         self._holder = holder
         self._clock = clock
         self._pause = pause
@@ -54,15 +62,7 @@ class BatcherDesk:
         if self._dropping:
             await asyncio.wait(self._dropping)
 
-    async def embed(
-        self,
-        lane: Lane,
-        texts: Sequence[Text],
-        *,
-        timeout_s: float,
-        coalesce: bool,
-        caps: Caps | None = None,
-    ) -> Share:
+    async def embed(self, lane: Lane, texts: Sequence[Text], order: Order) -> Share:
         """The vectors of `texts`, in their order, and this caller's part of the price.
 
         Raises what the provider call raised (with `paid`, see `Paid`, where a part of the list was
@@ -70,16 +70,19 @@ class BatcherDesk:
         sends `texts` again, with `lane.retry`, shares a call with them again); TimeoutError,
         BatcherFull, BadVectors; OwnerUnavailable.
         """
+        ref = self._refs[self._spread.choose(lane, self._clock())]
         self._minted += 1
         call_id = f"{self._prefix}-{self._minted}"
         self._counts["calls"] += 1
         self._counts["texts"] += len(texts)
         self._under_way += 1
         try:
-            return await self._send(call_id, lane, list(texts), timeout_s, coalesce, caps or Caps())
+            share = await self._send(ref, call_id, lane, list(texts), order)
+            self._spread.told(lane, share.busy, self._clock())
+            return share
         except asyncio.CancelledError:
             self._counts["cancelled"] += 1
-            task = asyncio.get_running_loop().create_task(self._drop(call_id))
+            task = asyncio.get_running_loop().create_task(self._drop(ref, call_id))
             self._dropping.add(task)
             task.add_done_callback(self._dropping.discard)
             raise
@@ -90,33 +93,34 @@ class BatcherDesk:
         return {"under_way": self._under_way, **self._counts}
 
     async def _send(
-        self,
-        call_id: str,
-        lane: Lane,
-        texts: list[Text],
-        timeout_s: float,
-        coalesce: bool,
-        caps: Caps,
+        self, ref: OwnerRef, call_id: str, lane: Lane, texts: list[Text], order: Order
     ) -> Share:
-        deadline = self._clock() + timeout_s
+        deadline = self._clock() + order.timeout_s
         back_off_s = BACK_OFF_S[0]
         while True:
             left_s = deadline - self._clock()
-            arguments = (call_id, lane, texts, self._holder, left_s, coalesce, caps)
+            arguments = (call_id, lane, texts, replace(order, timeout_s=left_s))
             try:
-                share: Share = await self._ref.ask("embed", *arguments, timeout_s=left_s + GRACE_S)
+                share: Share = await ref.ask("embed", *arguments, timeout_s=left_s + GRACE_S)
+                return share
             except OwnerUnavailable:
                 self._counts["owner_lost"] += 1
-                if self._clock() + back_off_s >= deadline:
-                    raise
-                await self._pause(back_off_s)
+                wait_s = back_off_s
                 back_off_s = min(2 * back_off_s, BACK_OFF_S[1])
-            else:
-                return share
+                if self._clock() + wait_s >= deadline:
+                    raise
+            except BatcherFull as full:
+                if not order.bulk:
+                    raise
+                self._counts["held_back"] += 1
+                wait_s = full.retry_after_s * (0.5 + self._rng.random())
+                if self._clock() + wait_s >= deadline:
+                    raise
+            await self._pause(wait_s)
 
-    async def _drop(self, call_id: str) -> None:
+    async def _drop(self, ref: OwnerRef, call_id: str) -> None:
         try:
-            await self._ref.ask("drop", call_id, timeout_s=DROP_TIMEOUT_S)
+            await ref.ask("drop", call_id, timeout_s=DROP_TIMEOUT_S)
         except OwnerUnavailable:
             # An owner that is gone has forgotten the call anyway.
             self._counts["owner_lost"] += 1

@@ -3,103 +3,73 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import inspect
 import random
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from actors.batcher.hedge import Hedging, Kind, kind_of
+from actors.batcher.callers import Callers
+from actors.batcher.calls import Call, Part, Unit, buyers_of, split_cost
+from actors.batcher.copies import Copies, EmbedCall
+from actors.batcher.courier import Many, Message
+from actors.batcher.flights import Flight, Line, Tree, Up, unlist
+from actors.batcher.lane import Go, LaneState
+from actors.batcher.limits import learn
+from actors.batcher.planner import cut, middle, size_of, tokens_of
+from actors.batcher.poison import Poison
 from actors.batcher.policy import (
-    WEIGHT_UNIT,
-    BadVectors,
-    Batch,
-    BatcherFull,
     Caps,
     Lane,
+    NoPermit,
+    Order,
     Paid,
     Share,
     Spare,
-    Take,
     Text,
     Vectors,
-    plan,
-    regroup,
     split,
     split_spare,
 )
 from actors.ref import Clock
 
-TEXTS_QUEUED_MAX = 100_000
-"""Most texts that callers wait for, sent or not; beyond, `embed` raises BatcherFull."""
-CHARS_QUEUED_MAX = 256 * 1024 * 1024
-"""Most characters of those texts. A single caller's list is taken whatever its size."""
-RETRY_AFTER_S = 1.0
-FINISHED_MAX = 1000
-FINISHED_BYTES_MAX = 8 * 1024 * 1024
-"""Most vectors kept after their caller was answered, for an answer that got lost on its way."""
+LINES_MAX = 1000
+"""Most lanes, and most upstreams, that are remembered while nothing waits in them."""
 CLOSE_WAIT_S = 5.0
 RETRY_LINGER_S = 0.02
 """How long texts that are sent again wait for those that failed with them: they come from several
 processes, each of which heard of it a moment sooner or later."""
+JOIN_S = 1.0
+"""A text joins a call under way only if that call may take as long as its caller has, or so much
+less."""
 BAD_INPUT = (400, 413, 422)
 """What a provider says to a list that one text spoils."""
+PUSHES_BACK = (408, 429, 503, 529)
+HANGS_S = 5.0
+"""A call that was given less time says nothing of the provider when that is over."""
+LEAVES_MAX = 8
+"""Most texts of one refused call that are refused one by one in a lane which has never had an
+answer: then it is the lane that is refused, and the rest is not asked for."""
+NOT_OF_A_TEXT = frozenset({"model", "dimensions", "encoding_format", "user"})
 
 T = TypeVar("T")
-EmbedCall = Callable[[Lane, list[Text], float], Awaitable[Vectors]]
-"""One provider call: the lane, distinct texts, and the seconds it may take."""
-
-
-@dataclass(slots=True, eq=False)
-class _Call:
-    """One caller's list, until all the batches that carry parts of it are back."""
-
-    id: str
-    texts: list[Text]
-    deadline_s: float
-    done: asyncio.Future[Share]
-    waiters: int = 0
-    parts_left: int = 0
-    parts: list[_Part] = field(default_factory=list)
-    debts: list[Paid] = field(default_factory=list)  # for provider calls that brought nothing
-    error: Exception | None = None
-    claimed: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """What one batch brought a caller."""
-
-    take: Take
-    vectors: Vectors
-    prompt_tokens: int
-    cost_nano: int | None
-    call_id: str
-    texts: int
-    spare: Spare | None = None
 
 
 class Batcher:
     """Owns the texts that wait to be sent, by lane, and the provider calls under way.
 
-    What arrives in one tick of the event loop in one lane is sent together when the tick ends, in
-    as few calls as the caps allow; with `coalesce` off a caller's list goes out at once and alone.
-    A call of several callers that the provider calls bad input is sent again in halves, until only
-    the guilty caller fails. Callers whose call failed for all of them are told the same `beat`, so
-    that they come back together: with Lane.retry they wait RETRY_LINGER_S for each other and are
-    one provider call again.
+    When and how many at once: see `lane`. A text that several callers want is sent once; who asks
+    while it is under way gets it for nothing. With `Order.coalesce` off a caller's list goes out
+    at once and alone. A call of several callers that the provider calls bad input is sent again in
+    halves, until only the guilty text fails; it is remembered for a while (`poison`). What a
+    refusal says of the provider's caps is learnt (`limits`). Callers whose call failed for all of
+    them are told the same `beat`, so that they come back together: with Lane.retry they wait
+    RETRY_LINGER_S for each other and are one provider call again.
 
     With Caps.hedge a call that is late (see `hedge`) is made a second time; the first good answer
     is handed out and the other copy is stopped. What that one has cost is in Share.spare.
 
-    Bounded by TEXTS_QUEUED_MAX and CHARS_QUEUED_MAX, beyond which it
-    refuses, and by FINISHED_MAX and FINISHED_BYTES_MAX for answers kept for a repeated message.
+    Bounded by what `callers` takes in, and by LINES_MAX for what is remembered of quiet lanes.
 
     Failure behaviour: nothing survives a restart. Callers' desks send again what had no answer, so
     a call that was on its way is paid for twice. A caller that leaves before its texts are sent
@@ -108,7 +78,7 @@ class Batcher:
     costs all the same (`paid` on its exception) is paid by its callers in the same parts.
     """
 
-    PROTOCOL = 3
+    PROTOCOL = 4
 
     def __init__(
         self,
@@ -116,204 +86,219 @@ class Batcher:
         clock: Clock = time.monotonic,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         rng: random.Random | None = None,
+        cpu: Clock = time.process_time,
     ) -> None:
-        self._factory = factory
         self._clock = clock
         self._pause = pause
         self._rng = rng or random.Random()
-        self._hedging = Hedging()
-        self._provider: EmbedCall | None = None
-        self._open: dict[tuple[Lane, Caps], list[_Call]] = {}
-        self._calls: dict[str, _Call] = {}
-        self._finished: deque[tuple[str, int]] = deque()
-        self._finished_bytes = 0
-        self._texts_queued = 0
-        self._chars_queued = 0
+        self._counts: Counter[str] = Counter()
+        self._callers = Callers(self._counts, clock, cpu)
+        self._copies = Copies(factory, self._callers, self._counts, clock, self._spawn)
+        self._poison = Poison()
+        self._ups: OrderedDict[tuple[str, str], Up] = OrderedDict()
+        self._lines: OrderedDict[tuple[Lane, Caps], Line] = OrderedDict()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sent = 0
         self._closed = False
-        self._counts: Counter[str] = Counter()
+        self._many = Many(self.embed)
 
     def protocol(self) -> int:
         return self.PROTOCOL
 
-    async def embed(
-        self,
-        call_id: str,
-        lane: Lane,
-        texts: list[Text],
-        caller: str,
-        timeout_s: float,
-        coalesce: bool,
-        caps: Caps,
-    ) -> Share:
+    async def embed(self, call_id: str, lane: Lane, texts: list[Text], order: Order) -> Share:
         """The vectors of `texts`, in their order, and this caller's part of the price.
 
-        A `call_id` that is known joins its call. `caller` is the asking process. Raises what the
-        provider call raised, with `paid` set where a part of the list was answered, and with
-        `beat`, a number in [0, 1), the same for all whom that failure hit; TimeoutError after
-        `timeout_s` seconds; BatcherFull; BadVectors; ValueError for an empty list.
+        A `call_id` that is known joins its call. Raises what the provider call raised, with `paid`
+        set where a part of the list was answered, and with `beat`, a number in [0, 1), the same
+        for all whom that failure hit; NoPermit's `error`; TimeoutError after `order.timeout_s`
+        seconds; BatcherFull; BadVectors; ValueError for an empty list.
         """
-        call = self._calls.get(call_id)
+        call = self._callers.get(call_id)
         if call is not None:
-            return await self._wait(call)
-        call = self._accept(call_id, texts, timeout_s)
-        if coalesce:
-            self._enqueue(call, lane, caps)
-            return await self._wait(call)
-        batches = plan([texts], caps)
-        call.parts_left = len(batches)
-        if len(batches) > 1:
-            for batch in batches:
-                self._spawn(self._send(lane, caps, batch, [call]))
-            return await self._wait(call)
+            return await self._callers.wait(call)
+        call = self._callers.accept(call_id, texts, order)
+        if self._is_known_bad(call, lane):
+            return await self._callers.wait(call)
+        if order.coalesce:
+            self._enqueue(call, lane)
+            return await self._callers.wait(call)
+        flights = self._alone(call, lane)
+        if len(flights) > 1:
+            for flight in flights:
+                self._spawn(self._send(flight))
+            return await self._callers.wait(call)
         call.waiters += 1
         try:
-            await self._send(lane, caps, batches[0], [call])  # in this very tick
+            await self._send(flights[0])  # in this very tick
+            await asyncio.wait([call.done])  # its parts, where it had to be sent again
             call.claimed = True
             return call.done.result()
         finally:
-            self._leave(call)
+            self._callers.leave(call)
+
+    async def embed_many(self, messages: list[Message]) -> list[tuple[int, Share | Exception]]:
+        """`embed` for several lists, answered as soon as some are done: see `courier`."""
+        return await self._many(messages)
 
     def drop(self, call_id: str) -> None:
         """Nobody waits for this call any more. Safe to repeat."""
-        call = self._calls.get(call_id)
-        if call is not None and not call.done.done():
-            self._finish(call, TimeoutError("the caller went away"))
+        call = self._callers.get(call_id)
+        if call is None:
+            return
+        if call.done.done():
+            self._callers.write_off(call)  # its answer got lost on the way
+        else:
+            self._callers.finish(call, TimeoutError("the caller went away"))
 
     def stats(self) -> dict[str, Any]:
         return {
-            "texts_queued": self._texts_queued,
-            "calls_under_way": sum(not call.done.done() for call in self._calls.values()),
+            "texts_queued": self._callers.texts_queued,
+            "calls_under_way": len(self._callers.under_way()),
             "provider_calls": self._sent + self._counts["hedges"],
+            "concurrency": {
+                key[0]: up.state.concurrency.limit
+                for key, up in self._ups.items()
+                if up.state.in_flight or up.waiting
+            },
+            "busy": round(self._callers.busy_share(), 3),
             **self._counts,
         }
 
     async def close(self) -> None:
-        """Lets what was sent come back for CLOSE_WAIT_S, then lets go of the provider."""
-        self._closed = True
+        """Lets what waits be sent and come back for CLOSE_WAIT_S, then lets go of the provider."""
+        self._closed = self._callers.closed = True
+        for up in self._ups.values():
+            self._stop_timer(up)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_WAIT_S)
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        provider, self._provider = self._provider, None
-        close = getattr(provider, "close", None)
-        if close is not None:
-            closing = close()
-            if inspect.isawaitable(closing):
-                await closing
+        for call in self._callers.under_way():
+            self._callers.finish(call, TimeoutError("the Batcher was told to stop"))
+        await self._copies.close()
 
     # --------------------------------------------------------------------------------- callers
 
-    def _accept(self, call_id: str, texts: list[Text], timeout_s: float) -> _Call:
-        if not texts:
-            raise ValueError("there are no texts to embed")
-        chars = sum(map(len, texts))
-        over = self._texts_queued > 0 and (
-            self._texts_queued + len(texts) > TEXTS_QUEUED_MAX
-            or self._chars_queued + chars > CHARS_QUEUED_MAX
-        )
-        if over or self._closed:
-            self._counts["refused"] += 1
-            raise BatcherFull(RETRY_AFTER_S)
-        done: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
-        call = _Call(call_id, texts, self._clock() + timeout_s, done)
-        self._calls[call_id] = call
-        self._texts_queued += len(texts)
-        self._chars_queued += chars
-        self._counts["callers"] += 1
-        self._counts["texts"] += len(texts)
-        return call
+    def _is_known_bad(self, call: Call, lane: Lane) -> bool:
+        """Whether the provider has refused one of the texts lately. Then the call has failed."""
+        if not len(self._poison):
+            return False
+        error = self._poison.among(lane, call.texts, self._clock())
+        if error is not None:
+            self._counts["remembered"] += 1
+            self._callers.finish(call, error)
+        return error is not None
 
-    async def _wait(self, call: _Call) -> Share:
-        call.waiters += 1
-        try:
-            left_s = max(0.0, call.deadline_s - self._clock())
-            await asyncio.wait([call.done], timeout=left_s)
-            if not call.done.done():
-                raise TimeoutError("the texts were not embedded within the deadline")
-            call.claimed = True
-            return call.done.result()
-        finally:
-            self._leave(call)
+    # -------------------------------------------------------------------------- lanes and queues
 
-    def _leave(self, call: _Call) -> None:
-        call.waiters -= 1
-        if call.waiters or call.claimed:
+    def _up_of(self, lane: Lane) -> Up:
+        key = (lane.deployment, lane.owner)
+        up = self._ups.get(key)
+        if up is None:
+            self._forget_quiet(self._ups, lambda up: not up.waiting and not up.state.in_flight)
+            up = self._ups[key] = Up()
+        self._ups.move_to_end(key)
+        return up
+
+    def _line_of(self, lane: Lane, caps: Caps) -> Line:
+        key, up = (lane, caps), self._up_of(lane)
+        line = self._lines.get(key)
+        if line is None:
+            self._forget_quiet(self._lines, lambda line: line.state.is_idle)
+            linger_s = RETRY_LINGER_S if lane.retry else 0.0
+            state: LaneState[Unit] = LaneState(caps, idle_linger_s=linger_s)
+            line = self._lines[key] = Line(lane, caps, up, state)
+        elif line.state.is_idle:
+            line.up = up  # the former may have been forgotten
+        self._lines.move_to_end(key)
+        return line
+
+    def _forget_quiet(self, kept: OrderedDict[Any, T], quiet: Callable[[T], bool]) -> None:
+        if len(kept) >= LINES_MAX:
+            for key in [key for key, one in kept.items() if quiet(one)][: LINES_MAX // 10]:
+                del kept[key]
+
+    def _enqueue(self, call: Call, lane: Lane) -> None:
+        line = self._line_of(lane, call.order.caps)
+        up, bulk, now = line.up, call.order.bulk, self._clock()
+        queued, tenant, fresh = line.queued[bulk], call.order.tenant, 0
+        for position, text in enumerate(call.texts):
+            unit = queued.get(text) or line.flying.get(text)
+            if unit is None or (unit.airborne and call.deadline_s - unit.ends_s > JOIN_S):
+                size = size_of(text)
+                unit = Unit(text, size, tokens_of(size), tenant, bulk, now, line)
+                queued[text] = unit
+                line.state.add(unit, bulk)
+                fresh += 1
+            elif unit.airborne:
+                self._counts["joined"] += 1
+            unit.takers.append((call, position))
+            call.units.append(unit)
+        line.state.came(fresh, now)
+        if not fresh:
             return
-        if not call.done.done():
-            self._finish(call, TimeoutError("the caller went away"))
+        if call.wait_until_s < up.state.shut_s and now < up.state.shut_s:
+            self._give_up(call, up.state.refusal)
             return
-        # It came just as the last caller left.
-        call.claimed = True
-        error = call.done.exception()
-        cost = call.done.result() if error is None else getattr(error, "paid", None)
-        self._unclaimed(cost)
+        up.waiting[lane, line.caps] = line
+        self._tick_soon(up)
 
-    def _finish(self, call: _Call, result: Share | Exception) -> None:
-        """The call's one end. What it has been brought and cannot be handed on is unclaimed."""
-        self._texts_queued -= len(call.texts)
-        self._chars_queued -= sum(map(len, call.texts))
-        call.texts = []
-        size = 0
-        if isinstance(result, Share):
-            size = result.array.nbytes
-            call.done.set_result(result)
-        else:
-            call.done.set_exception(result)
-            call.done.exception()  # retrieved: it may be that nobody waits
-            if getattr(result, "paid", None) is None:
-                owed: list[_Part | Paid] = [*call.parts, *call.debts]
-                for part in owed:
-                    self._unclaimed(part)
-        call.parts.clear()
-        call.debts.clear()
-        self._finished.append((call.id, size))
-        self._finished_bytes += size
-        while len(self._finished) > FINISHED_MAX or self._finished_bytes > FINISHED_BYTES_MAX:
-            call_id, size = self._finished.popleft()
-            self._finished_bytes -= size
-            del self._calls[call_id]
+    def _tick_soon(self, up: Up) -> None:
+        """Look at the upstream's lanes when this tick of the event loop has ended."""
+        if not up.ticking:
+            up.ticking = True
+            self._spawn(self._tick(up))
 
-    def _unclaimed(self, part: _Part | Share | Paid | Vectors | None) -> None:
-        if part is None:
+    async def _tick(self, up: Up) -> None:
+        flights = self._ready(up)
+        for flight in flights[1:]:
+            self._spawn(self._send(flight))
+        if flights:
+            await self._send(flights[0])
+
+    def _ready(self, up: Up) -> list[Flight]:
+        """The calls that are to leave now; a timer is set for those that have to wait."""
+        up.ticking = False
+        now, flights = self._clock(), []
+        wake_s: float | None = None
+        went = True
+        while went:
+            went, wake_s = False, None
+            for key, line in list(up.waiting.items()):
+                told = line.state.next(up.state, now)
+                if isinstance(told, Go):
+                    went = True
+                    up.waiting.move_to_end(key)
+                    flight = self._board(line, told, now)
+                    if flight is not None:
+                        flights.append(flight)
+                elif told is not None:
+                    wake_s = told if wake_s is None else min(wake_s, told)
+                if not line.state.waits:
+                    del up.waiting[key]
+        if wake_s is not None:
+            self._wake_at(up, wake_s, now)
+        return flights
+
+    def _wake_at(self, up: Up, wake_s: float, now: float) -> None:
+        if up.timer is not None and up.timer_s <= wake_s:
             return
-        self._counts["unclaimed_tokens"] += part.prompt_tokens
-        self._counts["unclaimed_nano"] += part.cost_nano or 0
-        if isinstance(part, _Part | Share):
-            self._unclaimed_spare(part.spare)
+        self._stop_timer(up)
+        if not self._closed:
+            up.timer_s = wake_s
+            up.timer = asyncio.get_running_loop().create_task(self._wake(up, wake_s - now))
 
-    def _unclaimed_spare(self, spare: Spare | None) -> None:
-        if spare is not None and not spare.estimated:
-            self._counts["unclaimed_tokens"] += spare.prompt_tokens
-            self._counts["unclaimed_nano"] += spare.cost_nano or 0
+    async def _wake(self, up: Up, after_s: float) -> None:
+        await self._pause(after_s)
+        up.timer = None
+        self._tick_soon(up)
 
-    # --------------------------------------------------------------------------------- sending
-
-    def _enqueue(self, call: _Call, lane: Lane, caps: Caps) -> None:
-        waiting = self._open.get((lane, caps))
-        if waiting is None:
-            self._open[lane, caps] = [call]
-            self._spawn(self._send_tick(lane, caps))
-        else:
-            waiting.append(call)
-
-    async def _send_tick(self, lane: Lane, caps: Caps) -> None:
-        """Starts when the tick that opened the lane has ended."""
-        if lane.retry:
-            await self._pause(RETRY_LINGER_S)
-        calls = [call for call in self._open.pop((lane, caps)) if not call.done.done()]
-        if not calls:
-            return
-        batches = plan([call.texts for call in calls], caps)
-        for batch in batches:
-            for take in batch.takes:
-                calls[take.caller].parts_left += 1
-        for batch in batches[1:]:
-            self._spawn(self._send(lane, caps, batch, calls))
-        await self._send(lane, caps, batches[0], calls)
+    def _stop_timer(self, up: Up) -> None:
+        if up.timer is not None:
+            up.timer.cancel()
+            up.timer = None
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
@@ -321,266 +306,348 @@ class Batcher:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _send(self, lane: Lane, caps: Caps, batch: Batch, calls: list[_Call]) -> None:
+    # --------------------------------------------------------------------------------- boarding
+
+    def _board(self, line: Line, go: Go[Unit], now: float) -> Flight | None:
+        """The call that carries these texts, as far as somebody has time left to wait for them."""
+        aboard: dict[Text, Unit] = {}
+        for unit in go.units:
+            unit.queued = False
+            unlist(line.queued[unit.bulk], unit)
+            unlist(line.flying, unit)
+            for call, _ in unit.takers:
+                if call.deadline_s <= now and not call.done.done():
+                    self._callers.finish(
+                        call, TimeoutError("the deadline passed before the texts left")
+                    )
+            twin = aboard.get(unit.text)
+            if twin is not None:
+                twin.takers += unit.takers
+                for call, _ in unit.takers:
+                    call.units.append(twin)
+                unit.takers = []
+            elif unit.takers:
+                aboard[unit.text] = unit
+        units = [unit for unit in aboard.values() if unit.takers]
+        if not units:
+            return None
+        line.state.began(go.bulk, line.up.state)
+        tree = go.tree if isinstance(go.tree, Tree) else None
+        flight = self._flight(line.lane, line.caps, units, line.up, line, go.bulk, tree)
+        line.flying.update((unit.text, unit) for unit in units)
+        return flight
+
+    def _alone(self, call: Call, lane: Lane) -> list[Flight]:
+        """The calls that carry a caller's list and nobody else's."""
+        now, caps = self._clock(), call.order.caps
+        wanted: dict[Text, Unit] = {}
+        for position, text in enumerate(call.texts):
+            unit = wanted.get(text)
+            if unit is None:
+                size = size_of(text)
+                unit = Unit(text, size, tokens_of(size), call.order.tenant, False, now, None)
+                unit.queued = False
+                wanted[text] = unit
+            unit.takers.append((call, position))
+        call.units = list(wanted.values())
+        return self._flights(lane, caps, call.units, self._up_of(lane), call.order.bulk, None)
+
+    def _flights(
+        self, lane: Lane, caps: Caps, units: list[Unit], up: Up, bulk: bool, tree: Tree | None
+    ) -> list[Flight]:
+        holding = up.state.learnt.under(caps, self._clock())
+        return [
+            self._flight(lane, caps, units[run.start : run.stop], up, None, bulk, tree)
+            for run in cut([unit.size for unit in units], holding)
+        ]
+
+    def _flight(
+        self,
+        lane: Lane,
+        caps: Caps,
+        units: list[Unit],
+        up: Up,
+        line: Line | None,
+        bulk: bool,
+        tree: Tree | None,
+    ) -> Flight:
+        flight = Flight(lane, caps, up, line, units, bulk, buyers_of(units), tree)
+        ends_s = flight.ends_s
+        for unit in units:
+            unit.airborne, unit.ends_s = True, ends_s
+        return flight
+
+    def _landed(self, flight: Flight) -> None:
+        line = flight.line
+        for unit in flight.units:
+            unit.airborne = False
+            if line is not None:
+                unlist(line.flying, unit)
+        if line is not None:
+            line.state.ended(flight.bulk, flight.up.state)
+            if flight.up.waiting:
+                self._tick_soon(flight.up)
+
+    # --------------------------------------------------------------------------------- sending
+
+    async def _send(self, flight: Flight) -> None:
         """Makes one provider call and hands every caller in it its part, or the failure."""
-        takers = [calls[take.caller] for take in batch.takes]
         self._sent += 1
         call_id = f"call-{self._sent}"
-        self._counts["texts_sent"] += len(batch.texts)
-        self._counts["callers_coalesced"] += len(takers) if len(takers) > 1 else 0
+        count = len(flight.units)
+        self._counts["texts_sent"] += count
+        self._counts["callers_coalesced"] += len(flight.buyers) if len(flight.buyers) > 1 else 0
+        state, began_s = flight.up.state, self._clock()
         try:
-            vectors, spare = await self._ask_provider(lane, caps, batch, takers)
+            vectors, spare = await self._copies.ask(flight)
+        except NoPermit as refusal:
+            self._sent -= 1
+            self._counts["texts_sent"] -= count
+            self._landed(flight)
+            self._shut(flight, refusal)
         except Exception as error:  # noqa: BLE001
             # It is the callers', whatever it is: each of them gets it, or another try without the
             # others.
             self._counts["failures"] += 1
-            self._owe(batch, takers, getattr(error, "paid", None))
-            if len(takers) > 1 and getattr(error, "upstream_status", None) in BAD_INPUT:
-                self._send_halves(lane, caps, batch, calls)
-                return
-            if len(takers) > 1:
-                error.beat = self._rng.random()  # type: ignore[attr-defined]
-            for call in takers:
-                call.error = error
-                self._arrived(call)
-            return
+            self._landed(flight)
+            self._heed(flight, error, began_s)
+            self._failed(flight, error)
         except asyncio.CancelledError:
-            for call in takers:
+            self._landed(flight)
+            for call in flight.buyers:
                 if not call.done.done():
-                    self._finish(call, TimeoutError("the Batcher was told to stop"))
+                    self._callers.finish(call, TimeoutError("the Batcher was told to stop"))
             raise
-        self._hand_out(batch, takers, vectors, spare, call_id)
+        else:
+            now = self._clock()
+            state.concurrency.answered(count, now - began_s, full=state.is_full)
+            if vectors.room is not None:
+                state.told(vectors.room, now)
+            if flight.line is not None:
+                flight.line.state.linger.took(now - began_s)
+            flight.up.answered.add(flight.lane.params)
+            self._callers.answered(count)
+            if flight.tree is not None:
+                flight.tree.found = True
+            self._landed(flight)
+            self._hand_out(flight, vectors, spare, call_id)
 
-    async def _ask_provider(
-        self, lane: Lane, caps: Caps, batch: Batch, takers: list[_Call]
-    ) -> tuple[Vectors, Spare | None]:
-        """The vectors of a batch, and what a second copy has cost, if there was one."""
-        begun_s = self._clock()
-        ends_s = max(call.deadline_s for call in takers)
-        timeout_s = max(0.0, ends_s - begun_s)
-        # A provider that has just failed is not helped by two calls in place of one.
-        if not caps.hedge or lane.retry:
-            async with asyncio.timeout(timeout_s):
-                return await self._copy(lane, batch, ends_s), None
-        kind = kind_of(lane, sum(take.weight for take in batch.takes) // WEIGHT_UNIT)
-        late_after_s = self._hedging.late_after_s(kind)
-        spare: Spare | None = None
-        async with asyncio.timeout(timeout_s):
-            if late_after_s is None:
-                vectors = await self._copy(lane, batch, ends_s)
-            else:
-                vectors, spare = await self._race(lane, kind, batch, late_after_s, ends_s)
-        self._hedging.answered(kind, self._clock() - begun_s)
-        return vectors, spare
+    # -------------------------------------------------------------------------- what came of it
 
-    async def _copy(self, lane: Lane, batch: Batch, ends_s: float) -> Vectors:
-        """One provider call, and whether its vectors are any good."""
-        if self._provider is None:
-            self._provider = self._factory()
-        timeout_s = max(0.0, ends_s - self._clock())
-        vectors = await self._provider(lane, list(batch.texts), timeout_s)
-        try:
-            return _checked(vectors, len(batch.texts))
-        except BadVectors:
-            self._unclaimed(vectors)
-            raise
+    def _shut(self, flight: Flight, refusal: NoPermit) -> None:
+        """There was no permit: texts go back to the front, callers without patience away."""
+        up, line = flight.up, flight.line
+        up.state.shut(self._clock() + refusal.retry_after_s, refusal.error)
+        self._counts["no_permit"] += 1
+        if line is None:
+            for call in flight.buyers:
+                self._give_up(call, refusal.error)
+            return
+        units = self._still_wanted(flight.units)
+        if flight.tree is not None:
+            self._again(flight, units, flight.tree)
+        else:
+            for unit in units:
+                unit.queued = True
+                line.queued[unit.bulk].setdefault(unit.text, unit)
+            line.state.queue(flight.bulk).put_back(units)
+        up.waiting[line.lane, line.caps] = line
+        self._tick_soon(up)
+        waiting = {
+            call
+            for one in up.waiting.values()
+            for unit in one.state.units()
+            for call, _ in unit.takers
+            if call.wait_until_s < up.state.shut_s
+        }
+        for call in waiting:
+            self._give_up(call, refusal.error)
 
-    async def _race(
-        self, lane: Lane, kind: Kind, batch: Batch, late_after_s: float, ends_s: float
-    ) -> tuple[Vectors, Spare | None]:
-        """The first good answer of two copies, where the budget has a second one.
+    def _heed(self, flight: Flight, error: Exception, began_s: float) -> None:
+        """What a failure says of how much the provider can take."""
+        status, now = getattr(error, "upstream_status", None), self._clock()
+        hung = isinstance(error, TimeoutError) and now - began_s >= HANGS_S
+        if status in PUSHES_BACK or hung:
+            flight.up.state.concurrency.pushed_back(began_s, now)
+            flight.up.state.pause(getattr(error, "retry_after_s", None) or 0.0, now)
 
-        With none the failure of the first copy is raised: the second may not even have left.
+    def _failed(self, flight: Flight, error: Exception) -> None:
+        self._owe(flight, getattr(error, "paid", None))
+        units = self._still_wanted(flight.units)
+        if not units:
+            return
+        status = getattr(error, "upstream_status", None)
+        of_text = getattr(error, "param", None) not in NOT_OF_A_TEXT.union(
+            name for name, _ in flight.lane.params
+        )
+        if status not in BAD_INPUT or not of_text:
+            self._fail_all(units, error)
+        elif len(flight.units) == 1:
+            self._spoil(flight, units[0], error)
+        elif self._learn(flight, units, status, error):
+            pass
+        elif self._is_hopeless(flight):
+            self._fail_all(units, error)
+        elif len(units) == 1 or _only_one(units):
+            if len(units) == len(flight.units):
+                self._fail_all(units, error)
+            else:  # the bad text may be of somebody who has left
+                self._again(flight, units, flight.tree or Tree())
+        else:
+            self._counts["halved"] += 1
+            half = middle([unit.takers[0][0] for unit in units])
+            tree = flight.tree or Tree()
+            for part in (units[half:], units[:half]):  # the last one told goes first
+                self._again(flight, part, tree)
+
+    def _still_wanted(self, units: list[Unit]) -> list[Unit]:
+        """Those of some texts that may be sent again, by whom they are still wanted.
+
+        Who has failed already has waited only for this call to end.
         """
-        first = self._spawn(self._copy(lane, batch, ends_s))
-        copies = [first]
-        try:
-            await asyncio.wait(copies, timeout=late_after_s)
-            if first.done() or not self._hedging.take(kind):
-                return await first, None
-            self._counts["hedges"] += 1
-            second = self._spawn(self._copy(lane, batch, ends_s))
-            copies.append(second)
-            await asyncio.wait(copies, return_when=asyncio.FIRST_COMPLETED)
-            if not any(map(_is_good, copies)):
-                await asyncio.wait(copies)
-            if not _is_good(first) and not _is_good(second):
-                self._unclaimed(_cost_of(second))
-                return await first, None
-            winner, loser = (first, second) if _is_good(first) else (second, first)
-            self._counts["hedges_won"] += winner is second
-            return winner.result(), _spare(winner.result(), loser)
-        except asyncio.CancelledError:
-            # The deadline, or a caller who leaves, may come a tick after the answer.
-            for one in copies:
-                self._unclaimed(_cost_of(one))
-            raise
-        finally:
-            for one in copies:
-                one.cancel()
+        ended: dict[Call, None] = {}
+        for unit in units:
+            if all(_is_sound(call) for call, _ in unit.takers):
+                continue
+            for call, _ in unit.takers:
+                if call.error is not None and not call.done.done():
+                    call.left -= 1
+                    ended[call] = None
+            unit.takers = [taker for taker in unit.takers if _is_sound(taker[0])]
+        for call in ended:
+            self._callers.complete_if(call)
+        return [unit for unit in units if unit.takers]
 
-    def _send_halves(self, lane: Lane, caps: Caps, batch: Batch, calls: list[_Call]) -> None:
-        self._counts["halved"] += 1
-        there = [take for take in batch.takes if not calls[take.caller].done.done()]
-        middle = len(there) // 2
-        for half in (there[:middle], there[middle:]):
-            if half:
-                part = regroup([call.texts for call in calls], half)
-                self._spawn(self._send(lane, caps, part, calls))
+    def _learn(self, flight: Flight, units: list[Unit], status: int, error: Exception) -> bool:
+        """Whether the refusal names a cap: then the call goes out again in parts within it."""
+        sent = {"items": len(flight.units), "tokens": flight.tokens, "size": flight.size}
+        learnt = learn(status, str(error), **sent)
+        if not learnt:
+            return False
+        self._counts["caps_learnt"] += 1
+        up, now = flight.up, self._clock()
+        up.state.learnt.note(learnt, now)
+        caps = up.state.learnt.under(flight.caps, now)
+        for run in reversed(cut([unit.size for unit in units], caps)):
+            self._again(flight, units[run.start : run.stop], flight.tree or Tree())
+        return True
 
-    def _owe(self, batch: Batch, takers: list[_Call], paid: Paid | None) -> None:
+    def _is_hopeless(self, flight: Flight) -> bool:
+        tree = flight.tree
+        if tree is None or tree.found or tree.leaves < LEAVES_MAX:
+            return False
+        return flight.lane.params not in flight.up.answered
+
+    def _again(self, flight: Flight, units: list[Unit], tree: Tree) -> None:
+        """A part of a refused call goes out again, before what waits."""
+        line = flight.line
+        if line is None:
+            again = self._flight(
+                flight.lane, flight.caps, units, flight.up, None, flight.bulk, tree
+            )
+            self._spawn(self._send(again))
+            return
+        line.flying.update((unit.text, unit) for unit in units)
+        line.state.hurry(Go(units, flight.bulk, tree))
+        flight.up.waiting[line.lane, line.caps] = line
+        self._tick_soon(flight.up)
+
+    def _spoil(self, flight: Flight, unit: Unit, error: Exception) -> None:
+        """The provider refuses this one text."""
+        if flight.tree is not None:
+            flight.tree.leaves += 1
+        if flight.lane.params in flight.up.answered:
+            self._poison.remember(flight.lane, unit.text, error, self._clock())
+        takers, unit.takers = unit.takers, []
+        alike = {call for call, _ in takers}
+        for call, _ in takers:
+            if call.done.done():
+                continue
+            call.left -= 1
+            call.error = error
+        for call in alike:
+            self._callers.release(call)
+            self._callers.complete_if(call)
+
+    def _fail_all(self, units: list[Unit], error: Exception) -> None:
+        """The failure is all callers', whole lists of them."""
+        calls: dict[Call, int] = {}
+        for unit in units:
+            for call, _ in unit.takers:
+                calls[call] = calls.get(call, 0) + 1
+            unit.takers = []
+        if len(calls) > 1:
+            error.beat = self._rng.random()  # type: ignore[attr-defined]
+        for call, positions in calls.items():
+            if not call.done.done():
+                call.left -= positions
+                call.error = error
+                self._callers.release(call)
+                self._callers.complete_if(call)
+
+    def _give_up(self, call: Call, error: Exception | None) -> None:
+        """The call cannot wait for a permit; what of it is under way is awaited."""
+        if call.done.done():
+            return
+        call.error = error or TimeoutError("there was no permit in time")
+        self._callers.release(call)
+        self._callers.complete_if(call)
+
+    def _owe(self, flight: Flight, paid: Paid | None) -> None:
         """A provider call has brought nothing, and costs: each of its callers pays a part."""
         if paid is None:
             return
-        weights = [take.weight for take in batch.takes]
+        weights = list(flight.buyers.values())
         tokens = split(paid.prompt_tokens, weights)
-        costs = _split_cost(paid.cost_nano, weights)
-        for call, part, cost in zip(takers, tokens, costs, strict=True):
+        costs = split_cost(paid.cost_nano, weights)
+        for call, part, cost in zip(flight.buyers, tokens, costs, strict=True):
             debt = Paid(part, cost, paid.model)
             if call.done.done():
-                self._unclaimed(debt)
+                self._callers.unclaimed(debt)
             else:
                 call.debts.append(debt)
 
     def _hand_out(
-        self,
-        batch: Batch,
-        takers: list[_Call],
-        vectors: Vectors,
-        spare: Spare | None,
-        call_id: str,
+        self, flight: Flight, vectors: Vectors, spare: Spare | None, call_id: str
     ) -> None:
-        weights = [take.weight for take in batch.takes]
-        tokens = split(vectors.prompt_tokens, weights)
-        costs = _split_cost(vectors.cost_nano, weights)
-        spares = split_spare(spare, weights)
-        for call, take, part_tokens, cost, part_spare in zip(
-            takers, batch.takes, tokens, costs, spares, strict=True
-        ):
-            part = _Part(take, vectors, part_tokens, cost, call_id, len(batch.texts), part_spare)
-            if call.done.done():
-                self._unclaimed(part)
-                continue
-            call.parts.append(part)
-            self._arrived(call)
+        places: dict[Call, tuple[list[int], list[int]]] = {}
+        for row, unit in enumerate(flight.units):
+            for call, position in unit.takers:
+                place = places.get(call)
+                if place is None:
+                    place = places[call] = ([], [])
+                place[0].append(position)
+                place[1].append(row)
+            unit.takers = []
+        weights = list(flight.buyers.values())
+        parts = zip(
+            flight.buyers,
+            split(vectors.prompt_tokens, weights),
+            split_cost(vectors.cost_nano, weights),
+            split_spare(spare, weights),
+            strict=True,
+        )
+        count = len(flight.units)
+        for call, tokens, cost, part_spare in parts:
+            positions, rows = places.pop(call, ([], []))
+            part = Part(positions, rows, vectors, tokens, cost, call_id, count, part_spare)
+            self._arrived(call, part)
+        for call, (positions, rows) in places.items():  # who came later pays nothing
+            self._arrived(call, Part(positions, rows, vectors, 0, 0, call_id, count))
 
-    def _arrived(self, call: _Call) -> None:
-        call.parts_left -= 1
-        if call.parts_left or call.done.done():
+    def _arrived(self, call: Call, part: Part) -> None:
+        if call.done.done():
+            self._callers.unclaimed(part)
             return
-        if call.error is not None:
-            self._fail(call, call.error)
-            return
-        try:
-            share = _share(call)
-        except BadVectors as error:
-            self._fail(call, error)
-        else:
-            self._finish(call, share)
-
-    def _fail(self, call: _Call, error: Exception) -> None:
-        """The call failed, and the parts of it that did come back are paid all the same."""
-        for part in call.parts:
-            self._unclaimed_spare(part.spare)  # `Paid` is what the caller owes, and no more
-        self._finish(call, _with_paid(error, call))
+        call.parts.append(part)
+        call.left -= len(part.positions)
+        self._callers.complete_if(call)
 
 
-def _checked(vectors: Vectors, count: int) -> Vectors:
-    array = np.ascontiguousarray(vectors.array, dtype=np.float32)
-    if array.ndim != 2 or array.shape[0] != count:
-        raise BadVectors(f"{count} texts were answered with vectors of shape {array.shape}")
-    if not np.isfinite(array).all():
-        raise BadVectors("some of the provider's vectors are not finite")
-    return Vectors(
-        array, vectors.prompt_tokens, vectors.cost_nano, vectors.model, vectors.estimated
-    )
+def _is_sound(call: Call) -> bool:
+    return call.error is None and not call.done.done()
 
 
-def _is_good(call: asyncio.Task[Vectors]) -> bool:
-    return call.done() and not call.cancelled() and call.exception() is None
-
-
-def _cost_of(call: asyncio.Task[Vectors]) -> Vectors | Paid | None:
-    """What a copy of a call has cost, as far as is known by now."""
-    if not call.done() or call.cancelled():
-        return None
-    error = call.exception()
-    return call.result() if error is None else getattr(error, "paid", None)
-
-
-def _spare(won: Vectors, loser: asyncio.Task[Vectors]) -> Spare | None:
-    """What the copy whose answer is not used has cost; nothing where it failed for nothing."""
-    if not loser.done():
-        return Spare(won.prompt_tokens, won.cost_nano, won.model, estimated=True)
-    lost = _cost_of(loser)
-    if lost is None:
-        return None
-    return Spare(lost.prompt_tokens, lost.cost_nano, lost.model, getattr(lost, "estimated", False))
-
-
-def _split_cost(cost_nano: int | None, weights: Sequence[int]) -> list[int] | list[None]:
-    return [None] * len(weights) if cost_nano is None else split(cost_nano, weights)
-
-
-def _share(call: _Call) -> Share:
-    first = call.parts[0]
-    paid = _paid(call)
-    return Share(
-        _assembled(call),
-        paid.prompt_tokens,
-        paid.cost_nano,
-        first.vectors.model,
-        first.call_id,
-        sum(part.texts for part in call.parts),
-        any(part.vectors.estimated for part in call.parts),
-        len(call.parts),
-        _sum_of([part.spare for part in call.parts if part.spare is not None]),
-    )
-
-
-def _sum_of(spares: list[Spare]) -> Spare | None:
-    if not spares:
-        return None
-    costs = [spare.cost_nano for spare in spares]
-    known = [cost for cost in costs if cost is not None]
-    return Spare(
-        sum(spare.prompt_tokens for spare in spares),
-        sum(known) if len(known) == len(costs) else None,
-        spares[0].model,
-        any(spare.estimated for spare in spares),
-    )
-
-
-def _assembled(call: _Call) -> NDArray[np.float32]:
-    """The caller's rows in its own order: a copy, unless it had the whole provider call."""
-    first = call.parts[0]
-    array = first.vectors.array
-    in_order = tuple(range(len(call.texts)))
-    if len(array) == len(call.texts) and first.take.rows == in_order == first.take.positions:
-        return array
-    dimensions = {part.vectors.array.shape[1] for part in call.parts}
-    if len(dimensions) > 1:
-        raise BadVectors(f"parts of one list came back with {sorted(dimensions)} dimensions")
-    whole = np.empty((len(call.texts), dimensions.pop()), dtype=np.float32)
-    for part in call.parts:
-        whole[list(part.take.positions)] = part.vectors.array[list(part.take.rows)]
-    return whole
-
-
-def _paid(call: _Call) -> Paid:
-    """What a caller owes for all that was sent for it, in vain or not."""
-    owed = [Paid(part.prompt_tokens, part.cost_nano, part.vectors.model) for part in call.parts]
-    owed += call.debts
-    costs = [one.cost_nano for one in owed]
-    known = [cost for cost in costs if cost is not None]
-    tokens = sum(one.prompt_tokens for one in owed)
-    return Paid(tokens, sum(known) if len(known) == len(costs) else None, owed[0].model)
-
-
-def _with_paid(error: Exception, call: _Call) -> Exception:
-    """The error, and with it what its caller pays all the same."""
-    if not (call.parts or call.debts):
-        return error
-    error = copy.copy(error)  # others may have got the same one
-    error.paid = _paid(call)  # type: ignore[attr-defined]
-    return error
+def _only_one(units: Sequence[Unit]) -> bool:
+    """Whether all is one caller's, whose list fails as a whole."""
+    return len({call for unit in units for call, _ in unit.takers}) == 1

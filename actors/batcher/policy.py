@@ -1,27 +1,22 @@
-"""Which texts travel together, and who pays how much of what that costs.
+"""What callers ask of the Batcher, what it asks of a provider, and who pays how much of that.
 
-Rule 1: a plan never exceeds a cap. Only a text that is over a cap by itself goes out all the same,
-        alone: the provider knows best whether it takes it.
-Rule 2: within a plan each distinct text is sent once, whoever asked for it and how often.
-Rule 3: shares are integers that sum to the provider's figure exactly (largest remainder).
+Rule 1: shares are integers that sum to the provider's figure exactly (largest remainder).
+Rule 2: within a provider call each distinct text is sent once, whoever asked for it and how often;
+        what it costs is split evenly among those who wanted it when it was sent.
 
 No clock and no event loop here.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-BYTES_PER_TOKEN = 3
-"""Fewer than English has (about 4), and one CJK character: estimates err on the high side."""
-WEIGHT_UNIT = 1 << 16
-"""What one byte weighs, so that a text shared by several callers still splits finely."""
+LINGER_S = 0.025
 
 Text = str | tuple[int, ...]
 """A text, or one that its sender has made token ids of."""
@@ -44,12 +39,40 @@ class Lane:
 @dataclass(frozen=True, slots=True)
 class Caps:
     """Most of one provider call: texts, estimated tokens, and UTF-8 bytes of text; and with `hedge`
-    two copies of it where the first is late."""
+    two copies of it where the first is late. `linger_s` is how long a text waits for company at
+    the most, while other calls of its lane are under way."""
 
     items_max: int = 2048
     tokens_max: int = 300_000
     bytes_max: int = 4 * 1024 * 1024
     hedge: bool = False
+    linger_s: float = LINGER_S
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How one caller's list is to be sent, and for whom.
+
+    `bulk` lists yield to others and are sent again where the queue is full. `patience_s` is how
+    long the list may wait for the provider's own limits where they leave no room now; bulk waits
+    to its end. `coalesce` off: at once, and with nobody else's texts.
+    """
+
+    tenant: str = ""
+    timeout_s: float = 60.0
+    coalesce: bool = True
+    bulk: bool = False
+    patience_s: float = 0.0
+    caps: Caps = field(default_factory=Caps)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the provider says is left of its limits, until `resets_s` seconds from now."""
+
+    requests: int | None = None
+    tokens: int | None = None
+    resets_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +87,7 @@ class Vectors:
     cost_nano: int | None
     model: str
     estimated: bool = False
+    room: Room | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +110,8 @@ class Share:
 
     `call_id` names the (first) provider call, `texts_in_call` counts what was sent in all `calls`
     that carried this caller's texts, other callers' included. `spare` is not in `cost_nano`: it is
-    this caller's part of what hedging has cost, to be booked and charged to nobody.
+    this caller's part of what hedging has cost, to be booked and charged to nobody. `busy`
+    is the share of a core that the Batcher itself takes.
     """
 
     array: NDArray[np.float32]
@@ -98,6 +123,7 @@ class Share:
     estimated: bool = False
     calls: int = 1
     spare: Spare | None = None
+    busy: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,24 +135,6 @@ class Paid:
     model: str
 
 
-@dataclass(frozen=True, slots=True)
-class Take:
-    """A caller's texts in a batch: those at `positions` of its list are in `rows` of the batch."""
-
-    caller: int
-    positions: tuple[int, ...]
-    rows: tuple[int, ...]
-    weight: int
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One provider call to make: distinct texts, and who takes which of the vectors."""
-
-    texts: tuple[Text, ...]
-    takes: tuple[Take, ...]
-
-
 class BatcherFull(Exception):
     """Too many texts wait already. Nothing was sent; come back in `retry_after_s`."""
 
@@ -136,6 +144,21 @@ class BatcherFull(Exception):
 
     def __str__(self) -> str:
         return "too many texts wait to be embedded"
+
+
+class NoPermit(Exception):
+    """Nothing was sent: the provider's limits leave no room for `retry_after_s` seconds.
+
+    `error` is for callers who cannot wait so long.
+    """
+
+    def __init__(self, retry_after_s: float, error: Exception) -> None:
+        super().__init__(retry_after_s, error)
+        self.retry_after_s = retry_after_s
+        self.error = error
+
+    def __str__(self) -> str:
+        return str(self.error)
 
 
 class BadVectors(Exception):
@@ -176,68 +199,3 @@ def split_spare(spare: Spare | None, weights: Sequence[int]) -> list[Spare] | li
         Spare(part, cost, spare.model, spare.estimated)
         for part, cost in zip(tokens, costs, strict=True)
     ]
-
-
-def plan(pending: Sequence[Sequence[Text]], caps: Caps) -> list[Batch]:
-    """The calls that carry these callers' lists, first come first packed."""
-    place: dict[Text, int] = {}  # text → its batch
-    wants: list[dict[int, list[int]]] = []  # batch → caller → positions
-    items = tokens = size = 0
-    for caller, texts in enumerate(pending):
-        for position, text in enumerate(texts):
-            batch = place.get(text)
-            if batch is None:
-                text_size = _size(text)
-                text_tokens = tokens_of(text_size)
-                full = (
-                    items + 1 > caps.items_max
-                    or tokens + text_tokens > caps.tokens_max
-                    or size + text_size > caps.bytes_max
-                )
-                if not wants or full:
-                    wants.append({})
-                    items = tokens = size = 0
-                items, tokens, size = items + 1, tokens + text_tokens, size + text_size
-                batch = place[text] = len(wants) - 1
-            wants[batch].setdefault(caller, []).append(position)
-    return [_batch(pending, want) for want in wants]
-
-
-def regroup(pending: Sequence[Sequence[Text]], takes: Sequence[Take]) -> Batch:
-    """The call that carries what these takes of a larger one carried."""
-    return _batch(pending, {take.caller: list(take.positions) for take in takes})
-
-
-def tokens_of(size: int) -> int:
-    """Tokens that a text of `size` UTF-8 bytes may have, estimated high."""
-    return max(1, -(-size // BYTES_PER_TOKEN))
-
-
-def _size(text: Text) -> int:
-    """UTF-8 bytes; of token ids what estimates as many tokens."""
-    if isinstance(text, tuple):
-        return BYTES_PER_TOKEN * len(text)
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-
-
-def _batch(pending: Sequence[Sequence[Text]], want: dict[int, list[int]]) -> Batch:
-    """A text's weight is its bytes, split evenly among the callers in the batch who want it."""
-    rows: dict[Text, int] = {}
-    wanted_by: Counter[Text] = Counter()
-    distinct: list[tuple[int, list[int], set[Text]]] = []
-    for caller, positions in want.items():
-        texts = {pending[caller][position] for position in positions}
-        wanted_by.update(texts)
-        distinct.append((caller, positions, texts))
-        for position in positions:
-            rows.setdefault(pending[caller][position], len(rows))
-    takes = [
-        Take(
-            caller,
-            tuple(positions),
-            tuple(rows[pending[caller][position]] for position in positions),
-            sum(_size(text) * WEIGHT_UNIT // wanted_by[text] for text in texts),
-        )
-        for caller, positions, texts in distinct
-    ]
-    return Batch(tuple(rows), tuple(takes))

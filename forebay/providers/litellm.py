@@ -28,10 +28,12 @@ from forebay.providers import shapes
 from forebay.providers.base import NO_BASE64, STALL_S, Answer, Resolve
 from forebay.providers.calls import Call
 from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
+from forebay.providers.encodings import BASE64, Encodings
 from forebay.providers.prices import PriceBound, Prices, PromptCaching, version_of
+from forebay.providers.remaining import room_in
 from forebay.providers.streams import LiteLLMChunks, Opened
 from forebay.providers.tokenizers import Tokenizers
-from forebay.providers.vectors import decoded
+from forebay.providers.vectors import VectorsAside, decoded
 from forebay.providers.wire import WatchedTexts
 from forebay.tally import StreamTally
 
@@ -41,14 +43,7 @@ if TYPE_CHECKING:
 
 Route = Literal["chat", "completion"]
 
-FLOATS_ONLY_MAX = 1_000  # deployments known to spoil base64; above it all are forgotten
 BYTES_PER_TOKEN = 4  # an estimate, for providers that do not say how many tokens there were
-
-BASE64_PROVIDERS = frozenset(
-    {"openai", "azure", "hosted_vllm", "infinity", "voyage", "openrouter", "nvidia_nim"}
-)
-"""Those that mean little-endian float32 by `encoding_format: base64`. Others mean quantised
-vectors by it (Bedrock, Cohere, Perplexity) or refuse it (Gemini)."""
 
 SAY_END = frozenset(
     {
@@ -76,8 +71,8 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
 class LiteLLMProvider:
     """Calls providers through LiteLLM.
 
-    Owns what it has learnt about deployments: prices, and which of them spoil base64 (bounded by
-    FLOATS_ONLY_MAX). Connections are LiteLLM's, pooled per process and event loop. `environ` is
+    Owns what it has learnt about deployments: prices, and what they mean by base64 (see
+    `encodings`). Connections are LiteLLM's, pooled per process and event loop. `environ` is
     where `prepare_environment` writes, just before the import.
 
     Failure behaviour: every failure is a GatewayError that says whether a provider answered. A
@@ -91,7 +86,7 @@ class LiteLLMProvider:
         self._litellm: Any = None
         self._is_internal: Any = None
         self._prices = Prices()
-        self._floats_only: set[str] = set()
+        self._encodings = Encodings()
         self._tokenizers: Tokenizers | None = None
 
     async def warm(self) -> None:
@@ -181,18 +176,27 @@ class LiteLLMProvider:
             ProviderError: with the code NO_BASE64 when base64 was asked for and not given; the
                 next call of the deployment asks for floats. `paid` says what this one has cost.
             ResponseValidationError: vectors are missing, doubled, of the wrong length or not
-                finite.
+                finite. `paid` says what the call has cost all the same.
             GatewayError: see `failures`.
         """
-        encoding = self._encoding(deployment)
+        encoding, doubted = self._encodings.begin(deployment)
         try:
-            return await self._embed(deployment, texts, params, timeout_s, resolve, encoding)
+            vectors = await self._embed(
+                deployment, texts, params, timeout_s, resolve, encoding, doubted
+            )
         except (ResponseValidationError, InvalidRequest) as error:
             named = "encoding_format" in f"{error.param} {error}"
             spoilt = isinstance(error, ResponseValidationError) or named
-            if encoding != "base64" or not spoilt:
+            if encoding != BASE64 or not spoilt:
                 raise
             raise self._no_base64(deployment, error) from None
+        else:
+            if doubted:
+                self._encodings.learn(deployment, float32=True)
+            return vectors
+        finally:
+            if doubted:
+                self._encodings.end(deployment)
 
     def price(
         self,
@@ -309,6 +313,7 @@ class LiteLLMProvider:
         timeout_s: float,
         resolve: Resolve,
         encoding: str | None,
+        doubted: bool,
     ) -> Vectors:
         await self.warm()
         call = Call(self._litellm, deployment, resolve(deployment.params), timeout_s)
@@ -324,22 +329,27 @@ class LiteLLMProvider:
         if dimensions is not None and deployment.provider == "openai":
             # LiteLLM knows of OpenAI's own models only; whoever speaks its language decides.
             asked["allowed_openai_params"] = ["dimensions"]
+        keywords, aside = call.keywords(asked), None
         with self._bare(beside), call.errors():
+            if deployment.provider == "openai" and keywords.get("api_key"):
+                aside = keywords["client"] = VectorsAside(self._openai_client(keywords))
             async with asyncio.timeout(call.limit_s):
-                response = await self._litellm.aembedding(**call.keywords(asked))
+                response = await self._litellm.aembedding(**keywords)
             if beside is not None and beside.vectors is not None:
                 array, tokens = beside.vectors
             else:
                 tokens = int(getattr(response.usage, "prompt_tokens", 0) or 0)
                 try:
-                    array = decoded(response.data, len(texts), dimensions)
+                    data = response.data if aside is None else aside.data
+                    array = decoded(data, len(texts), dimensions, doubted=doubted)
                 except ResponseValidationError as error:
-                    if encoding == "base64":
-                        paid, _ = self._paid(deployment, response, texts, tokens)
-                        error.paid = paid  # type: ignore[attr-defined]
+                    # Whatever came, it was answered, and so it costs.
+                    paid, _ = self._paid(deployment, response, texts, tokens)
+                    error.paid = paid  # type: ignore[attr-defined]
                     raise
         paid, estimated = self._paid(deployment, response, texts, tokens)
-        return Vectors(array, paid.prompt_tokens, paid.cost_nano, paid.model, estimated)
+        room = room_in(_headers(response))
+        return Vectors(array, paid.prompt_tokens, paid.cost_nano, paid.model, estimated, room)
 
     def _paid(
         self, deployment: Deployment, response: Any, texts: Sequence[Text], tokens: int
@@ -360,9 +370,7 @@ class LiteLLMProvider:
         is another attempt, to be counted and paid for as such: it is not made here. No upstream
         status is told, for the texts are good.
         """
-        if len(self._floats_only) >= FLOATS_ONLY_MAX:
-            self._floats_only.clear()
-        self._floats_only.add(deployment.id)
+        self._encodings.learn(deployment, float32=False)
         failure = ProviderError(
             f"{deployment.provider} gave no vectors in base64 and is asked for floats from now on:"
             f" {error}",
@@ -374,15 +382,6 @@ class LiteLLMProvider:
         if paid is not None:
             failure.paid = paid  # type: ignore[attr-defined]
         return failure
-
-    def _encoding(self, deployment: Deployment) -> str | None:
-        """The `encoding_format` to ask a deployment for; None to ask for nothing."""
-        if deployment.id in self._floats_only:
-            return "float"
-        own = deployment.params.get("encoding_format")
-        if own in ("float", "base64"):
-            return str(own)
-        return "base64" if deployment.provider in BASE64_PROVIDERS else None
 
     def _function(self, route: Route) -> Callable[..., Awaitable[Any]]:
         function: Callable[..., Awaitable[Any]] = (
@@ -399,15 +398,19 @@ class LiteLLMProvider:
         known = keywords.get("api_key") and (api_base or call.provider == "openai")
         if route == "completion" and call.is_native_text and known:
             # For texts LiteLLM would make a client, and connect anew, for every call.
-            keywords["client"] = self._litellm.main.openai_chat_completions.get_openai_client(
-                is_async=True,
-                api_key=keywords["api_key"],
-                api_base=api_base,
-                timeout=keywords["timeout"],
-                max_retries=0,
-                organization=keywords.get("organization"),
-            )
+            keywords["client"] = self._openai_client(keywords)
         return keywords
+
+    def _openai_client(self, keywords: Mapping[str, Any]) -> Any:
+        """LiteLLM's own client for these keywords, which it keeps."""
+        return self._litellm.main.openai_chat_completions.get_openai_client(
+            is_async=True,
+            api_key=keywords["api_key"],
+            api_base=keywords.get("api_base") or keywords.get("base_url"),
+            timeout=keywords["timeout"],
+            max_retries=0,
+            organization=keywords.get("organization"),
+        )
 
     def _beside(self, deployment: Deployment, asked: dict[str, Any]) -> Beside | None:
         return Beside(self._models, asked) if deployment.provider == LOCAL else None
@@ -483,6 +486,13 @@ def _estimate(route: Route, body: Mapping[str, Any], told: dict[str, Any]) -> di
         tally.add({"choices": [{**choice, "delta": choice.get("message")}]})
     usage: dict[str, Any] | None = tally.answer(dict(body), complete=True).usage
     return usage or {}
+
+
+def _headers(response: Any) -> Mapping[str, Any]:
+    """The provider's headers, as LiteLLM hands them on."""
+    hidden = getattr(response, "_hidden_params", None)
+    headers = hidden.get("additional_headers") if hidden is not None else None
+    return headers if isinstance(headers, Mapping) else {}
 
 
 def _usd(response: Any) -> float | None:

@@ -52,7 +52,7 @@ class Tokenizers:
 
     def count(self, deployment: Deployment, text: str) -> int | None:
         """An upper bound of the tokens that the deployment makes of a text."""
-        name = _encoding_of(deployment)
+        name = encoding_of(deployment)
         encoding = self._encodings.get(name or NEWER)
         if encoding is None:
             return None
@@ -64,7 +64,7 @@ class Tokenizers:
         return min(size, int(tokens * FACTOR) + 1 + beyond)
 
 
-def _encoding_of(deployment: Deployment) -> str | None:
+def encoding_of(deployment: Deployment) -> str | None:
     """The name of a model's encoding, if it is OpenAI's."""
     if deployment.provider not in OPENAI:
         return None

@@ -6,8 +6,12 @@ C connections are kept alive; each sends its next request when the last answer i
 prompt is unique, unless `--distinct D` says that there are only D of them, which loads of one
 `--run` share; request i carries key i modulo the number of keys. Latency is measured from the
 write of a request to the last byte of its answer; in SSE mode also to the first data chunk.
-With `--check` an answer must contain the digest of its own prompt, so that an answer that reached
-the wrong caller is counted as wrong.
+With `--check` an answer must contain the digest of its own prompt, or its own text's vector in
+base64, so that an answer that reached the wrong caller is counted as wrong.
+
+With `--rate R` the loop is open: requests are due at R a second on average, at moments that are
+each other's no business (Poisson), and latency is measured from the moment a request was due, also
+where all C connections were busy then.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import resource
 import socket
 import subprocess
@@ -32,15 +37,17 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
+import pybase64
 import uvloop
 
-from tests.support.simulator.truth import digest
+from tests.support.simulator.truth import digest, vector
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBER_DIGITS = 9
 ATTEMPT_S = 60.0
 RECONNECTS_MAX = 1000
 UNIQUE = "@UNIQUE@"
+VECTOR_BYTES = 96  # of a vector, compared with its text's own
 BODY = (
     '{"model":"%s","messages":[{"role":"user","content":"Question @UNIQUE@: what does a forebay '
     'do for the turbines behind it?"}],"max_tokens":64%s}'
@@ -52,7 +59,8 @@ class Load:
     """What to send. `requests` or `seconds`, whichever comes first; the first `warmup` answers
     are sent and checked but not measured. `body` holds `@UNIQUE@` where the prompt's own number
     goes; None: a small chat completion of `model`. `distinct`: request n asks what request n modulo
-    `distinct` asked; `run` names the questions, so that two loads can ask the same ones."""
+    `distinct` asked; `run` names the questions, so that two loads can ask the same ones. `rate`:
+    an open loop of so many requests a second; `dimensions` of the vectors that `check` expects."""
 
     url: str
     concurrency: int = 8
@@ -67,6 +75,8 @@ class Load:
     method: str = "POST"
     distinct: int | None = None
     run: str = ""
+    rate: float | None = None
+    dimensions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +136,10 @@ class _Run:
         ]
         self.prompt = None
         if load.check:
-            self.prompt = json.loads(body)["messages"][-1]["content"]
+            told = json.loads(body)
+            self.prompt = told.get("input") or told["messages"][-1]["content"]
+        self.dice = random.Random(self.run_id)
+        self.due_s = 0.0
         self.sent = 0
         self.answered = 0
         self.latencies_s = array("d")
@@ -136,6 +149,7 @@ class _Run:
         self.chunks = 0
         self.bytes_in = 0
         self.errors: list[str] = []
+        self.begun_s = time.perf_counter()
         self.measured_from_s = 0.0
         self.until_s = float("inf")
         self.requests_max = float("inf") if load.requests is None else load.requests + load.warmup
@@ -146,6 +160,8 @@ class _Run:
         if n >= self.requests_max or time.perf_counter() >= self.until_s:
             return None
         self.sent = n + 1
+        if self.load.rate is not None:
+            self.due_s = max(self.due_s, self.begun_s) + self.dice.expovariate(self.load.rate)
         head = self.heads[n % len(self.heads)]
         if self.parts is None:
             return n, head + self.plain_body
@@ -158,7 +174,11 @@ class _Run:
     def expected(self, n: int) -> bytes:
         assert self.prompt is not None
         mark = f"{self.run_id}-{self._asked(n):0{NUMBER_DIGITS}d}"
-        return digest(self.prompt.replace(UNIQUE, mark)).encode()
+        prompt = self.prompt.replace(UNIQUE, mark)
+        if not self.load.dimensions:
+            return digest(prompt).encode()
+        row = vector(prompt, self.load.dimensions).astype("<f4")
+        return pybase64.b64encode(row.data.cast("B")[:VECTOR_BYTES])
 
     def book(
         self, status: str, latency_s: float, first_chunk_s: float | None, chunks: int, size: int
@@ -215,6 +235,16 @@ class _Caller(asyncio.Protocol):
             self._finish("over")
             return
         self._n, data = request
+        if self._run.load.rate is None:
+            self._write(data)
+            return
+        self._sent_s = self._run.due_s
+        wait_s = max(0.0, self._sent_s - time.perf_counter())
+        asyncio.get_running_loop().call_later(wait_s, self._write, data)
+
+    def _write(self, data: bytes) -> None:
+        if self._done.done():
+            return  # it was closed before its request was due
         self._busy = True
         self._parser = httptools.HttpResponseParser(self)
         self._first_chunk_s: float | None = None
@@ -223,7 +253,8 @@ class _Caller(asyncio.Protocol):
         self._body: list[bytes] = []
         self._tail = b""
         assert self._transport is not None
-        self._sent_s = time.perf_counter()
+        if self._run.load.rate is None:
+            self._sent_s = time.perf_counter()
         self._transport.write(data)
 
     def data_received(self, data: bytes) -> None:
@@ -266,6 +297,8 @@ class _Caller(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._busy:
             self._fail("reset" if exc is not None or not self._size else "cut", repr(exc))
+        elif not self._done.done():
+            self._fail("idle", "closed before its request was due")
 
     def give_up_after(self, age_s: float) -> None:
         if self._busy and time.perf_counter() - self._sent_s > age_s:
@@ -395,6 +428,8 @@ def main(argv: Sequence[str] | None = None, echo: Callable[[str], None] = print)
     parser.add_argument(
         "--run", default="", help="the name of the questions, in place of a new one"
     )
+    parser.add_argument("--rate", type=float, help="requests/s of an open loop")
+    parser.add_argument("--dimensions", type=int, default=0, help="check vectors, of so many")
     parser.add_argument("--load", type=Path, help="a Load as JSON, in place of all others")
     parser.add_argument("--cpu", type=int, help="run on this core")
     parser.add_argument("--json", action="store_true")

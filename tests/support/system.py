@@ -139,6 +139,7 @@ def groups(url: str) -> list[dict[str, Any]]:
         group("sim-gemini", "gemini/gemini-sim", f"{url}/v1beta"),
         group("sim-cohere", "cohere_chat/command-sim", f"{url}/v2/chat"),
         group("sim-embed", "openai/text-embedding-sim", v1),
+        group("priced-embed", "openai/text-embedding-sim", v1, input_cost_per_token=1e-6),
         group("sim-two", "openai/sim", v1, order=1),
         group("paid", "openai/sim", v1, **PRICES),
         group("paid-embed", "openai/text-embedding-sim", v1, **PRICES),

@@ -15,6 +15,7 @@ import forebay
 from forebay import GatewayConfig, LiteLLMGateway, errors
 from tests.conftest import SIM_KEY
 from tests.support import system as support
+from tests.support.simulator.truth import vectors
 from tests.support.upstream import Upstream
 
 
@@ -242,6 +243,25 @@ def test_handles_work_from_a_driver_a_task_and_an_actor(
     assert in_driver == in_task == in_actor
     assert in_driver[0] == in_driver[2]
     assert in_driver[1] == (3, 8)
+
+
+@pytest.mark.ray
+def test_vectors_of_many_megabytes_cross_a_handle(ray_driver: Any, upstream: Upstream) -> None:
+    texts = [f"text {number}" for number in range(1_500)]
+
+    def use(**options: Any) -> tuple[bool, np.ndarray[Any, Any]]:
+        from ray import serve
+
+        handle = serve.get_app_handle("forebay").options(**options)
+        array, usage = handle.embed.remote(texts, model="sim-embed", dimensions=1_536).result()
+        assert usage["prompt_tokens"] > len(texts)
+        return array.flags.writeable, array[[0, -1]]
+
+    in_driver = use(_by_reference=True)
+    in_task = ray_driver.get(ray_driver.remote(num_cpus=0.1)(use).remote())
+    for _, ends in (in_driver, in_task):
+        np.testing.assert_array_equal(ends, vectors([texts[0], texts[-1]], 1_536))
+    assert not in_driver[0], "it is read where it was put, not copied"
 
 
 @pytest.mark.ray

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from actors.batcher.desk import BatcherDesk
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import BatcherFull, Lane, Share, Vectors
+from actors.batcher.policy import BatcherFull, Lane, Order, Share, Vectors
 from actors.ref import InlineRef, OwnerUnavailable
 
 LANE = Lane("d1")
@@ -54,14 +55,16 @@ async def no_pause(_: float) -> None:
     await asyncio.sleep(0)
 
 
-async def embed(desk: BatcherDesk, texts: list[str], timeout_s: float = 10.0) -> Share:
-    return await desk.embed(LANE, texts, timeout_s=timeout_s, coalesce=True)
+async def embed(
+    desk: BatcherDesk, texts: list[str], timeout_s: float = 10.0, bulk: bool = False
+) -> Share:
+    return await desk.embed(LANE, texts, Order(timeout_s=timeout_s, bulk=bulk))
 
 
 async def test_lists_of_two_desks_share_a_provider_call() -> None:
     calls = Calls()
     owner = Batcher(lambda: calls)
-    desks = [BatcherDesk(InlineRef("b", owner), f"d{n}") for n in range(2)]
+    desks = [BatcherDesk([InlineRef("b", owner)], f"d{n}") for n in range(2)]
     shares = await asyncio.gather(*(embed(desk, ["a"]) for desk in desks))
     assert calls.sent == [["a"]]
     assert sum(share.prompt_tokens for share in shares) == 1
@@ -72,7 +75,7 @@ async def test_lists_of_two_desks_share_a_provider_call() -> None:
 async def test_an_owner_that_died_is_asked_again_under_the_same_id() -> None:
     calls = Calls()
     line = Line(Batcher(lambda: calls), "xxa")
-    desk = BatcherDesk(line, "d", pause=no_pause)
+    desk = BatcherDesk([line], "d", pause=no_pause)
     assert (await embed(desk, ["a"])).array.shape == (1, 2)
     assert len({arguments[0] for arguments in line.arguments}) == 1
     assert line.sent == {"embed": 4}
@@ -86,7 +89,8 @@ async def test_beyond_the_deadline_the_owner_is_said_to_be_away() -> None:
     async def pause(seconds: float) -> None:
         now[0] += seconds
 
-    desk = BatcherDesk(Line(Batcher(Calls), "x" * 99), "d", clock=lambda: now[0], pause=pause)
+    line = Line(Batcher(Calls), "x" * 99)
+    desk = BatcherDesk([line], "d", clock=lambda: now[0], pause=pause)
     with pytest.raises(OwnerUnavailable):
         await embed(desk, ["a"], timeout_s=1.0)
     assert 0.5 < now[0] < 1.0
@@ -97,7 +101,7 @@ async def test_a_cancelled_call_is_dropped_at_the_owner() -> None:
     calls = Calls()
     calls.gate.clear()
     line = Line(Batcher(lambda: calls))
-    desk = BatcherDesk(line, "d")
+    desk = BatcherDesk([line], "d")
     task = asyncio.create_task(embed(desk, ["a"]))
     await asyncio.sleep(0)
     task.cancel()
@@ -112,15 +116,51 @@ async def test_what_the_owner_raises_is_raised() -> None:
     owner = Batcher(Calls)
     await owner.close()
     with pytest.raises(BatcherFull):
-        await embed(BatcherDesk(InlineRef("b", owner), "d"), ["a"])
+        await embed(BatcherDesk([InlineRef("b", owner)], "d"), ["a"])
     with pytest.raises(ValueError, match="no texts"):
-        await embed(BatcherDesk(InlineRef("b", Batcher(Calls)), "d"), [])
+        await embed(BatcherDesk([InlineRef("b", Batcher(Calls))], "d"), [])
 
 
 async def test_two_desks_of_one_name_never_mint_the_same_id() -> None:
     calls = Calls()
     owner = Batcher(lambda: calls)
-    first, second = (BatcherDesk(InlineRef("b", owner), "same") for _ in range(2))
+    first, second = (BatcherDesk([InlineRef("b", owner)], "same") for _ in range(2))
     await embed(first, ["a"])
     await embed(second, ["b"])
     assert calls.sent == [["a"], ["b"]]
+
+
+class Full:
+    """A Batcher that has no room, so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.left = times
+
+    def embed(self, *_: object) -> Share:
+        if self.left:
+            self.left -= 1
+            raise BatcherFull(2.0)
+        return Share(np.ones((1, 2), np.float32), 1, 1, "m", "call-1", 1)
+
+
+async def test_bulk_waits_for_room_and_interactive_texts_are_told_to_come_back() -> None:
+    waited: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        waited.append(seconds)
+
+    owner = Full(3)
+    desk = BatcherDesk([InlineRef("b", owner)], "d", pause=pause, rng=random.Random(1))
+    with pytest.raises(BatcherFull):
+        await embed(desk, ["a"])
+    assert waited == []
+    assert (await embed(desk, ["a"], bulk=True)).model == "m"
+    assert len(waited) == 2
+    assert all(1.0 <= seconds <= 3.0 for seconds in waited)
+    assert desk.stats()["held_back"] == 2
+
+
+async def test_bulk_waits_no_longer_than_its_deadline() -> None:
+    desk = BatcherDesk([InlineRef("b", Full(99))], "d", pause=no_pause)
+    with pytest.raises(BatcherFull):
+        await embed(desk, ["a"], timeout_s=0.5, bulk=True)

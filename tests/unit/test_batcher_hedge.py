@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from actors.batcher import hedge as hedge_module
 from actors.batcher.hedge import CALLS_KEPT, CALLS_MIN, HEDGES_SAVED_MAX, Hedging, kind_of
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import BadVectors, Caps, Lane, Paid, Share, Spare, Vectors, split_spare
+from actors.batcher.policy import (
+    BadVectors,
+    Caps,
+    Lane,
+    Order,
+    Paid,
+    Share,
+    Spare,
+    Vectors,
+    split_spare,
+)
+from tests.support.fake_time import FakeTime
 
 LANE = Lane("d1")
 KIND = kind_of(LANE, 100)
@@ -182,7 +193,8 @@ async def embed(
 ) -> Share:
     global minted
     minted += 1
-    return await batcher.embed(f"c{minted}", lane, list(texts), "me", timeout_s, coalesce, caps)
+    order = Order(timeout_s=timeout_s, coalesce=coalesce, caps=caps)
+    return await batcher.embed(f"c{minted}", lane, list(texts), order)
 
 
 def start(batcher: Batcher, *texts: str, coalesce: bool = True) -> asyncio.Task[Share]:
@@ -313,7 +325,7 @@ async def test_two_copies_that_fail_and_cost_are_both_somebodys() -> None:
 async def test_a_call_that_fails_in_time_is_not_made_again() -> None:
     upstream = Upstream()
     batcher = await used_to(upstream)
-    hedging = batcher._hedging
+    hedging = batcher._copies._hedging
     for _ in range(CALLS_KEPT):
         hedging.answered(KIND, 60.0)
     task = start(batcher, "a")
@@ -340,7 +352,7 @@ async def test_an_unknown_lane_and_a_retry_are_not_doubled(lane: Lane) -> None:
 async def test_without_hedging_nothing_is_doubled_nor_measured() -> None:
     upstream = Upstream()
     batcher = await used_to(upstream, caps=Caps())
-    assert len(batcher._hedging) == 0
+    assert len(batcher._copies._hedging) == 0
 
 
 async def test_one_call_in_twenty_may_be_doubled_and_no_more() -> None:
@@ -484,15 +496,9 @@ class Failing:
 
 
 async def test_callers_who_failed_together_are_told_one_beat_and_come_back_in_one_call() -> None:
-    lingered: list[float] = []
-    open_up = asyncio.Event()
-
-    async def pause(seconds: float) -> None:
-        lingered.append(seconds)
-        await open_up.wait()
-
+    time = FakeTime()
     upstream = Failing(1)
-    batcher = Batcher(lambda: upstream, pause=pause, rng=random.Random(7))
+    batcher = Batcher(lambda: upstream, time, pause=time.sleep, rng=random.Random(7))
     callers = [embed(batcher, f"t{n}", caps=Caps()) for n in range(32)]
     errors = await asyncio.gather(*callers, return_exceptions=True)
     assert {error.beat for error in errors} == {random.Random(7).random()}  # type: ignore[union-attr]
@@ -501,10 +507,10 @@ async def test_callers_who_failed_together_are_told_one_beat_and_come_back_in_on
         lane = Lane("d1", retry=True)
         again.append(asyncio.create_task(embed(batcher, f"t{number}", lane=lane, caps=Caps())))
         await settle()
-    open_up.set()
+    assert upstream.log == [(False, 32)]
+    await time.advance(0.021)
     assert len(await asyncio.gather(*again)) == 32
     assert upstream.log == [(False, 32), (True, 32)]
-    assert len(lingered) == 1
 
 
 async def test_who_failed_alone_has_no_beat_to_keep() -> None:
@@ -515,11 +521,11 @@ async def test_who_failed_alone_has_no_beat_to_keep() -> None:
 
 
 async def test_first_tries_and_retries_do_not_travel_together() -> None:
-    async def pause(_: float) -> None:
-        return
-
+    time = FakeTime()
     upstream = Failing(0)
-    batcher = Batcher(lambda: upstream, pause=pause)
+    batcher = Batcher(lambda: upstream, time, pause=time.sleep)
     lanes = (Lane("d1"), Lane("d1", retry=True))
-    await asyncio.gather(*(embed(batcher, "a", lane=lane, caps=Caps()) for lane in lanes))
+    both = [asyncio.create_task(embed(batcher, "a", lane=lane, caps=Caps())) for lane in lanes]
+    await time.advance(1.0)
+    await asyncio.gather(*both)
     assert sorted(upstream.log) == [(False, 1), (True, 1)]

@@ -9,9 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.batcher import callers as callers_module
 from actors.batcher import owner as owner_module
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import BadVectors, BatcherFull, Caps, Lane, Paid, Share, Vectors
+from actors.batcher.policy import (
+    BadVectors,
+    BatcherFull,
+    Caps,
+    Lane,
+    NoPermit,
+    Order,
+    Paid,
+    Share,
+    Vectors,
+)
+from tests.support.fake_time import FakeTime
 
 LANE = Lane("d1")
 
@@ -102,12 +114,12 @@ async def embed(
     timeout_s: float = 60.0,
     coalesce: bool = True,
     caps: Caps | None = None,
+    **more: Any,
 ) -> Share:
     global minted
     minted += 1
-    caps = caps or Caps()
-    call_id = call_id or f"c{minted}"
-    return await batcher.embed(call_id, lane, texts, "me", timeout_s, coalesce, caps)
+    order = Order(timeout_s=timeout_s, coalesce=coalesce, caps=caps or Caps(), **more)
+    return await batcher.embed(call_id or f"c{minted}", lane, list(texts), order)
 
 
 def check(share: Share, texts: list[str]) -> None:
@@ -352,7 +364,7 @@ async def test_a_message_that_comes_twice_is_sent_and_paid_once(coalesce: bool) 
 async def test_answers_are_kept_for_repetition_within_bounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(owner_module, "FINISHED_MAX", 2)
+    monkeypatch.setattr(callers_module, "FINISHED_MAX", 2)
     provider = Provider()
     batcher = make(provider)
     for call_id in ("x", "y", "z"):
@@ -361,7 +373,7 @@ async def test_answers_are_kept_for_repetition_within_bounds(
     assert len(provider.sent) == 3
     await embed(batcher, ["a"], call_id="x")
     assert len(provider.sent) == 4
-    assert len(batcher._calls) == 2
+    assert len(batcher._callers._calls) == 2
 
 
 @pytest.mark.parametrize("coalesce", [True, False])
@@ -386,7 +398,7 @@ async def test_a_call_may_take_as_long_as_its_most_patient_caller() -> None:
 async def test_a_full_batcher_refuses_and_says_when_to_come_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(owner_module, "TEXTS_QUEUED_MAX", 3)
+    monkeypatch.setattr(callers_module, "TEXTS_QUEUED_MAX", 3)
     provider = Provider()
     provider.gate.clear()
     batcher = make(provider)
@@ -463,7 +475,7 @@ async def test_a_callers_vectors_do_not_keep_the_whole_calls_alive() -> None:
 
 
 def test_a_batcher_is_made_without_an_event_loop() -> None:
-    assert Batcher(lambda: None).protocol() == 3  # type: ignore[arg-type, return-value]
+    assert Batcher(lambda: None).protocol() == 4  # type: ignore[arg-type, return-value]
 
 
 @given(
@@ -520,3 +532,356 @@ def test_whoever_fails_leaves_or_shares_the_tokens_add_up(
         assert stats["texts_queued"] == stats["calls_under_way"] == 0
 
     asyncio.run(session())
+
+
+# ------------------------------------------------------------------------ what waits, and how
+
+
+class Slow(Provider):
+    """Each call waits until it is told what comes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[asyncio.Future[Exception | None]] = []
+
+    async def call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        told: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        self.told.append(told)
+        self.log.append((lane, texts))
+        error = await told
+        if error is not None:
+            raise error
+        tokens = sum(len(text) + 1 for text in texts)
+        self.tokens += tokens
+        self.cost_nano += 7 * tokens
+        array = np.array([vector_of(text) for text in texts], dtype=np.float32)
+        return Vectors(array, tokens, 7 * tokens, "model")
+
+    async def tell(self, number: int, error: Exception | None = None) -> None:
+        self.told[number].set_result(error)
+        await settle()
+
+
+def start(batcher: Batcher, *texts: str, **more: Any) -> asyncio.Task[Share]:
+    return asyncio.create_task(embed(batcher, list(texts), **more))
+
+
+async def test_what_comes_while_all_places_are_taken_leaves_in_one_call() -> None:
+    time = FakeTime()
+    provider = Slow()
+    batcher = on(time, provider)
+    places = []
+    for n in range(4):  # one after the other, each alone
+        places.append(start(batcher, f"first {n}"))
+        await settle()
+    assert len(provider.sent) == 4
+    later = []
+    for n in range(30):
+        later.append(start(batcher, f"later {n}"))
+        await settle()
+    assert len(provider.sent) == 4
+    await provider.tell(0)
+    await time.advance(0.025)  # the bound of a linger
+    assert [len(sent) for sent in provider.sent] == [1, 1, 1, 1, 30]
+    for n in range(1, 5):
+        await provider.tell(n)
+    for n, share in enumerate(await asyncio.gather(*later)):
+        check(share, [f"later {n}"])
+    await asyncio.gather(*places)
+
+
+async def test_a_text_that_is_under_way_is_joined_and_costs_who_comes_later_nothing() -> None:
+    provider = Slow()
+    batcher = make(provider)
+    first = start(batcher, "a")
+    await settle()
+    second = start(batcher, "a")
+    third = start(batcher, "b", "a")
+    await settle()
+    assert provider.sent == [["a"], ["b"]]
+    await provider.tell(0)
+    await provider.tell(1)
+    shares = await asyncio.gather(first, second, third)
+    for share, texts in zip(shares, (["a"], ["a"], ["b", "a"]), strict=True):
+        check(share, texts)
+    assert [share.prompt_tokens for share in shares] == [2, 0, 2]
+    assert sum(share.cost_nano or 0 for share in shares) == provider.cost_nano
+
+
+async def test_who_has_much_more_time_does_not_join_a_call_that_ends_sooner() -> None:
+    provider = Slow()
+    batcher = make(provider)
+    hasty = start(batcher, "a", timeout_s=5.0)
+    await settle()
+    patient = start(batcher, "a", timeout_s=60.0)
+    await settle()
+    assert provider.sent == [["a"], ["a"]]
+    await provider.tell(0)
+    await provider.tell(1)
+    check(await hasty, ["a"])
+    check(await patient, ["a"])
+
+
+async def test_bulk_and_interactive_texts_do_not_share_a_call() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    await asyncio.gather(embed(batcher, ["a"]), embed(batcher, ["b"], bulk=True))
+    assert sorted(provider.sent) == [["a"], ["b"]]
+
+
+async def test_a_tenants_thousands_do_not_keep_another_tenant_from_the_next_call() -> None:
+    provider = Slow()
+    batcher = make(provider)
+    caps = Caps(items_max=50)
+    crowd = [start(batcher, f"x{n}", tenant="big", caps=caps) for n in range(1000)]
+    small = start(batcher, "small", tenant="small", caps=caps)
+    await settle()
+    assert any("small" in sent for sent in provider.sent[:2])
+    for task in (*crowd, small):
+        task.cancel()
+    await asyncio.wait([*crowd, small])
+
+
+async def test_half_of_the_room_is_the_most_that_a_tenant_or_all_bulk_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(callers_module, "TEXTS_QUEUED_MAX", 8)
+    provider = Slow()
+    batcher = make(provider)
+    waiting = [start(batcher, "a", "b", "c", tenant="t")]
+    await settle()
+    with pytest.raises(BatcherFull):
+        await embed(batcher, ["d", "e"], tenant="t")
+    waiting.append(start(batcher, "x", "y", tenant="u", bulk=True))
+    await settle()
+    with pytest.raises(BatcherFull):
+        await embed(batcher, ["p", "q", "r"], tenant="v", bulk=True)
+    waiting.append(start(batcher, "p", "q", "r", tenant="v"))
+    await settle()
+    with pytest.raises(BatcherFull):
+        await embed(batcher, ["z"], tenant="w")
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+    assert batcher.stats()["texts_queued"] == 0
+    assert not batcher._callers._queued_by
+    assert batcher._callers._bulk_queued == 0
+
+
+# ------------------------------------------------------------------------------------ permits
+
+
+class Permits(Provider):
+    """Refuses leave until told otherwise."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__()
+        self.retry_after_s: float | None = retry_after_s
+        self.asked = 0
+
+    async def call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        self.asked += 1
+        if self.retry_after_s is not None:
+            raise NoPermit(self.retry_after_s, Refused(429))
+        return await super().call(lane, texts, timeout_s)
+
+
+def on(time: FakeTime, provider: Provider) -> Batcher:
+    return Batcher(lambda: Opened(provider), time, pause=time.sleep)
+
+
+async def test_texts_wait_for_the_permit_and_the_call_grows_meanwhile() -> None:
+    time = FakeTime()
+    provider = Permits(1.0)
+    batcher = on(time, provider)
+    waiting = [start(batcher, f"t{n}", patience_s=10.0) for n in range(3)]
+    await time.advance(0.1)
+    waiting += [start(batcher, f"t{n}", patience_s=10.0) for n in range(3, 6)]
+    await time.advance(0.1)
+    assert provider.asked == 1
+    provider.retry_after_s = None
+    await time.advance(0.79)
+    assert provider.sent == []
+    await time.advance(0.02)
+    assert provider.sent == [[f"t{n}" for n in range(6)]]
+    await asyncio.gather(*waiting)
+    assert batcher.stats()["provider_calls"] == 1
+
+
+async def test_who_cannot_wait_for_the_permit_is_told_so_at_once() -> None:
+    time = FakeTime()
+    provider = Permits(1.0)
+    batcher = on(time, provider)
+    patient = start(batcher, "a", patience_s=2.0)
+    hasty = start(batcher, "b", patience_s=0.5)
+    bulk = start(batcher, "c", bulk=True)
+    await time.advance(0.0)
+    with pytest.raises(Refused):
+        await hasty
+    with pytest.raises(Refused):
+        await embed(batcher, ["later"], patience_s=0.5)
+    provider.retry_after_s = None
+    await time.advance(1.1)
+    check(await patient, ["a"])
+    check(await bulk, ["c"])
+    assert sorted(provider.sent) == [["a"], ["c"]]
+    assert batcher.stats()["texts_queued"] == 0
+
+
+async def test_a_list_of_its_own_does_not_wait_for_a_permit() -> None:
+    time = FakeTime()
+    provider = Permits(1.0)
+    with pytest.raises(Refused):
+        await embed(on(time, provider), ["a"], coalesce=False, patience_s=9.0)
+
+
+# ------------------------------------------------------------------------ caps and bad texts
+
+
+class Capped(Provider):
+    """Takes `most` texts in one call, and says so."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    async def call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        if len(texts) > self.most:
+            self.log.append((lane, texts))
+            raise Worded(400, f"batch size {len(texts)} > maximum allowed batch size {self.most}")
+        return await super().call(lane, texts, timeout_s)
+
+
+class Worded(Refused):
+    def __init__(self, upstream_status: int, words: str) -> None:
+        super().__init__(upstream_status)
+        self.args = (upstream_status, words)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_a_cap_that_a_refusal_names_is_learnt_and_nobody_fails(coalesce: bool) -> None:
+    provider = Capped(32)
+    batcher = make(provider)
+    texts = [f"t{n}" for n in range(100)]
+    check(await embed(batcher, texts, coalesce=coalesce), texts)
+    assert sorted(len(sent) for sent in provider.sent) == [4, 32, 32, 32, 100]
+    check(await embed(batcher, texts, coalesce=coalesce), texts)
+    assert sorted(len(sent) for sent in provider.sent[5:]) == [4, 32, 32, 32]
+
+
+async def test_a_bad_text_is_remembered_and_not_asked_for_again() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    check(await embed(batcher, ["a"]), ["a"])
+    for _ in range(3):
+        with pytest.raises(Refused):
+            await embed(batcher, ["poison"])
+    with pytest.raises(Refused):
+        await embed(batcher, ["b", "poison"])
+    assert provider.sent == [["a"], ["poison"]]
+    assert batcher.stats()["texts_queued"] == 0
+
+
+async def test_a_list_that_is_bad_as_a_whole_is_not_searched() -> None:
+    provider = Provider()
+    with pytest.raises(Refused):
+        await embed(make(provider), ["a", "b", "poison", "c"])
+    assert len(provider.sent) == 1
+
+
+async def test_a_lane_that_is_refused_whatever_it_says_is_not_searched_to_the_end() -> None:
+    asked = 0
+
+    async def call(lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        nonlocal asked
+        asked += 1
+        raise Refused(400)
+
+    batcher = Batcher(lambda: call)
+    answers = await asyncio.gather(
+        *(embed(batcher, [f"t{n}"]) for n in range(200)), return_exceptions=True
+    )
+    assert all(isinstance(answer, Refused) for answer in answers)
+    assert asked < 60
+
+
+async def test_a_refusal_of_a_parameter_is_no_texts_fault() -> None:
+    asked = []
+
+    async def call(lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+        asked.append(texts)
+        error = Refused(400)
+        error.param = "dimensions"  # type: ignore[attr-defined]
+        raise error
+
+    batcher = Batcher(lambda: call)
+    lane = Lane("d1", (("dimensions", 7),))
+    answers = await asyncio.gather(
+        *(embed(batcher, [text], lane=lane) for text in "abc"), return_exceptions=True
+    )
+    assert all(isinstance(answer, Refused) for answer in answers)
+    assert asked == [["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_one_text_in_a_hundred_is_bad_and_exactly_those_fail(seed: int) -> None:
+    dice = random.Random(seed)
+    bad = {f"t{n}" for n in dice.sample(range(2000), 20)}
+
+    class Picky(Provider):
+        async def call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+            if bad.intersection(texts):
+                self.log.append((lane, texts))
+                raise Refused(400)
+            return await super().call(lane, texts, timeout_s)
+
+    provider = Picky()
+    batcher = make(provider)
+    answers = await asyncio.gather(
+        *(embed(batcher, [f"t{n}"]) for n in range(2000)), return_exceptions=True
+    )
+    failed = {f"t{n}" for n, answer in enumerate(answers) if isinstance(answer, Refused)}
+    assert failed == bad
+    for n, answer in enumerate(answers):
+        if isinstance(answer, Share):
+            check(answer, [f"t{n}"])
+    assert len(provider.sent) < 20 * 2 * 9 + 8
+
+
+async def test_a_provider_that_pushes_back_gets_fewer_calls_at_once() -> None:
+    provider = Slow()
+    batcher = make(provider)
+    one = start(batcher, "a")
+    await settle()
+    assert batcher.stats()["concurrency"] == {"d1": 4}
+    await provider.tell(0, Refused(429))
+    with pytest.raises(Refused):
+        await one
+    two = start(batcher, "b")
+    await settle()
+    assert batcher.stats()["concurrency"] == {"d1": 2}
+    await provider.tell(1)
+    check(await two, ["b"])
+
+
+async def test_quiet_lanes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner_module, "LINES_MAX", 10)
+    batcher = make(Provider())
+    for n in range(50):
+        await embed(batcher, ["a"], lane=Lane(f"d{n}"))
+    assert len(batcher._lines) <= 10
+    assert len(batcher._ups) <= 10
+
+
+async def test_closing_tells_who_still_waits_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner_module, "CLOSE_WAIT_S", 0.0)
+    provider = Slow()
+    batcher = make(provider)
+    waiting = [start(batcher, f"t{n}", caps=Caps(items_max=1)) for n in range(9)]
+    await settle()
+    await batcher.close()
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(answer, TimeoutError) for answer in answers)

@@ -136,6 +136,18 @@ def test_a_breaker_that_is_forced_closed_is_closed() -> None:
     assert concluded(seen({"m": [forced]}))[0] is HealthStatus.HEALTHY
 
 
+def test_texts_queued_are_those_of_all_batchers_and_one_that_is_away_is_named() -> None:
+    what = seen()
+    del what.owners["batcher"]
+    what.owners["batcher-0"] = {"reachable": True, "texts_queued": 3}
+    what.owners["batcher-1"] = {"reachable": True, "texts_queued": 4}
+    assert checks(what)["batcher"]["texts_queued"] == 7
+    assert status_of(what, "batcher") == "healthy"
+    what.owners["batcher-1"] = {"reachable": False, "reason": "it died"}
+    assert checks(what)["batcher"]["texts_queued"] == 3
+    assert "it died" in checks(what)["batcher"]["message"]
+
+
 def test_it_recovers_by_itself() -> None:
     statuses = [concluded(seen({"m": [stands]}))[0].value for stands in (CLEAN, OPEN, DUE, CLEAN)]
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from actors.batcher import callers as batcher_callers
 from actors.batcher.policy import Lane, Paid
 from actors.circuit_breaker.policy import State
+from actors.rate_limiter.terms import Refusal
 from forebay.call import Call
 from forebay.errors import (
     BudgetExceeded,
@@ -816,6 +818,63 @@ async def test_calls_earn_retries_and_open_nothing_where_the_breaker_is_off(hous
 
     assert len(here.provider.asked) - 2 * 200 > 180
     assert await here.state("openai/a") is State.CLOSED
+
+
+async def test_texts_for_which_there_is_no_room_are_to_come_back(
+    house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_callers, "TEXTS_QUEUED_MAX", 1)
+    here = await house(enable_request_batching=True, max_retries=0)
+    gate = asyncio.Event()
+    here.provider.steps["openai/text-embedding-x"] = [gate]
+    here.provider.steps["openai/text-embedding-y"] = [gate]
+    first = asyncio.create_task(here.pipeline.answer(here.texts("a", "ee")))
+    while not here.provider.asked:
+        await settle()
+    with pytest.raises(RateLimitError) as caught:
+        await here.pipeline.answer(here.texts("b", "ee"))
+    gate.set()
+    await first
+
+    assert (caught.value.status, caught.value.code) == (429, "texts_queue_full")
+    assert caught.value.retry_after_s == 1.0
+    assert len(here.provider.asked) == 1
+
+
+class OnceFull:
+    """A deployment's quotas that have no room for the first call."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        self.refusals = [Refusal("requests_per_minute", 60, 0, retry_after_s)]
+
+    async def take_texts(self, *_: object) -> Refusal | None:
+        return self.refusals.pop() if self.refusals else None
+
+
+@pytest.mark.parametrize(("group", "waits"), [("e", True), ("ee", False)])
+async def test_texts_wait_for_the_limit_of_a_deployment_only_where_there_is_no_other(
+    house: Open, group: str, waits: bool
+) -> None:
+    here = await house(enable_request_batching=True)
+    here.system.quotas = OnceFull(0.03)  # type: ignore[assignment]
+    waited = here.system._own_batcher_owner
+    call = here.texts("a", group)
+    call.may_wait = True
+    result = await here.pipeline.answer(call)
+
+    assert result.facts.attempts == 1
+    assert waited.stats()["no_permit"] == 1
+    assert waited.stats()["callers"] == (1 if waits else 2)
+
+
+async def test_texts_that_may_not_wait_are_told_when_there_is_room(house: Open) -> None:
+    here = await house(enable_request_batching=True)
+    here.system.quotas = OnceFull(5.0)  # type: ignore[assignment]
+    with pytest.raises(DeploymentsBusy) as caught:
+        await here.pipeline.answer(here.texts("a"))
+
+    assert caught.value.retry_after_s == 5.0
+    assert here.provider.asked == []
 
 
 async def test_texts_that_failed_together_go_again_together(house: Open) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from actors.batcher.policy import Paid
+from actors.batcher.policy import Paid, Room
 from actors.circuit_breaker.policy import Verdict
 from forebay.errors import (
     ConfigurationError,
@@ -34,6 +34,7 @@ from forebay.errors import (
 )
 from forebay.providers.base import MODEL_REFUSED, NO_BASE64, verdict_of
 from forebay.providers.embedded import register
+from forebay.providers.encodings import PROBED, TRUSTED
 from forebay.providers.litellm import LiteLLMProvider, prepare_environment
 from forebay.providers.local import InProcessModels
 from forebay.routing import Deployment
@@ -773,7 +774,12 @@ VECTORS = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
 
 
 def embedding_reply(
-    *, shuffled: bool = False, floats: bool = False, vectors: np.ndarray = VECTORS, usage: int = 6
+    *,
+    shuffled: bool = False,
+    floats: bool = False,
+    vectors: np.ndarray = VECTORS,
+    usage: int = 6,
+    headers: dict[str, str] | None = None,
 ) -> Reply:
     async def reply(_: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
         as_text = asked.get("encoding_format") == "base64" and not floats
@@ -792,7 +798,8 @@ def embedding_reply(
                 "data": data[::-1] if shuffled else data,
                 "model": "text-embedding-3-small",
                 "usage": told,
-            }
+            },
+            headers=headers,
         )
 
     return reply
@@ -820,6 +827,16 @@ async def test_vectors_are_asked_in_base64_and_come_as_one_array(remote: Remote)
     assert vectors.cost_nano == 6 * 20
     assert vectors.model == "text-embedding-3-small"
     assert not vectors.estimated
+
+
+async def test_what_the_provider_says_is_left_comes_with_the_vectors(remote: Remote) -> None:
+    lane = LiteLLMProvider(InProcessModels())
+    remote.reply = embedding_reply()
+    texts = ["a", "b", "c"]
+    assert (await lane.embed(embedder(remote), texts, {}, **call())).room is None
+    left = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "2s"}
+    remote.reply = embedding_reply(headers=left)
+    assert (await lane.embed(embedder(remote), texts, {}, **call())).room == Room(0, None, 2.0)
 
 
 async def test_a_server_that_ignores_base64_is_understood(
@@ -886,6 +903,91 @@ async def test_a_server_that_refuses_base64_is_asked_once_and_for_floats_from_th
     assert [b["encoding_format"] for b in remote.bodies] == ["base64", "float"]
 
 
+async def test_while_the_first_call_in_base64_is_under_way_others_ask_for_floats(
+    remote: Remote, lane: LiteLLMProvider
+) -> None:
+    good, held = embedding_reply(), asyncio.Event()
+
+    async def reply(request: web.Request, asked: dict[str, Any]) -> web.StreamResponse:
+        if asked["encoding_format"] == "base64":
+            await held.wait()
+        return await good(request, asked)
+
+    remote.reply = reply
+    first = asyncio.create_task(lane.embed(embedder(remote), ["a", "b", "c"], {}, **call()))
+    while not remote.bodies:
+        await asyncio.sleep(0)
+    vectors = await lane.embed(embedder(remote), ["a", "b", "c"], {}, **call())
+    np.testing.assert_allclose(vectors.array, VECTORS, rtol=1e-6)
+    held.set()
+    np.testing.assert_array_equal((await first).array, VECTORS)
+    await lane.embed(embedder(remote), ["a", "b", "c"], {}, **call())
+    assert [b["encoding_format"] for b in remote.bodies] == ["base64", "float", "base64"]
+
+
+async def test_quantised_vectors_of_a_right_length_are_not_taken_for_float32(
+    remote: Remote, lane: LiteLLMProvider
+) -> None:
+    quantised = np.arange(-96, 96, dtype=np.int8).reshape(3, 64).view("<f4")
+    remote.reply = embedding_reply(vectors=np.nan_to_num(quantised))
+    with pytest.raises(ProviderError) as caught:
+        await lane.embed(embedder(remote), ["a", "b", "c"], {}, **call())
+    assert caught.value.code == NO_BASE64
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"object": "list", "da', "busy"])
+async def test_an_embedding_answer_that_makes_no_sense_is_an_error(
+    remote: Remote, lane: LiteLLMProvider, text: str
+) -> None:
+    async def reply(_: web.Request, __: dict[str, Any]) -> web.StreamResponse:
+        return web.Response(text=text, content_type="application/json")
+
+    remote.reply = reply
+    with pytest.raises(ProviderError) as caught:
+        await lane.embed(embedder(remote), ["a"], {}, **call())
+    assert caught.value.retryable
+    assert KEY not in str(caught.value)
+
+
+async def test_an_answer_without_vectors_is_an_error(remote: Remote, lane: LiteLLMProvider) -> None:
+    remote.reply = json_reply({"object": "list", "model": "m", "data": None})
+    with pytest.raises(ResponseValidationError):
+        await lane.embed(embedder(remote, encoding_format="float"), ["a"], {}, **call())
+
+
+async def test_what_a_deployment_adds_to_embedding_calls_goes_out(
+    remote: Remote, lane: LiteLLMProvider
+) -> None:
+    remote.reply = embedding_reply()
+    own = embedder(remote, extra_headers={"x-own": "1"}, extra_body={"embed_dtype": "float32"})
+    await lane.embed(own, ["a", "b", "c"], {"dimensions": 4}, **call())
+    assert remote.headers[0]["x-own"] == "1"
+    assert remote.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert remote.bodies[0]["embed_dtype"] == "float32"
+    assert remote.bodies[0]["dimensions"] == 4
+
+
+@pytest.mark.parametrize("provider", sorted(TRUSTED | PROBED))
+def test_litellm_hands_the_word_base64_on_as_it_is(provider: str, lane: LiteLLMProvider) -> None:
+    litellm: Any = importlib.import_module("litellm")
+    words = litellm.utils.get_optional_params_embeddings(
+        model="m", encoding_format="base64", custom_llm_provider=provider
+    )
+    assert words["encoding_format"] == "base64"
+
+
+async def test_a_provider_that_means_quantised_vectors_by_base64_is_not_asked_for_it(
+    remote: Remote, lane: LiteLLMProvider
+) -> None:
+    answer = {"id": "1", "texts": ["a"], "embeddings": {"float": [[0.5, 0.25]]}}
+    answer |= {"meta": {"billed_units": {"input_tokens": 1}}}
+    remote.reply = json_reply(answer)
+    cohere = deployment(remote, "cohere/embed-english-v3.0", api_base=f"{remote.url}/v2/embed")
+    vectors = await lane.embed(cohere, ["a"], {}, **call())
+    np.testing.assert_array_equal(vectors.array, [[0.5, 0.25]])
+    assert "base64" not in json.dumps(remote.bodies)
+
+
 @pytest.mark.parametrize(
     ("vectors", "params"),
     [
@@ -909,6 +1011,8 @@ async def test_wrong_vectors_are_not_passed_on(
         await lane.embed(floats, ["a", "b", "c"], params, **call())
     assert caught.value.status == 502
     assert caught.value.model == "the-group"
+    paid: Any = caught.value
+    assert paid.paid == Paid(6, 6 * 20, "text-embedding-3-small"), "it was answered, and so paid"
 
 
 async def test_tokens_that_nobody_counted_are_estimated(

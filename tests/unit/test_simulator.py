@@ -23,6 +23,7 @@ from tests.support.loader import Load
 from tests.support.loader import run as run_load
 from tests.support.simulator import answer_text, count_tokens, hash_credential, vector
 from tests.support.simulator.script import ScriptError, from_model, from_text
+from tests.support.simulator.truth import DIMENSIONS
 from tests.support.upstream import Upstream
 
 KEY = "sk-simulated-0123456789"
@@ -685,6 +686,22 @@ async def test_a_fast_simulator_and_the_loader_agree_on_every_request() -> None:
             assert result.chunks == sum(record.chunks for record in records) - 100 * (
                 records[0].chunks
             )
+
+
+async def test_the_loader_compares_vectors_also_in_an_open_loop(upstream: Upstream) -> None:
+    load = Load(
+        upstream.url + "/v1/embeddings",
+        concurrency=4,
+        requests=20,
+        body='{"model":"sim","encoding_format":"base64","input":"Text @UNIQUE@"}',
+        check=True,
+        dimensions=DIMENSIONS,
+        rate=2_000.0,
+    )
+    result = await run_load(load)
+    assert (result.statuses, result.wrong) == ({"200": 20}, 0)
+    upstream.script(dims=DIMENSIONS // 2)
+    assert (await run_load(load)).wrong == 20
 
 
 async def test_the_loader_counts_what_goes_wrong(upstream: Upstream) -> None:

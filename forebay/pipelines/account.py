@@ -1,0 +1,152 @@
+"""What a job has done and spent, over all its workers: it lets blocks be sent, or ends the job.
+
+Rule 1: a block's messages carry its id, and saying something twice changes nothing.
+Rule 2: money is set aside before a block is sent, at its highest estimate; so what is spent never
+        exceeds the most that was allowed.
+Rule 3: a job that stops gives no further block away. What is under way ends and is written.
+Rule 4: what is sent and not yet written is bounded: it is what a killed run pays for twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from forebay.errors import GatewayError
+
+Answer = Literal["go", "wait", "full", "stop"]
+"""`wait`: for money that was set aside; `full`: for rows to be written."""
+BLOCKS_REMEMBERED_MAX = 100_000
+"""Most finished blocks whose ids are kept, so that what is said twice is not counted twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What came of one block. `cost_nano` None: the price is not known.
+
+    `cached` rows came from the cache, `repeated` are texts that an earlier row of the block has.
+    """
+
+    rows: int = 0
+    failed: int = 0
+    tokens: int = 0
+    cost_nano: int | None = 0
+    cached: int = 0
+    repeated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A job's sums so far. `stopped` says why no more blocks are sent: money, or an error."""
+
+    rows: int = 0
+    failed: int = 0
+    tokens: int = 0
+    cost_nano: int = 0
+    unpriced: bool = False
+    cached: int = 0
+    repeated: int = 0
+    blocks: int = 0
+    blocks_under_way: int = 0
+    stopped: Literal["", "money", "error"] = ""
+    error: GatewayError | None = None
+
+
+@dataclass(slots=True)
+class Account:
+    """Owns a job's sums, and the money that blocks under way may cost at most (nano-USD).
+
+    Bounded by the workers' blocks at once, and by BLOCKS_REMEMBERED_MAX. `unwritten_max` rows may
+    be sent and not yet written; None where nobody says what is written.
+
+    Failure behaviour: it lives as long as the job's driver and remembers nothing for the next run,
+    which has its own allowance. What a dead worker had set aside stays set aside.
+    """
+
+    most_nano: int | None = None
+    unwritten_max: int | None = None
+    _sums: Done = field(default_factory=Done)
+    _blocks: int = 0
+    _unpriced: bool = False
+    _aside: dict[str, tuple[int, int]] = field(default_factory=dict)  # block → nano-USD, rows
+    _finished: dict[str, None] = field(default_factory=dict)
+    _files: dict[str, None] = field(default_factory=dict)
+    _written: int = 0
+    _error: GatewayError | None = None
+    _out_of_money: bool = False
+
+    def begin(self, block: str, cost_nano: int, rows: int, patient: bool = True) -> Answer:
+        """Whether a block that costs `cost_nano` at most may be sent.
+
+        With `patient` off also where rows wait to be written: somebody may have forgotten to say.
+        """
+        if self._error is not None or self._out_of_money:
+            return "stop"
+        if block in self._aside:
+            return "go"
+        if patient and self.unwritten_max is not None:
+            under_way = sum(rows for _, rows in self._aside.values())
+            unwritten = under_way + self._sums.rows - self._written
+            if unwritten and unwritten + rows > self.unwritten_max:
+                return "full"
+        spent = (self._sums.cost_nano or 0) + sum(cost for cost, _ in self._aside.values())
+        if self.most_nano is not None and spent + cost_nano > self.most_nano:
+            if self._aside:
+                return "wait"  # those under way may turn out cheaper than they could be
+            self._out_of_money = True
+            return "stop"
+        self._aside[block] = (cost_nano, rows)
+        return "go"
+
+    def written(self, file: str, rows: int) -> None:
+        """The rows of a file are there."""
+        if file not in self._files:
+            self._written += rows
+            _remember(self._files, file)
+
+    def end(self, block: str, done: Done) -> None:
+        """A block is through."""
+        self._aside.pop(block, None)
+        if block in self._finished:
+            return
+        _remember(self._finished, block)
+        old = self._sums
+        self._unpriced |= done.cost_nano is None
+        self._blocks += 1
+        self._sums = Done(
+            old.rows + done.rows,
+            old.failed + done.failed,
+            old.tokens + done.tokens,
+            (old.cost_nano or 0) + (done.cost_nano or 0),
+            old.cached + done.cached,
+            old.repeated + done.repeated,
+        )
+
+    def fail(self, block: str, error: GatewayError, done: Done) -> None:
+        """A block met an error that all others would meet. The first one is told."""
+        self.end(block, done)
+        if self._error is None:
+            self._error = error
+
+    def figures(self) -> Figures:
+        sums = self._sums
+        stopped: Literal["", "money", "error"] = "money" if self._out_of_money else ""
+        return Figures(
+            sums.rows,
+            sums.failed,
+            sums.tokens,
+            sums.cost_nano or 0,
+            self._unpriced,
+            sums.cached,
+            sums.repeated,
+            self._blocks,
+            len(self._aside),
+            "error" if self._error is not None else stopped,
+            self._error,
+        )
+
+
+def _remember(names: dict[str, None], name: str) -> None:
+    names[name] = None
+    if len(names) > BLOCKS_REMEMBERED_MAX:
+        del names[next(iter(names))]

@@ -1,0 +1,81 @@
+"""The one sink of a job: good rows to files of its format, failed ones to the dead letter.
+
+Ray's checkpoints know one write operation, which names its files before it writes them. Both files
+of a task begin with that name, so that what a killed task left behind is found and removed.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from pyarrow import csv, parquet
+from ray.data.block import BlockAccessor
+from ray.data.datasource import BlockBasedFileDatasink
+
+from forebay.pipelines.places import DEAD_LETTER, Format, Place
+
+WRITE_UUID = "write_uuid"
+
+
+class Sink(BlockBasedFileDatasink):
+    """Writes one file for a block, and one more where rows of it failed.
+
+    Failure behaviour: a task that is run again writes the same files again.
+    """
+
+    def __init__(
+        self, place: Place, error_column: str, only_good: tuple[str, ...], account: Any
+    ) -> None:
+        """`only_good` are columns that failed rows do not have; `account` hears what is written."""
+        super().__init__(place.inner, filesystem=place.filesystem, file_format=place.format)
+        self._kind: Format = place.format
+        self._error_column = error_column
+        self._only_good = only_good
+        self._account = account
+
+    def write_block(self, block: BlockAccessor, block_index: int, ctx: Any) -> None:
+        table = block.to_arrow()
+        name = self.filename_provider.get_filename_for_task(ctx.kwargs[WRITE_UUID], ctx.task_idx)
+        failed = pc.is_valid(table[self._error_column])
+        good, bad = table.filter(pc.invert(failed)), table.filter(failed)
+        if bad.num_rows:
+            folder = posixpath.join(self.path, DEAD_LETTER)
+            self.filesystem.create_dir(folder, recursive=True)
+            base = name.rpartition(".")[0]
+            with self.open_output_stream(posixpath.join(folder, f"{base}.parquet")) as file:
+                parquet.write_table(bad.drop_columns(list(self._only_good)), file)
+        if good.num_rows:
+            with self.open_output_stream(posixpath.join(self.path, name)) as file:
+                write_table(good, file, self._kind)
+        # Waited for: blocks that may not be sent yet wait for this word.
+        ray.get(self._account.written.remote(name, table.num_rows))
+
+
+def write_table(table: pa.Table, file: Any, kind: Format) -> None:
+    """A table in a format. CSV has lists and structures as JSON; vectors are stored as they are."""
+    if kind == "parquet":
+        parquet.write_table(table, file)
+    elif kind == "jsonl":
+        for batch in table.to_batches(max_chunksize=1000):
+            rows = (orjson.dumps(row, default=str) + b"\n" for row in batch.to_pylist())
+            file.write(b"".join(rows))
+    else:
+        csv.write_csv(flat(table), file)
+
+
+def flat(table: pa.Table) -> pa.Table:
+    """The table with nested columns as JSON text."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type):
+            values = [
+                None if value is None else json.dumps(value, default=str)
+                for value in table[field.name].to_pylist()
+            ]
+            table = table.set_column(place, field.name, pa.array(values, pa.string()))
+    return table

@@ -1,0 +1,104 @@
+"""Vectors for the rows of a block: whole lists at once, and bad texts found by halving."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.batcher.policy import split
+from forebay.errors import GatewayError, ProviderError
+from forebay.pipelines.patience import Patience, halves_help, kind_of
+
+EMPTY = "there is no text"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Got:
+    """One answer: float32 of shape (n, d), tokens, nano-USD (None: unknown), cached rows."""
+
+    array: NDArray[np.float32]
+    tokens: int
+    cost_nano: int | None
+    cached: int = 0
+
+
+def words_of(error: GatewayError) -> str:
+    """What a row's error column says."""
+    return f"{error.code or error.type}: {error.message}"
+
+
+Send = Callable[[Sequence[str]], Awaitable[Got]]
+
+
+@dataclass(slots=True, eq=False)
+class Rows:
+    """What came of a block's rows: `vectors[i]` or `errors[i]`; what the provider counted for each
+    in `tokens[i]`. `halted` is the error that ends the job: rows without either were not sent."""
+
+    vectors: list[NDArray[np.float32] | None]
+    errors: list[str | None]
+    tokens: list[int]
+    cost_nano: int | None = 0
+    cached: int = 0
+    halted: GatewayError | None = None
+    _sizes: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, count: int) -> Rows:
+        return cls([None] * count, [None] * count, [0] * count)
+
+    def take(self, rows: Sequence[int], texts: Sequence[str], got: Got) -> None:
+        if len(got.array) != len(rows):
+            raise ProviderError(f"{len(got.array)} vectors came for {len(rows)} texts")
+        self._sizes.add(int(got.array.shape[1]))
+        if len(self._sizes) > 1:
+            raise ProviderError(f"vectors of different lengths came: {sorted(self._sizes)}")
+        sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
+        for row, vector, tokens in zip(rows, got.array, split(got.tokens, sizes), strict=True):
+            self.vectors[row], self.tokens[row] = vector, tokens
+        self.cached += got.cached
+        unknown = got.cost_nano is None or self.cost_nano is None
+        self.cost_nano = None if unknown else (self.cost_nano or 0) + (got.cost_nano or 0)
+
+
+async def embed_rows(texts: Sequence[str | None], send: Send, patience: Patience) -> Rows:
+    """Vectors of a block's texts; those that cannot be embedded fail alone.
+
+    Raises nothing: an error that would meet every row alike is in `halted`, beside what had been
+    paid for before it.
+    """
+    rows = Rows.of(len(texts))
+    whole: list[tuple[int, str]] = []
+    for row, text in enumerate(texts):
+        if text is None or not text.strip():
+            rows.errors[row] = EMPTY
+        else:
+            whole.append((row, text))
+
+    async def get(part: list[tuple[int, str]]) -> None:
+        if rows.halted is not None or not part:
+            return
+        places, words = [row for row, _ in part], [text for _, text in part]
+
+        def final(error: GatewayError) -> bool:
+            return len(part) > 1 and halves_help(error)
+
+        try:
+            got = await patience.bear(lambda: send(words), final)
+            rows.take(places, words, got)
+        except GatewayError as error:
+            if len(part) > 1 and halves_help(error):
+                middle = len(part) // 2
+                await asyncio.gather(get(part[:middle]), get(part[middle:]))
+            elif kind_of(error) == "row":
+                for row in places:
+                    rows.errors[row] = words_of(error)
+            else:
+                rows.halted = rows.halted or error
+
+    await get(whole)
+    return rows

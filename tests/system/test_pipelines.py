@@ -1,0 +1,249 @@
+"""Jobs over files: what is written, what is paid, and what a killed one leaves to the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import csv, parquet
+
+from forebay import errors, pipelines
+from tests.support import system as support
+from tests.support.simulator import truth
+from tests.support.upstream import Record, Upstream
+
+FULL = os.environ.get("FOREBAY_CHAOS_FULL") == "1"
+ROWS, BLOCK = (100_000, 500) if FULL else (5_000, 40)
+KILLS = 2
+BLOCKS_MAX = 16 + 8
+"""Blocks that are sent and not committed, at most: those that `Account.begin` lets be unwritten,
+and those of write tasks at once, which two cores have room for."""
+JOB_S = 600 if FULL else 120
+
+
+def written(rows: int, poison: Sequence[int] = (), start: int = 0) -> pa.Table:
+    texts = [f"row {i} of the river" + " POISON" * (i in poison) for i in range(start, rows)]
+    return pa.table({"id": list(range(start, rows)), "text": texts})
+
+
+def command(up: support.UpProcess, *arguments: Any) -> list[str]:
+    return [sys.executable, "-m", "forebay", *map(str, arguments)]
+
+
+def forebay(up: support.UpProcess, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(up, *arguments),
+        env=up.env,
+        cwd=support.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=JOB_S,
+        check=False,
+    )
+
+
+def paid_texts(log: Sequence[Record]) -> int:
+    return sum(record.texts for record in log if record.status == 200)
+
+
+def read(folder: Path) -> pa.Table:
+    return parquet.read_table(folder).sort_by("id")
+
+
+@pytest.mark.ray
+def test_killed_twice_a_job_loses_and_doubles_nothing(
+    up: support.UpProcess, upstream: Upstream, tmp_path: Path
+) -> None:
+    """Rows are equal in the end; what is paid twice was under way when the driver was killed."""
+    poison = range(7, ROWS, ROWS // 10)
+    src, dst = tmp_path / "in.parquet", tmp_path / "out"
+    parquet.write_table(written(ROWS, poison), src)
+    upstream.script(poison=True, text="POISON", count=10_000_000)
+    upstream.script(latency=0.2)
+    job = ("embed", src, dst, "--model", "sim-embed", "--text-column", "text", "--id-column", "id")
+    job = (*job, "--dimensions", 8, "--block-rows", BLOCK, "--json")
+
+    for kill in range(1, KILLS + 1):
+        with subprocess.Popen(command(up, *job), env=up.env, cwd=support.ROOT) as driver:
+            done = tmp_path / "out.forebay" / "job.done"
+            wanted = kill * ROWS // BLOCK // (KILLS + 2)
+            deadline_s = time.monotonic() + JOB_S
+            while len(list(done.glob("*_*[0-9].parquet"))) < wanted:
+                assert driver.poll() is None, "the job ended before it was killed"
+                assert time.monotonic() < deadline_s
+                time.sleep(0.05)
+            driver.kill()
+    ended = forebay(up, *job)
+
+    assert ended.returncode == 3, ended.stderr
+    report = json.loads(ended.stdout)
+    table, dead = read(dst), read(dst / "_dead_letter")
+    assert 0 < report["done_before"] < ROWS
+    assert report["left"] == 0
+    assert sorted(table["id"].to_pylist() + dead["id"].to_pylist()) == list(range(ROWS))
+    assert dead["id"].to_pylist() == list(poison)
+    found = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
+    np.testing.assert_array_equal(found, truth.vectors(table["text"].to_pylist(), 8))
+    assert paid_texts(upstream.log()) <= ROWS + KILLS * BLOCKS_MAX * BLOCK
+
+    # Mended, the dead letter is sent again, and nothing else.
+    upstream.reset()
+    again = forebay(up, *job, "--retry-dead-letter")
+
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["rows"] == len(poison)
+    assert read(dst)["id"].to_pylist() == list(range(ROWS))
+    assert not list((dst / "_dead_letter").glob("*"))
+    assert paid_texts(upstream.log()) == len(poison)
+
+
+@pytest.mark.ray
+def test_a_finished_job_sends_nothing_and_takes_new_rows(
+    up: support.UpProcess, upstream: Upstream, ray_driver: Any, tmp_path: Path
+) -> None:
+    src, dst = tmp_path / "in", tmp_path / "out.jsonl"
+    src.mkdir()
+    parquet.write_table(written(20), src / "a.parquet")
+    given = {"text_column": "text", "id_column": "id", "model": "sim-embed", "dimensions": 4}
+    first = pipelines.embed_parquet(src, dst, **given)
+    paid = paid_texts(upstream.log())
+    second = pipelines.embed_parquet(src, dst, **given)
+    parquet.write_table(written(30, start=20), src / "b.parquet")
+    third = pipelines.embed_parquet(src, dst, **given)
+
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert (first.rows, second.rows, third.rows, third.done_before) == (20, 0, 10, 20)
+    assert (paid, paid_texts(upstream.log())) == (20, 30)
+    lines = [json.loads(line) for file in dst.glob("*.jsonl") for line in file.open()]
+    assert sorted(line["id"] for line in lines) == list(range(30))
+    assert all(len(line["embedding"]) == 4 for line in lines)
+    with pytest.raises(errors.ConfigurationError, match="dimensions"):
+        pipelines.embed_parquet(src, dst, **{**given, "dimensions": 8})
+
+
+@pytest.mark.ray
+def test_a_plan_spends_nothing_and_money_stops_a_job_cleanly(
+    up: support.UpProcess, upstream: Upstream, tmp_path: Path
+) -> None:
+    src, dst = tmp_path / "in.csv", tmp_path / "out.csv"
+    csv.write_csv(written(400), src)
+    job = ("embed", src, dst, "--model", "priced-embed", "--text-column", "text")
+    job = (*job, "--id-column", "id", "--dimensions", 4, "--block-rows", 50, "--json")
+    dry = forebay(up, *job, "--dry-run")
+
+    assert dry.returncode == 0, dry.stderr
+    plan = json.loads(dry.stdout)
+    assert upstream.log() == []
+    assert not dst.exists()
+    assert (plan["rows"], plan["duplicates"], plan["calls"]) == (400, 0, 1)
+    assert 0 < plan["cost_usd"]["low"] <= plan["cost_usd"]["likely"] <= plan["cost_usd"]["high"]
+
+    most = plan["cost_usd"]["high"] / 2
+    cut = forebay(up, *job, "--max-cost", most)
+    spent = json.loads(cut.stdout)
+
+    assert cut.returncode == 3, cut.stderr
+    assert spent["stopped"] == "money"
+    assert 0 < spent["rows"] < 400
+    assert spent["cost_usd"] <= most
+    whole = forebay(up, *job)
+    assert whole.returncode == 0, whole.stderr
+    assert json.loads(whole.stdout)["rows"] == 400 - spent["rows"]
+    assert paid_texts(upstream.log()) == 400
+    ids = [id_ for file in dst.glob("*.csv") for id_ in csv.read_csv(file)["id"].to_pylist()]
+    assert sorted(ids) == list(range(400))
+
+
+@pytest.mark.ray
+def test_a_dataset_gets_its_columns(ray_driver: Any, upstream: Upstream) -> None:
+    import ray.data
+
+    upstream.script(poison=True, text="POISON", count=1000)
+    rows = [*written(10, poison=[3]).to_pylist(), {"id": 10, "text": None}]
+    ds = pipelines.embed_dataset(
+        ray.data.from_items(rows), text_column="text", model="sim-embed", dimensions=4
+    )
+    found = sorted(ds.take_all(), key=lambda row: row["id"])
+
+    assert [row["id"] for row in found if row["embedding_error"]] == [3, 10]
+    assert found[3]["embedding"] is None
+    np.testing.assert_array_equal(found[0]["embedding"], truth.vector(rows[0]["text"], 4))
+    assert all(row["tokens"] > 0 for row in found if not row["embedding_error"])
+
+
+@pytest.mark.ray
+def test_what_is_wrong_is_said_before_anything_is_sent(
+    ray_driver: Any, upstream: Upstream, tmp_path: Path
+) -> None:
+    src, dst = tmp_path / "in.parquet", tmp_path / "out"
+    parquet.write_table(pa.table({"id": [1, 2, 2], "text": ["a", "b", "c"]}), src)
+    empty = tmp_path / "empty.parquet"
+    parquet.write_table(written(0), empty)
+    given = {"text_column": "text", "id_column": "id", "model": "sim-embed"}
+    wrong: list[tuple[str, Path, Path, dict[str, Any]]] = [
+        ("no column 'words'", src, dst, {**given, "text_column": "words"}),
+        ("no column 'key'", src, dst, {**given, "id_column": "key"}),
+        ("not unique: 2", src, dst, given),
+        ("holds int64", src, dst, {**given, "text_column": "id", "resume": False}),
+        ("unique ids", src, dst, {**given, "id_column": None}),
+        ("nothing at", tmp_path / "none.parquet", dst, given),
+        ("must end in", tmp_path, dst, given),
+        ("is a file", src, src, given),
+        ("no-such", src, dst, {**given, "model": "no-such"}),
+    ]
+    (tmp_path / "notes.txt").write_text("x")
+    for words, source, to, arguments in wrong:
+        with pytest.raises(errors.GatewayError, match=words):
+            pipelines.embed_parquet(source, to, **arguments)
+    nothing = pipelines.embed_parquet(empty, tmp_path / "none", **given)
+
+    assert nothing is not None
+    assert nothing.rows == 0
+    assert upstream.log() == []
+
+
+@pytest.mark.ray
+def test_a_model_is_asked_about_each_row(
+    up: support.UpProcess, upstream: Upstream, tmp_path: Path
+) -> None:
+    src, dst = tmp_path / "in.jsonl", tmp_path / "out"
+    rows = [{"id": i, "name": None if i == 5 else f"place {i}"} for i in range(40)]
+    src.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    properties = {"answer": {"type": "string", "maxLength": 9}}
+    schema = {"type": "object", "properties": properties, "required": ["answer"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    upstream.script(answer="yes")
+    upstream.script(answer="certainly not", text="place 7 ", count=1000)
+    job = ("map", src, dst, "--model", "sim", "--prompt", "Is {name} big?", "--id-column", "id")
+    job = (*job, "--schema", tmp_path / "schema.json", "--json")
+    dry = forebay(up, *job, "--dry-run")
+
+    assert dry.returncode == 0, dry.stderr
+    assert json.loads(dry.stdout)["calls"] == 39
+    assert upstream.log() == []
+    ended = forebay(up, *job)
+
+    assert ended.returncode == 3, ended.stderr
+    table, dead = read(dst), read(dst / "_dead_letter")
+    assert table["answer"].to_pylist() == ["yes"] * 38
+    errors_by_id = dict(
+        zip(dead["id"].to_pylist(), dead["generation_error"].to_pylist(), strict=True)
+    )
+    assert set(errors_by_id) == {5, 7}
+    assert "'name' is empty" in errors_by_id[5]
+    upstream.reset()
+    upstream.script(answer="no")
+    again = forebay(up, *job, "--retry-dead-letter")
+    assert again.returncode == 3, again.stderr
+    assert read(dst)["id"].to_pylist() == [i for i in range(40) if i != 5]
