@@ -61,11 +61,24 @@ class Worker:
     next run has them again.
     """
 
-    def __init__(self, work: Work, account: Any, namespace: str, limited: bool, loud: bool) -> None:
+    def __init__(
+        self,
+        work: Work,
+        account: Any,
+        namespace: str,
+        limited: bool,
+        loud: bool,
+        done: tuple[Any, ...] | None = None,
+    ) -> None:
         self._work = work
         self._loud = loud
         self._account = account
         self._limited = limited
+        self._finished: Any = None
+        if done is not None:
+            from forebay.pipelines.resume import Finished
+
+            self._finished = Finished(*done)
         self._gateway = LiteLLMGateway(runtime="ray", namespace=namespace)
         if limited:
             warm(self._gateway)
@@ -73,6 +86,8 @@ class Worker:
     def __call__(self, table: pa.Table) -> pa.Table:
         import ray
 
+        if self._finished is not None:
+            table = self._finished.left_of(table)
         if not table.num_rows:
             return self._work.nothing(table)
         block = uuid.uuid4().hex
