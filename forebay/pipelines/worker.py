@@ -102,7 +102,12 @@ class Worker:
             waited_s += WAIT_S
         if answer == "stop":
             return self._work.nothing(table)
-        made, done, error = self._gateway.run(self._work.run(self._gateway, table))
+        try:
+            made, done, error = self._gateway.run(self._work.run(self._gateway, table))
+        except Exception as failure:  # noqa: BLE001 (told the account, or raised)
+            # What others have under way is paid for and is to be written, so the job ends well.
+            made, done = self._work.nothing(table), Done()
+            error = GatewayError(f"a worker failed: {type(failure).__name__}: {failure}")
         if error is None and self._work.raises and done.failed:
             first = next(words for words in made[self._work.error_column].to_pylist() if words)
             error = GatewayError(f"a row failed: {first}", status=400)
