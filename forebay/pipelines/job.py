@@ -329,10 +329,8 @@ class Job:
             if self.retries:
                 there = places.columns(dataset, self.src.path)
                 dataset = dataset.drop_columns([n for n in self.setting.adds if n in there])
-            if checkpoints is not None and id_column is not None:
-                ids = resume.finished(dst, name, id_column)
-                dataset = resume.left_of(dataset, checkpoints, ids)
-            dataset = apply(dataset, self.setting, account, loud=False)
+            done = None if checkpoints is None else (dst, name, id_column)
+            dataset = apply(dataset, self.setting, account, loud=False, done=done)
             if watch is not None:
                 thread = threading.Thread(
                     target=_watch, args=(account, watch, plan, begun_s, over), daemon=True
@@ -408,8 +406,13 @@ class Job:
             stream.write(b"")
 
 
-def apply(dataset: Any, setting: Setting, account: Any, *, loud: bool) -> Any:
-    """The dataset with the work's columns, lazy. `loud`: what ends the job is raised there."""
+def apply(
+    dataset: Any, setting: Setting, account: Any, *, loud: bool, done: tuple[Any, ...] | None = None
+) -> Any:
+    """The dataset with the work's columns, lazy, without rows that are `done` (see `Finished`).
+
+    `loud`: what ends the job is raised there.
+    """
     from ray.data import ActorPoolStrategy
 
     dataset = dataset.repartition(target_num_rows_per_block=setting.block_rows)
@@ -432,6 +435,7 @@ def apply(dataset: Any, setting: Setting, account: Any, *, loud: bool) -> Any:
             "namespace": setting.namespace,
             "limited": setting.max_cost_usd is not None,
             "loud": loud,
+            "done": done,
         },
     )
 

@@ -1,7 +1,7 @@
 """What earlier runs have finished, by Ray's checkpoints.
 
 Ray writes them and, after a kill, removes the files that were not whole. Its own filter of rows
-takes a whole core for as long as a job reads, which a laptop does not have; here it has a tenth.
+takes a whole core for as long as a job reads, which a laptop does not have; so workers filter.
 """
 
 from __future__ import annotations
@@ -14,36 +14,22 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 from pyarrow.fs import FileSelector
 from ray.data.checkpoint import CheckpointConfig
-from ray.data.checkpoint.checkpoint_filter import (
-    IdColumnCheckpointManager,
-    NumpyArrayBasedCheckpointFilter,
-)
+from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
 
 from forebay.pipelines.places import Place
 
 PENDING = ".pending.parquet"
 """How Ray ends the names of checkpoints whose rows may not be whole."""
-FILTER_CPUS = 0.1
 
 
 class Recovery(IdColumnCheckpointManager):
-    """Removes what was not whole, as Ray does, and leaves the filtering to `left_of`."""
+    """Removes what was not whole, as Ray does, and leaves the filtering to workers."""
 
     def load_checkpoint(
         self, data_file_dir: str | None = None, data_file_filesystem: Any = None
     ) -> tuple[None, int]:
         self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
         return None, 0
-
-
-class _Left:
-    """Owns the finished ids of a job, in one process: as many as the job has rows."""
-
-    def __init__(self, config: CheckpointConfig, ids: Any) -> None:
-        self._filter = NumpyArrayBasedCheckpointFilter(config, ids)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return self._filter.filter_rows_for_block(table)
 
 
 def config(place: Place, name: str, id_column: str) -> CheckpointConfig:
@@ -68,19 +54,21 @@ def finished(place: Place, name: str, id_column: str) -> NDArray[Any]:
     return np.sort(np.concatenate(parts)) if parts else np.empty(0)
 
 
-def left_of(dataset: Any, config: CheckpointConfig, ids: NDArray[Any]) -> Any:
-    """The dataset without the rows of these ids."""
-    import ray
-    from ray.data import ActorPoolStrategy
+class Finished:
+    """Owns the finished ids of a job, in one process: as many as the job has rows."""
 
-    if not len(ids):
-        return dataset
-    return dataset.map_batches(
-        _Left,
-        batch_format="pyarrow",
-        batch_size=None,
-        zero_copy_batch=True,
-        num_cpus=FILTER_CPUS,
-        compute=ActorPoolStrategy(size=1),
-        fn_constructor_kwargs={"config": config, "ids": ray.put(ids)},
-    )
+    def __init__(self, place: Place, name: str, id_column: str) -> None:
+        self._column = id_column
+        self._ids = finished(place, name, id_column)
+
+    def left_of(self, table: pa.Table) -> pa.Table:
+        """The rows that are not done."""
+        return table.filter(pa.array(left(self._ids, table[self._column].to_pandas().to_numpy())))
+
+
+def left(done: NDArray[Any], ids: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of `ids` are not among `done`, which is sorted."""
+    if not len(done):
+        return np.ones(len(ids), bool)
+    places = np.minimum(np.searchsorted(done, ids), len(done) - 1)
+    return np.asarray(done[places] != ids, bool)

@@ -61,11 +61,24 @@ class Worker:
     next run has them again.
     """
 
-    def __init__(self, work: Work, account: Any, namespace: str, limited: bool, loud: bool) -> None:
+    def __init__(
+        self,
+        work: Work,
+        account: Any,
+        namespace: str,
+        limited: bool,
+        loud: bool,
+        done: tuple[Any, ...] | None = None,
+    ) -> None:
         self._work = work
         self._loud = loud
         self._account = account
         self._limited = limited
+        self._finished: Any = None
+        if done is not None:
+            from forebay.pipelines.resume import Finished
+
+            self._finished = Finished(*done)
         self._gateway = LiteLLMGateway(runtime="ray", namespace=namespace)
         if limited:
             warm(self._gateway)
@@ -73,6 +86,8 @@ class Worker:
     def __call__(self, table: pa.Table) -> pa.Table:
         import ray
 
+        if self._finished is not None:
+            table = self._finished.left_of(table)
         if not table.num_rows:
             return self._work.nothing(table)
         block = uuid.uuid4().hex
@@ -87,7 +102,12 @@ class Worker:
             waited_s += WAIT_S
         if answer == "stop":
             return self._work.nothing(table)
-        made, done, error = self._gateway.run(self._work.run(self._gateway, table))
+        try:
+            made, done, error = self._gateway.run(self._work.run(self._gateway, table))
+        except Exception as failure:  # noqa: BLE001 (told the account, or raised)
+            # What others have under way is paid for and is to be written, so the job ends well.
+            made, done = self._work.nothing(table), Done()
+            error = GatewayError(f"a worker failed: {type(failure).__name__}: {failure}")
         if error is None and self._work.raises and done.failed:
             first = next(words for words in made[self._work.error_column].to_pylist() if words)
             error = GatewayError(f"a row failed: {first}", status=400)

@@ -25,6 +25,7 @@ from forebay.pipelines.estimate import Range, Rates, chat_plan, embedding_plan, 
 from forebay.pipelines.patience import Patience, kind_of
 from forebay.pipelines.places import destination, source
 from forebay.pipelines.progress import line
+from forebay.pipelines.resume import left
 from forebay.pipelines.sink import write_table
 from forebay.pipelines.template import MissingValue, Template
 from forebay.pipelines.vectors import EMPTY, Got, embed_rows
@@ -402,6 +403,12 @@ def test_progress_fits_a_line() -> None:
     assert "100/200 rows  5 rows/s  50 tokens/s  $0.0100  10% cached  20% repeated" in said
     assert "2 failed  0:20 left" in said
     assert said.count("#") == said.count(".") - 1  # the bar is half full; one point is the money's
+
+
+def test_finished_rows_are_left_out() -> None:
+    for done, ids in (([2, 5, 9], [9, 1, 5, 10]), (["b", "x"], ["x", "a", "b", "z"]), ([], [1])):
+        known, asked = np.array(done, object), np.array(ids, object)
+        assert left(known, asked).tolist() == [one not in done for one in ids]
 
 
 def test_columns_are_checked_before_anything_is_sent() -> None:
