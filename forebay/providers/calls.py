@@ -30,7 +30,7 @@ NOT_HANDED_ON = frozenset(
         # the Router's, and ours
         *("model", "weight", "order", "rpm", "tpm", "max_parallel_requests", "model_info", "tags"),
         *("timeout", "stream_timeout", "max_retries", "num_retries", "cooldown_time"),
-        *("allowed_params", "encoding_format", "max_budget", "budget_duration"),
+        *("allowed_params", "encoding_format", "lane", "max_budget", "budget_duration"),
         *("fallbacks", "context_window_fallback_dict", "retry_policy", "model_list", "stream"),
         # what is off here
         *("cache", "caching", "ttl", "callbacks", "success_callback", "failure_callback"),
@@ -126,6 +126,7 @@ class Call:
             raise self.error(error, outer) from None
 
     def error(self, error: BaseException, outer: BaseException | None = None) -> GatewayError:
+        """What a failure becomes; of what lies behind it, all up to `outer`."""
         return error_of(
             error,
             provider=self.provider,
