@@ -246,6 +246,11 @@ class LiteLLMProvider:
         """LiteLLM itself; None before `warm`."""
         return self._litellm
 
+    def ending(self, reason: str) -> str:
+        """OpenAI's word for a provider's reason to end an answer; after `warm` only."""
+        word: str = self._litellm.litellm_core_utils.core_helpers.map_finish_reason(reason)
+        return word
+
     async def answer(
         self,
         route: Route,

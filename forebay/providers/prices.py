@@ -131,6 +131,8 @@ class Prices:
         names = [self._name(deployment)]
         if model:
             names.append(f"{deployment.provider}/{model.removeprefix(deployment.provider + '/')}")
+        if deployment.provider == "openai":  # LiteLLM lists its models for texts apart
+            names.append(f"text-completion-openai/{deployment.model.removeprefix('openai/')}")
         for name in names:
             if self._is_listed(name):
                 return self._from_list(name, usage)

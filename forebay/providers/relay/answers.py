@@ -17,7 +17,7 @@ OWN_ENDS = frozenset({"stop", "length", "tool_calls", "content_filter", "functio
 PLAIN_TIERS = frozenset({None, "auto", "default", "standard", "on_demand"})
 """Service tiers at the listed price."""
 
-_MESSAGE = frozenset({"role", "content", "refusal", "tool_calls", "function_call", "annotations"})
+_MESSAGE = frozenset({"role", "content", "refusal", "tool_calls", "function_call"})
 _CALL = frozenset({"id", "type", "function", "index"})
 _TEXT = (str, type(None))
 
@@ -34,7 +34,10 @@ def read_answer(route: str, data: bytes) -> dict[str, Any] | None:
     if not isinstance(choices, list) or not choices or not _has_head(body):
         return None
     is_plain = _is_plain_choice if route == "chat" else _is_plain_text
-    return body if all(map(is_plain, choices)) and is_plain_usage(body.get("usage")) else None
+    if not all(map(is_plain, choices)):
+        return None
+    in_order = all(place == choice.get("index") for place, choice in enumerate(choices))
+    return body if in_order and is_plain_usage(body.get("usage")) else None
 
 
 class Vectors(NamedTuple):
@@ -66,7 +69,7 @@ def is_plain_usage(usage: Any) -> bool:
     """Whether a provider said what was used, in OpenAI's words."""
     if not isinstance(usage, dict):
         return False
-    counts = [usage.get(f"{kind}_tokens", 0) for kind in ("prompt", "completion", "total")]
+    counts = [usage.get(f"{kind}_tokens") for kind in ("prompt", "completion", "total")]
     details = [usage.get(f"{kind}_tokens_details") for kind in ("prompt", "completion")]
     return (
         all(type(count) is int and count >= 0 for count in counts)
@@ -109,7 +112,7 @@ def _is_plain_choice(choice: Any) -> bool:
     if not isinstance(message.get("content"), _TEXT) or type(choice.get("index")) is not int:
         return False
     further = message.keys() - _MESSAGE
-    if further and any(message[name] is not None for name in further):
+    if further and any(message[name] not in (None, []) for name in further):
         return False
     return _are_calls(message.get("tool_calls")) and not message.get("function_call")
 

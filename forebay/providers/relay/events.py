@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from forebay.errors import GatewayError
-from forebay.providers.relay.answers import mend_usage
+from forebay.errors import GatewayError, ProviderConnectionError
+from forebay.providers.relay.answers import OWN_ENDS, mend_usage
 from forebay.providers.wire import Reader
 
 if TYPE_CHECKING:
@@ -68,10 +68,19 @@ class Events:
         response: aiohttp.ClientResponse,
         provider: str,
         error: Callable[[BaseException], GatewayError],
+        ending: Callable[[str], str],
+        says_end: bool,
     ) -> None:
+        """`ending` is OpenAI's word for a reason to end; `says_end`: the provider always has one,
+        and an answer without it was broken off."""
         self._response = response
+        self._provider = provider
+        self._error = error
+        self._ending = ending
+        self._says_end = says_end
         self._reader = Reader(provider, response.url.path, error, taken=self._take)
         self._chunks: deque[RawChunk] = deque()
+        self._ended = False
         self._over = False
 
     def __aiter__(self) -> Events:
@@ -81,8 +90,12 @@ class Events:
         reader, chunks = self._reader, self._chunks
         while not chunks:
             if reader.failure is not None:
-                raise reader.failure
+                raise self._error(reader.failure)
             if self._over:
+                if self._says_end and not self._ended:
+                    raise self._error(
+                        ProviderConnectionError(f"{self._provider} broke off its answer")
+                    )
                 raise StopAsyncIteration
             piece = await self._response.content.readany()
             if piece:
@@ -102,6 +115,13 @@ class Events:
 
     def _take(self, data: dict[str, Any], json: bytes) -> None:
         mended = _mend(data)
+        for choice in data["choices"]:
+            reason = choice.get("finish_reason")
+            if reason is not None:
+                self._ended = True
+                if reason not in OWN_ENDS:
+                    choice["finish_reason"] = self._ending(reason)
+                    mended = True
         self._chunks.append(RawChunk(data, orjson.dumps(data) if mended else json))
 
 
@@ -126,7 +146,7 @@ def _mend(data: dict[str, Any]) -> bool:
             mended = True
         reasoning = delta.get("reasoning")
         if isinstance(reasoning, str) and delta.get("reasoning_content") is None:
-            delta["reasoning_content"] = delta.pop("reasoning")
+            delta["reasoning_content"] = reasoning
             mended = True
     return mended
 

@@ -28,7 +28,7 @@ from forebay import schemas
 from forebay.errors import ProviderError, ResponseValidationError
 from forebay.providers.base import STALL_S, Answer, Chunks, Resolve
 from forebay.providers.calls import NOT_HANDED_ON, Call
-from forebay.providers.litellm import LiteLLMProvider, listed
+from forebay.providers.litellm import SAY_END, LiteLLMProvider, listed
 from forebay.providers.prices import PriceBound, PromptCaching, is_price
 from forebay.providers.relay.answers import mend_usage, read_answer, read_vectors
 from forebay.providers.relay.ear import Ear
@@ -108,8 +108,19 @@ class Lanes:
     parameters change, and when the provider says that it is not there, or not for us.
     """
 
-    def __init__(self, litellm: LiteLLMProvider, lane: LaneName = "auto") -> None:
+    def __init__(
+        self,
+        litellm: LiteLLMProvider,
+        lane: LaneName = "auto",
+        *,
+        deployments_max: int = DEPLOYMENTS_MAX,
+        forms_max: int = FORMS_MAX,
+        answer_bytes_max: int = ANSWER_BYTES_MAX,
+    ) -> None:
         self.lane: LaneName = lane
+        self._deployments_max = deployments_max
+        self._forms_max = forms_max
+        self._answer_bytes_max = answer_bytes_max
         self.relayed = 0
         self._litellm = litellm
         self._known: dict[str, _Known] = {}
@@ -271,7 +282,13 @@ class Lanes:
             call = Call(lane.module, deployment, way.params, timeout_s, "stream_timeout")
             response = await self._opened(call, way)
             if response.status == 200 and response.content_type == EVENTS:
-                events = Events(response, deployment.provider, call.error)
+                events = Events(
+                    response,
+                    deployment.provider,
+                    call.error,
+                    lane.ending,
+                    deployment.provider in SAY_END,
+                )
                 return Opened(events, None, call.error, stall_s=call.limit_s)
             ear = self._handed_over(deployment, response.status, response.headers, _Rest(response))
             try:
@@ -357,7 +374,7 @@ class Lanes:
         params = resolve(deployment.params)
         known = self._known.get(deployment.id)
         if known is None or known.params != params or known.model != deployment.model:
-            if len(self._known) >= DEPLOYMENTS_MAX:
+            if len(self._known) >= self._deployments_max:
                 self._known.clear()
             self._numbers += 1
             known = _Known(params, deployment.model, _is_steady(params), self._numbers)
@@ -365,7 +382,7 @@ class Lanes:
         return known if known.is_steady else None
 
     def _learn(self, key: _Key, asked: Mapping[str, bytes], known: _Known, ear: Ear) -> None:
-        if len(self._rules) >= FORMS_MAX:
+        if len(self._rules) >= self._forms_max:
             self._rules.clear()
         self._rules[key] = rule_of(key[1], asked, known.params, ear)
 
@@ -396,7 +413,8 @@ class Lanes:
         try:
             async with asyncio.timeout(call.limit_s):
                 response = await self._post(way)
-                return response.status, response.headers, await _whole(response)
+                body = await _whole(response, self._answer_bytes_max)
+                return response.status, response.headers, body
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise call.error(error, outer) from None
 
@@ -451,7 +469,7 @@ def _new_session() -> aiohttp.ClientSession:
     )
 
 
-async def _whole(response: aiohttp.ClientResponse) -> bytes:
+async def _whole(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
     """A response's body, unpacked."""
     content = response.content
     first = await content.readany()
@@ -461,9 +479,9 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
     while piece := await content.readany():
         pieces.append(piece)
         size += len(piece)
-        if size > ANSWER_BYTES_MAX:
+        if size > bytes_max:
             response.close()
-            raise ProviderError(f"the answer has more than {ANSWER_BYTES_MAX} bytes")
+            raise ProviderError(f"the answer has more than {bytes_max} bytes")
     return b"".join(pieces)
 
 

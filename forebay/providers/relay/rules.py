@@ -46,7 +46,8 @@ class Rule:
     """How requests of one form to one deployment are sent.
 
     `fixed` is what every such body holds beside the caller's own parameters, `left_out` the names
-    that are not sent, `renamed` those that have another name there. `headers` hold a credential.
+    that are not sent, `renamed` those that have another name there. `bare`: messages go without
+    their nulls. `headers` hold a credential.
     """
 
     url: URL
@@ -55,6 +56,7 @@ class Rule:
     fixed: Mapping[str, Any]
     left_out: frozenset[str]
     renamed: Mapping[str, str]
+    bare: bool
 
     def __repr__(self) -> str:
         return f"Rule({self.url})"
@@ -70,6 +72,8 @@ class Rule:
         for name, value in body.items():
             if value is not None and name not in left_out:
                 sent[renamed.get(name, name)] = value
+        if self.bare:
+            sent["messages"] = list(map(_without_nulls, sent["messages"]))
         return orjson.dumps(sent)
 
 
@@ -103,10 +107,16 @@ def rule_of(
         return None
     fixed: dict[str, Any] = {}
     renamed: dict[str, str] = {}
+    bare = False
     for name, value in sent.items():
         data = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
         if asked.get(name) == data:
             continue
+        if name == "messages" and name in asked:
+            given = map(_without_nulls, orjson.loads(asked[name]))
+            bare = data == orjson.dumps(list(given), option=orjson.OPT_SORT_KEYS)
+            if bare:
+                continue
         if name in asked:
             return None
         before = _former_name(name, data, asked, sent)
@@ -124,7 +134,12 @@ def rule_of(
         fixed,
         left_out | frozenset({"model"}),
         renamed,
+        bare,
     )
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if value is not None}
 
 
 def _former_name(
