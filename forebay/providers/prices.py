@@ -128,6 +128,7 @@ class Prices:
         self.litellm = litellm
         self._listed: dict[str, bool] = {}
         self._tariffs: dict[str, Tariff | None] = {}
+        self._own: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {}
         self._bounds: dict[str, PriceBound | None] = {}
 
     def of_answer(
@@ -253,10 +254,14 @@ class Prices:
         return base if isinstance(base, str) else deployment.model
 
     def _has_own(self, deployment: Deployment) -> bool:
-        params, info = deployment.params, deployment.info
-        return any(is_price(name) and params[name] is not None for name in params) or any(
-            info.get(name) is not None for name in (INPUT, OUTPUT)
-        )
+        # A new configuration makes new dicts, so these very ones are what is remembered.
+        own = self._own.get(deployment.id)
+        if own is None or own[0] is not deployment.params or own[1] is not deployment.info:
+            if len(self._own) >= NAMES_MAX:
+                self._own.clear()
+            own = deployment.params, deployment.info, _has_prices(deployment)
+            self._own[deployment.id] = own
+        return own[2]
 
     def _is_listed(self, name: str) -> bool:
         known = self._listed.get(name)
@@ -287,6 +292,13 @@ class Prices:
         except Exception:  # noqa: BLE001 - LiteLLM says "not mapped" in many ways; None says it here
             return None
         return float(prompt_usd + completion_usd)
+
+
+def _has_prices(deployment: Deployment) -> bool:
+    params, info = deployment.params, deployment.info
+    return any(is_price(name) and params[name] is not None for name in params) or any(
+        info.get(name) is not None for name in (INPUT, OUTPUT)
+    )
 
 
 def text_only(usage: Mapping[str, Any]) -> Counts | None:

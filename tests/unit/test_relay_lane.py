@@ -15,13 +15,14 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
+from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, GatewayTimeout, InvalidRequest, ProviderError
 from forebay.providers.base import STALLED
 from forebay.providers.relay.ear import EAR, Ear, listen
 from forebay.providers.relay.events import RawChunk
 from forebay.providers.relay.lanes import Lanes
 from forebay.providers.relay.rules import Rule
-from forebay.routing import Deployment
+from forebay.routing import Deployment, ModelTable
 from tests.support.two_lanes import (
     DONE,
     HELLO,
@@ -114,6 +115,16 @@ async def test_a_deployments_own_lane_goes_before_the_servers(
     to = two.deployment(provider, f"{provider}/grok-3", **params)
     assert await relays(two, to, asked()) is relayed
     assert all("lane" not in body for _, _, body in two.upstream.received)
+
+
+def test_a_lane_tells_deployments_apart_that_mean_the_same() -> None:
+    params = {"model": "openai/gpt-4o", "api_key": "os.environ/KEY"}
+    entries = [{"model_name": "a", "litellm_params": params}]
+    entries += [{"model_name": "b", "litellm_params": {**params, "lane": "litellm"}}]
+    one, other = ModelTable.build(GatewayConfig(model_list=entries)).deployments()
+    assert one.meaning == other.meaning
+    assert other.id == f"{one.id}-litellm"
+    assert other.params["lane"] == "litellm"
 
 
 async def test_parameters_whose_meaning_may_change_keep_it_with_litellm(two: TwoLanes) -> None:

@@ -34,10 +34,10 @@ def read_answer(route: str, data: bytes) -> dict[str, Any] | None:
     if not isinstance(choices, list) or not choices or not _has_head(body):
         return None
     is_plain = _is_plain_choice if route == "chat" else _is_plain_text
-    if not all(map(is_plain, choices)):
-        return None
-    in_order = all(place == choice.get("index") for place, choice in enumerate(choices))
-    return body if in_order and is_plain_usage(body.get("usage")) else None
+    for place, choice in enumerate(choices):
+        if not is_plain(choice) or choice["index"] != place:
+            return None
+    return body if is_plain_usage(body.get("usage")) else None
 
 
 class Vectors(NamedTuple):
@@ -69,13 +69,15 @@ def is_plain_usage(usage: Any) -> bool:
     """Whether a provider said what was used, in OpenAI's words."""
     if not isinstance(usage, dict):
         return False
-    counts = [usage.get(f"{kind}_tokens") for kind in ("prompt", "completion", "total")]
-    details = [usage.get(f"{kind}_tokens_details") for kind in ("prompt", "completion")]
-    return (
-        all(type(count) is int and count >= 0 for count in counts)
-        and any(counts[:2])
-        and all(one is None or _is_counts(one) for one in details)
-    )
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if type(prompt) is not int or type(completion) is not int:
+        return False
+    if prompt < 0 or completion < 0 or not prompt + completion:
+        return False
+    if type(usage.get("total_tokens")) is not int:
+        return False
+    told, said = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
+    return (told is None or _is_counts(told)) and (said is None or _is_counts(said))
 
 
 def mend_usage(usage: dict[str, Any]) -> bool:
@@ -91,10 +93,9 @@ def mend_usage(usage: dict[str, Any]) -> bool:
 
 
 def _has_head(body: Mapping[str, Any]) -> bool:
-    texts = body.get("id"), body.get("model")
-    return all(isinstance(text, str) and text for text in texts) and (
-        body.get("service_tier") in PLAIN_TIERS
-    )
+    name, model = body.get("id"), body.get("model")
+    named = isinstance(name, str) and isinstance(model, str) and bool(name and model)
+    return named and body.get("service_tier") in PLAIN_TIERS
 
 
 def _is_counts(details: Any) -> bool:
@@ -111,9 +112,9 @@ def _is_plain_choice(choice: Any) -> bool:
         return False
     if not isinstance(message.get("content"), _TEXT) or type(choice.get("index")) is not int:
         return False
-    further = message.keys() - _MESSAGE
-    if further and any(message[name] not in (None, []) for name in further):
-        return False
+    for name, value in message.items():
+        if name not in _MESSAGE and value is not None and value != []:
+            return False
     return _are_calls(message.get("tool_calls")) and not message.get("function_call")
 
 

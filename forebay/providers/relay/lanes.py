@@ -18,8 +18,9 @@ import asyncio
 import sys
 import weakref
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
@@ -76,7 +77,8 @@ _BODY = schemas.parameters("chat") | schemas.parameters("completion")
 _OF_THE_WIRE = frozenset({"content-encoding", "content-length", "transfer-encoding", "connection"})
 
 
-class _Known(NamedTuple):
+@dataclass(frozen=True, slots=True, repr=False)
+class _Known:
     """A deployment as it was when LiteLLM was asked: its parameters, resolved, its model, whether
     LiteLLM does the same for every call of it, and a number that its forms are filed under."""
 
@@ -86,7 +88,8 @@ class _Known(NamedTuple):
     number: int
 
 
-class _Way(NamedTuple):
+@dataclass(frozen=True, slots=True, repr=False)
+class _Way:
     """How a request goes over the relay: where, the bytes, the deployment's parameters."""
 
     rule: Rule
