@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from aiohttp import web
+
 from tests.support import two_lanes as lanes
 from tests.support.two_lanes import (
     CALL,
@@ -41,6 +43,23 @@ FILTER = {
 
 def broken(message: str, **fields: Any) -> dict[str, Any]:
     return {"error": {"message": message, "type": "t", "param": None, "code": None, **fields}}
+
+
+async def hung_up(request: web.Request, _: dict[str, Any]) -> web.StreamResponse:
+    """The connection is cut before anything is said."""
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+async def cut_short(request: web.Request, _: dict[str, Any]) -> web.StreamResponse:
+    """Less comes than was said."""
+    response = web.StreamResponse(headers={"content-length": "1000"})
+    await response.prepare(request)
+    await response.write(b'{"id": "c", ')
+    assert request.transport is not None
+    request.transport.abort()
+    return response
 
 
 ANSWERS: dict[str, Reply] = {
@@ -188,6 +207,8 @@ ANSWERS: dict[str, Reply] = {
     "nothing": as_text("", content_type="application/json"),
     "no UTF-8": as_text(b'{"id": "\xff"}', content_type="application/json"),
     "headers": as_json(chat(), headers={"x-request-id": "r", "openai-processing-ms": "5"}),
+    "hung up": hung_up,
+    "cut short": cut_short,
     "no content": as_json(None, status=204),
     "too long a prompt": as_json({"error": CONTEXT}, 400),
     "a filtered prompt": as_json({"error": FILTER}, 400),
@@ -221,6 +242,7 @@ def called(index: int, arguments: str, **more: Any) -> str:
 
 
 STREAMS: dict[str, Reply] = {
+    "hung up": hung_up,
     "words": events([HEAD, chunk({"content": "Hel"}), chunk({"content": "lo"}), *END]),
     "in one piece": events(["".join([HEAD, chunk({"content": "Hel"}), *END])]),
     "in small pieces": events(

@@ -162,3 +162,95 @@ EMBED: dict[str, dict[str, Any]] = {
     "dimensions": {"input": ["Hello"], "dimensions": 4},
     "user": {"input": ["Hello"], "user": "u"},
 }
+
+WORDY = (
+    'a@b.example https://c.example/d.png {"e": 1} <|f|> ' + "ß世\u2028\x00\n" * 50 + "word " * 5_000
+)
+
+ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "numbers": (
+        {"temperature": 0.7, "top_p": 0.9, "max_tokens": 9, "seed": 7},
+        {"temperature": 1.99, "top_p": 0.001, "max_tokens": 2**31 - 1, "seed": -(2**63)},
+    ),
+    "penalties": (
+        {"frequency_penalty": 0.5, "presence_penalty": -0.5},
+        {"frequency_penalty": -2.0, "presence_penalty": 1.75},
+    ),
+    "integers": (
+        {"temperature": 2, "max_completion_tokens": 9, "n": 2},
+        {"temperature": 2, "max_completion_tokens": 77_777, "n": 128},
+    ),
+    "biases": (
+        {"logit_bias": {"1": -100.0}, "top_logprobs": 2, "logprobs": True},
+        {"logit_bias": {"50256": 5, "7": 0.5}, "top_logprobs": 20, "logprobs": True},
+    ),
+    "names": (
+        {"user": "u", "prompt_cache_key": "k", "safety_identifier": "s"},
+        {"user": WORDY[:900], "prompt_cache_key": "x" * 1000, "safety_identifier": "a@b.example"},
+    ),
+    "metadata": ({"metadata": {"a": "b"}}, {"metadata": {"c": "d", "e": "f"}}),
+    "words": (
+        {"messages": [{"role": "system", "content": "Be brief"}, *HELLO]},
+        {"messages": [{"role": "system", "content": WORDY}, {"role": "user", "content": WORDY}]},
+    ),
+    "long talks": (
+        {"messages": [*HELLO, {"role": "assistant", "content": "Hi"}, *HELLO]},
+        {"messages": [*HELLO, *([{"role": "assistant", "content": WORDY}, *HELLO] * 20)]},
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, PICTURE]}]},
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": WORDY},
+                        {
+                            "type": "image_url",
+                            "image_url": {"url": "data:image/png;base64,AAAA" + "B" * 5_000},
+                        },
+                        {"type": "text", "text": "b"},
+                    ],
+                }
+            ]
+        },
+    ),
+    "far pictures": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, FAR]}]},
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "a"},
+                        {
+                            "type": "image_url",
+                            "image_url": {"url": "https://b.example/?c=d.gif#e", "detail": "low"},
+                        },
+                    ],
+                }
+            ]
+        },
+    ),
+    "calls": (
+        {"messages": MESSAGES["called"]},
+        {
+            "messages": [
+                *HELLO,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {
+                            "id": "call_" + "z" * 60,
+                            "type": "function",
+                            "function": {"name": "other", "arguments": "no JSON"},
+                        }
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "call_" + "z" * 60, "content": WORDY},
+            ]
+        },
+    ),
+}
+"""Pairs of requests of one form: what LiteLLM shows with the first must hold for the second."""

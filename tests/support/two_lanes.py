@@ -16,6 +16,7 @@ The normal form (`received`, `answered`, `streamed`, `failed`) leaves out what i
   reason for the end come in one or in two; the `type` of a tool call's later pieces;
 - the words of a broken connection's error: LiteLLM wraps them in its own;
 - a content that is empty, and none: of Mistral's LiteLLM makes the one the other;
+- the provider's name before a reported model's: of Azure's o-series LiteLLM writes it there;
 - ids that LiteLLM makes up where the provider gave none: each time another one;
 - usage that nobody reported: LiteLLM counts words and marks it `estimated`, the relay tells none.
 """
@@ -194,8 +195,10 @@ async def ask(lane: Provider, route: str, to: Deployment, body: Mapping[str, Any
         return streamed(chunks)
     function = lane.chat if route == "chat" else lane.completion
     answer = await function(to, body, **how)
-    told = answered(answer.body), usage_of(answer.usage or {})
-    return *told, answer.cost_nano, answer.model, answer.estimated
+    maker = f"{to.provider}/"
+    named = {**answer.body, "model": answer.body["model"].removeprefix(maker)}
+    told = answered(named), usage_of(answer.usage or {}), answer.cost_nano
+    return *told, answer.model.removeprefix(maker), answer.estimated
 
 
 # -- the normal form ------------------------------------------------------------------------

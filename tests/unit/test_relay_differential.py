@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from forebay import schemas
-from forebay.providers.relay.forms import covered
+from forebay.providers.relay.forms import covered, form_of
 from forebay.providers.relay.lanes import AUTO
 from tests.support import two_lanes
 from tests.support.lane_replies import ANSWERS, STREAMS, VECTORS
-from tests.support.lane_requests import CHAT, EMBED, MESSAGES, TEXT
+from tests.support.lane_requests import ALIKE, CHAT, EMBED, MESSAGES, TEXT
 from tests.support.two_lanes import HELLO, MODELS, TwoLanes, Upstream, answer_for
 
 PROVIDERS = tuple(MODELS)
@@ -133,6 +133,37 @@ async def test_a_chat_is_asked_for_alike(two: TwoLanes, provider: str) -> None:
     refused = REFUSED[provider]
     assert ways["refused"] == refused
     assert ways["litellm"] == (LITELLMS["all"] | LITELLMS[provider]) - refused
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_what_litellm_shows_once_holds_for_the_whole_form(
+    two: TwoLanes, provider: str
+) -> None:
+    to = two.deployment(provider)
+    for name, (shown, meant) in ALIKE.items():
+        one, other = {"messages": HELLO, **shown}, {"messages": HELLO, **meant}
+        assert form_of("chat", one) == form_of("chat", other), name
+        await two.both("chat", to, one, answer_for("chat"))
+        first, second = await two.both("chat", to, other, answer_for("chat"))
+        assert second.received == first.received, name
+        assert second.got == first.got, name
+
+
+@pytest.mark.parametrize("model", ["openai/o3-mini", "openai/gpt-5", "azure/o3-mini"])
+async def test_models_that_think_are_asked_as_litellm_asks_them(two: TwoLanes, model: str) -> None:
+    to = two.deployment(model.partition("/")[0], model)
+    cases = {**CHAT, "heat": {"temperature": 0.3}, "effort": {"reasoning_effort": "high"}}
+    relayed = set()
+    for name, fields in cases.items():
+        first, second = await two.both(
+            "chat", to, {"messages": HELLO, **fields}, answer_for("chat")
+        )
+        assert second.received == first.received, name
+        assert second.got == first.got, name
+        if second.relayed:
+            relayed.add(name)
+    assert {"nothing more", "max_tokens", "temperature 1", "tools", "effort"} <= relayed
+    assert not {"temperature", "heat", "temperature 0"} & relayed  # LiteLLM refuses them
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
