@@ -196,7 +196,7 @@ async def ask(lane: Provider, route: str, to: Deployment, body: Mapping[str, Any
     function = lane.chat if route == "chat" else lane.completion
     answer = await function(to, body, **how)
     maker = f"{to.provider}/"
-    named = {**answer.body, "model": answer.body["model"].removeprefix(maker)}
+    named = {**answer.body, "model": str(answer.body.get("model")).removeprefix(maker)}
     told = answered(named), usage_of(answer.usage or {}), answer.cost_nano
     return *told, answer.model.removeprefix(maker), answer.estimated
 
