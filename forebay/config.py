@@ -760,7 +760,10 @@ class ServerConfig(Settings):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     replicas: Annotated[Replicas, BeforeValidator(_both_ends)] = Replicas()
     lane: Literal["auto", "litellm", "relay"] = Field(
-        default="auto", description="The way to providers; auto chooses per deployment."
+        default="auto",
+        description="The way to providers. auto relays what LiteLLM would send unchanged, for "
+        "providers where both ways are known to be the same; relay does for any that speaks "
+        "OpenAI's format.",
     )
     limiter_shards: Annotated[int, Field(ge=1, le=64)] = Field(
         default=1,

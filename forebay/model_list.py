@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, NotRequired, Required
+from typing import Annotated, Any, Literal, NotRequired, Required
 
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
@@ -33,6 +33,7 @@ class LiteLLMParams(TypedDict, total=False):
     rpm: Whole | None
     tpm: Whole | None
     allowed_params: list[str]
+    lane: Literal["auto", "litellm", "relay"] | None
 
 
 class ModelEntry(TypedDict):
@@ -41,7 +42,8 @@ class ModelEntry(TypedDict):
     `rpm` and `tpm` are the deployment's own limits, held by all processes together. Without a
     `weight` anywhere in a group, `rpm`, or else `tpm`, serve as weights too, as they do in
     LiteLLM's simple shuffle. `allowed_params` are parameters beyond
-    OpenAI's that callers may send to this deployment.
+    OpenAI's that callers may send to this deployment. `lane` in `litellm_params` goes before the
+    server's.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # type: ignore[misc]

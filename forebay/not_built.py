@@ -33,7 +33,6 @@ NOT_BUILT = (
         _only(None),
         "a cache object of your own has no effect yet; leave it out and set enable_caching",
     ),
-    NotBuilt("ServerConfig", "lane", _only("auto", "litellm"), "'relay' is not built yet"),
     NotBuilt("litellm_params", "itpm", _only(None), _LEAVE_OUT),
     NotBuilt("litellm_params", "otpm", _only(None), _LEAVE_OUT),
     NotBuilt("litellm_params", "max_parallel_requests", _only(None), _LEAVE_OUT),

@@ -404,9 +404,11 @@ def _deployment(
     provider = given.get("custom_llm_provider") or provider_of(model)
     params = _with_key({k: v for k, v in given.items() if k not in OURS}, provider, keys)
     explicit = info.get("id")
-    meaning, hidden = _meaning(model, params)
+    # The lane that it is reached by tells two apart, and changes nothing of their answers.
+    meaning, hidden = _meaning(model, {k: v for k, v in params.items() if k != "lane"})
+    name = f"{meaning}-{params['lane']}" if params.get("lane") else meaning
     return Deployment(
-        id=_hash_id(meaning, hidden, seen) if explicit is None else str(explicit),
+        id=_hash_id(name, hidden, seen) if explicit is None else str(explicit),
         group=entry["model_name"],
         model=model,
         provider=provider,

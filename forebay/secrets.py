@@ -42,7 +42,7 @@ _SECRET_NAME = re.compile(r"key$|secret|passw|token$|credential|private|authoriz
 
 # Names in `litellm_params` whose text is shown and stored as it is (Rule 3).
 PUBLIC_PARAMS = frozenset(
-    "model custom_llm_provider base_model mode tags region_name api_base base_url api_version "  # noqa: SIM905
+    "model custom_llm_provider base_model mode lane tags region_name api_base base_url api_version "  # noqa: SIM905
     "api_type organization azure_scope aws_region_name aws_profile_name aws_session_name "
     "aws_bedrock_runtime_endpoint vertex_project vertex_location watsonx_region_name timeout "
     "stream_timeout budget_duration encoding_format input_type truncate task reasoning_effort "

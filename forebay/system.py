@@ -83,6 +83,7 @@ from forebay.providers.base import NO_BASE64, STALLED, Provider, verdict_of
 from forebay.providers.call_caps import call_caps
 from forebay.providers.litellm import LiteLLMProvider
 from forebay.providers.local import InProcessModels, LocalModels
+from forebay.providers.relay.lanes import Lanes
 from forebay.reckoning import Quotas, Reckoner
 from forebay.routing import Deployment, ModelTable
 from forebay.secrets import Vault
@@ -288,7 +289,8 @@ class System:
         self._models = models
         self._vault = Vault(Path(config.data_dir))
         self.meter = Meter(self._refs.values)
-        self.provider: Provider = LiteLLMProvider(models)
+        self._lanes = Lanes(LiteLLMProvider(models))
+        self.provider: Provider = self._lanes
         limiters = [ref for name, ref in refs.items() if name.startswith(LIMITER)]
         pace = Pace(*LIMITER_PACE_S, clock, time.process_time, lambda: self.limiter.under_way)
         self.limiter = RateLimiterDesk(limiters, holder, clock, book=self, pace=pace)
@@ -345,6 +347,7 @@ class System:
         self.validation.configure(config.gateway)
         self.config = config
         self.table = table
+        self._lanes.lane = config.server.lane
         self.router.learn_table(table)
         self.kv_cache.configure(
             config.gateway.enable_kv_cache,

@@ -27,6 +27,7 @@ from deployments.http.exchange import (
 from deployments.http.service import HttpCall, Reply, Route, StreamReply, Told
 from deployments.http.sse import Encode, close, frame, send_stream
 from forebay.errors import InvalidRequest
+from forebay.providers.relay.events import RawChunk
 
 WARNING_CHARS_MAX = 160
 WARNINGS_BYTES_MAX = 2048
@@ -140,6 +141,13 @@ async def unless_gone(
 def chunk_encoder(*, include_usage: bool) -> Encode:
     """Frames with usage as OpenAI sends it: null until the last chunk, or not at all."""
 
+    def as_it_came(chunk: dict[str, Any]) -> bytes:
+        if not isinstance(chunk, RawChunk):
+            return written(chunk)
+        if not include_usage and "usage" in chunk and not chunk.get("choices"):
+            return b""
+        return b"data: " + chunk.told(with_usage=include_usage) + b"\n\n"
+
     def with_usage(chunk: dict[str, Any]) -> bytes:
         return frame(chunk if "usage" in chunk else {**chunk, "usage": None})
 
@@ -150,7 +158,8 @@ def chunk_encoder(*, include_usage: bool) -> Encode:
             return b""
         return frame({name: value for name, value in chunk.items() if name != "usage"})
 
-    return with_usage if include_usage else without_usage
+    written = with_usage if include_usage else without_usage
+    return as_it_came
 
 
 def embedding_body(reply: Reply, *, packed: bool) -> bytes:

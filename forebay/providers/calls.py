@@ -30,13 +30,15 @@ NOT_HANDED_ON = frozenset(
         # the Router's, and ours
         *("model", "weight", "order", "rpm", "tpm", "max_parallel_requests", "model_info", "tags"),
         *("timeout", "stream_timeout", "max_retries", "num_retries", "cooldown_time"),
-        *("allowed_params", "encoding_format", "max_budget", "budget_duration"),
+        *("allowed_params", "encoding_format", "lane", "max_budget", "budget_duration"),
         *("fallbacks", "context_window_fallback_dict", "retry_policy", "model_list", "stream"),
         # what is off here
         *("cache", "caching", "ttl", "callbacks", "success_callback", "failure_callback"),
     }
 )
 """Names of `litellm_params` that LiteLLM's own functions are not given; nor are prices."""
+
+_PLAIN = frozenset({"prompt", "input"})  # texts and token ids, maybe a great many
 
 MANY_PROMPTS = frozenset({"azure_text", LOCAL})
 """Providers that take several prompts at once; for all others LiteLLM would melt them into one."""
@@ -65,13 +67,18 @@ class Call:
         self.limit_s = min(timeout_s, own_s)
 
     def asked(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The caller's parameters, without those that are not for the provider.
+        """The caller's parameters, without those that are not for the provider: a copy that
+        LiteLLM may change, as it does with messages and tools.
 
         Raises:
             InvalidRequest: one says where or as whom the provider is to be called, or LiteLLM
                 would answer something else than was asked.
         """
-        asked = {name: value for name, value in body.items() if value is not None}
+        asked = {
+            name: value if name in _PLAIN else _copied(value)
+            for name, value in body.items()
+            if value is not None
+        }
         for name in asked:
             if schemas.connects(name):
                 raise InvalidRequest.about(name, f"{name} may not be set by a caller")
@@ -126,6 +133,7 @@ class Call:
             raise self.error(error, outer) from None
 
     def error(self, error: BaseException, outer: BaseException | None = None) -> GatewayError:
+        """What a failure becomes; of what lies behind it, all up to `outer`."""
         return error_of(
             error,
             provider=self.provider,
@@ -144,6 +152,14 @@ class Call:
             return name not in litellm.open_ai_chat_completion_models
         own_route = litellm.openai_text_completion_compatible_providers
         return self.provider == "text-completion-openai" or self.provider in own_route
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copied(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value
 
 
 def _is_number(value: Any) -> bool:

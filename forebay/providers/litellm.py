@@ -30,6 +30,7 @@ from forebay.providers.calls import Call
 from forebay.providers.embedded import BESIDE, LOCAL, Beside, register
 from forebay.providers.encodings import BASE64, Encodings
 from forebay.providers.prices import PriceBound, Prices, PromptCaching, version_of
+from forebay.providers.relay.ear import EAR, Ear, listen
 from forebay.providers.remaining import room_in
 from forebay.providers.streams import LiteLLMChunks, Opened
 from forebay.providers.tokenizers import Tokenizers
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from forebay.routing import Deployment
 
 Route = Literal["chat", "completion"]
+EmbedOnce = Callable[..., Awaitable[Vectors]]
 
 BYTES_PER_TOKEN = 4  # an estimate, for providers that do not say how many tokens there were
 
@@ -116,7 +118,7 @@ class LiteLLMProvider:
         Raises:
             GatewayError: see `failures`.
         """
-        return await self._answer("chat", deployment, body, timeout_s, resolve)
+        return await self.answer("chat", deployment, body, timeout_s, resolve)
 
     async def completion(
         self,
@@ -131,7 +133,7 @@ class LiteLLMProvider:
         Raises:
             GatewayError: see `failures`.
         """
-        return await self._answer("completion", deployment, body, timeout_s, resolve)
+        return await self.answer("completion", deployment, body, timeout_s, resolve)
 
     def chat_stream(
         self,
@@ -169,8 +171,11 @@ class LiteLLMProvider:
         *,
         timeout_s: float,
         resolve: Resolve,
+        once: EmbedOnce | None = None,
     ) -> Vectors:
         """One embedding call. `params` are OpenAI's without `input` and `encoding_format`.
+
+        `once` makes it in the place of `embed_once`.
 
         Raises:
             ProviderError: with the code NO_BASE64 when base64 was asked for and not given; the
@@ -180,10 +185,9 @@ class LiteLLMProvider:
             GatewayError: see `failures`.
         """
         encoding, doubted = self._encodings.begin(deployment)
+        once = once or self.embed_once
         try:
-            vectors = await self._embed(
-                deployment, texts, params, timeout_s, resolve, encoding, doubted
-            )
+            vectors = await once(deployment, texts, params, timeout_s, resolve, encoding, doubted)
         except (ResponseValidationError, InvalidRequest) as error:
             named = "encoding_format" in f"{error.param} {error}"
             spoilt = isinstance(error, ResponseValidationError) or named
@@ -212,6 +216,13 @@ class LiteLLMProvider:
         """
         return self._prices.of_usage(deployment, usage, model)
 
+    def cost(
+        self, deployment: Deployment, usage: Mapping[str, Any], model: str, usd: Any
+    ) -> int | None:
+        """The price of an answer for which the provider, where it says one, says `usd`."""
+        told = float(usd) if isinstance(usd, int | float) else None
+        return self._prices.of_answer(deployment, usage, model, told)
+
     def price_bound(self, deployment: Deployment) -> PriceBound | None:
         """What the deployment charges at most per token; None when no price is known.
 
@@ -238,21 +249,33 @@ class LiteLLMProvider:
             self._tokenizers = Tokenizers.bundled()
         return self._tokenizers.count(deployment, text)
 
-    # ----------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------- what the relay asks, too
 
-    async def _answer(
+    @property
+    def module(self) -> Any:
+        """LiteLLM itself; None before `warm`."""
+        return self._litellm
+
+    def ending(self, reason: str) -> str:
+        """OpenAI's word for a provider's reason to end an answer; after `warm` only."""
+        word: str = self._litellm.litellm_core_utils.core_helpers.map_finish_reason(reason)
+        return word
+
+    async def answer(
         self,
         route: Route,
         deployment: Deployment,
         body: Mapping[str, Any],
         timeout_s: float,
         resolve: Resolve,
+        ear: Ear | None = None,
     ) -> Answer:
+        """One answer. `ear` overhears the request, or answers it."""
         await self.warm()
         call = Call(self._litellm, deployment, resolve(deployment.params), timeout_s)
         asked = call.asked(body)
         beside = self._beside(deployment, asked)
-        with self._bare(beside), call.errors():
+        with self._bare(beside, ear), call.errors():
             async with asyncio.timeout(call.limit_s):
                 response = await self._function(route)(**self._keywords(route, call, asked))
             if beside is not None and beside.answer is not None:
@@ -283,29 +306,41 @@ class LiteLLMProvider:
         resolve: Resolve,
     ) -> LiteLLMChunks:
         async def begin() -> Opened:
-            await self.warm()
-            params = resolve(deployment.params)
-            call = Call(self._litellm, deployment, params, timeout_s, "stream_timeout")
-            asked = call.asked(body)
-            asked["stream"] = True
-            if body.get("stream_options") is not None:
-                asked["stream_options"] = body["stream_options"]
-            beside = self._beside(deployment, asked)
-            keywords = self._keywords(route, call, asked)
-            if "client" in keywords:
-                keywords["client"] = WatchedTexts(keywords["client"], call.error, call.provider)
-            with self._bare(beside), call.errors():
-                async with asyncio.timeout(call.limit_s):
-                    stream = await self._function(route)(**keywords)
-            if beside is not None and beside.chunks is not None:
-                return Opened(beside.chunks, None, call.error)
-            plain = shapes.plain_chat_chunk if route == "chat" else shapes.plain_text_chunk
-            says_end = deployment.provider in SAY_END
-            return Opened(stream, plain, call.error, says_end, call.limit_s)
+            return await self.open(route, deployment, body, timeout_s, resolve)
 
         return LiteLLMChunks(begin, timeout_s, stall_s, deployment.provider, deployment.group)
 
-    async def _embed(
+    async def open(
+        self,
+        route: Route,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        resolve: Resolve,
+        ear: Ear | None = None,
+    ) -> Opened:
+        """One stream. `ear` overhears the request, or answers it."""
+        await self.warm()
+        params = resolve(deployment.params)
+        call = Call(self._litellm, deployment, params, timeout_s, "stream_timeout")
+        asked = call.asked(body)
+        asked["stream"] = True
+        if body.get("stream_options") is not None:
+            asked["stream_options"] = body["stream_options"]
+        beside = self._beside(deployment, asked)
+        keywords = self._keywords(route, call, asked)
+        if "client" in keywords:
+            keywords["client"] = WatchedTexts(keywords["client"], call.error, call.provider, ear)
+        with self._bare(beside, ear), call.errors():
+            async with asyncio.timeout(call.limit_s):
+                stream = await self._function(route)(**keywords)
+        if beside is not None and beside.chunks is not None:
+            return Opened(beside.chunks, None, call.error)
+        plain = shapes.plain_chat_chunk if route == "chat" else shapes.plain_text_chunk
+        says_end = deployment.provider in SAY_END
+        return Opened(stream, plain, call.error, says_end, call.limit_s)
+
+    async def embed_once(
         self,
         deployment: Deployment,
         texts: Sequence[Text],
@@ -314,11 +349,15 @@ class LiteLLMProvider:
         resolve: Resolve,
         encoding: str | None,
         doubted: bool,
+        ear: Ear | None = None,
     ) -> Vectors:
+        """One embedding call in an encoding, which may be `doubted`: see `Encodings.begin`.
+
+        `ear` overhears the request, or answers it.
+        """
         await self.warm()
         call = Call(self._litellm, deployment, resolve(deployment.params), timeout_s)
-        given = [text if isinstance(text, str) else list(text) for text in texts]
-        asked = call.asked({**params, "input": given})
+        asked = call.asked({**params, "input": listed(texts)})
         asked.pop("encoding_format", None)
         dimensions = asked.get("dimensions")
         beside = self._beside(deployment, dict(asked))
@@ -330,37 +369,42 @@ class LiteLLMProvider:
             # LiteLLM knows of OpenAI's own models only; whoever speaks its language decides.
             asked["allowed_openai_params"] = ["dimensions"]
         keywords, aside = call.keywords(asked), None
-        with self._bare(beside), call.errors():
+        with self._bare(beside, ear), call.errors():
             if deployment.provider == "openai" and keywords.get("api_key"):
                 aside = keywords["client"] = VectorsAside(self._openai_client(keywords))
             async with asyncio.timeout(call.limit_s):
                 response = await self._litellm.aembedding(**keywords)
+            tokens = int(getattr(response.usage, "prompt_tokens", 0) or 0)
+            array = None
             if beside is not None and beside.vectors is not None:
                 array, tokens = beside.vectors
-            else:
-                tokens = int(getattr(response.usage, "prompt_tokens", 0) or 0)
+            paid, estimated = self.paid(deployment, response.model, texts, tokens, _usd(response))
+            if array is None:
                 try:
                     data = response.data if aside is None else aside.data
                     array = decoded(data, len(texts), dimensions, doubted=doubted)
                 except ResponseValidationError as error:
                     # Whatever came, it was answered, and so it costs.
-                    paid, _ = self._paid(deployment, response, texts, tokens)
                     error.paid = paid  # type: ignore[attr-defined]
                     raise
-        paid, estimated = self._paid(deployment, response, texts, tokens)
         room = room_in(_headers(response))
         return Vectors(array, paid.prompt_tokens, paid.cost_nano, paid.model, estimated, room)
 
-    def _paid(
-        self, deployment: Deployment, response: Any, texts: Sequence[Text], tokens: int
+    def paid(
+        self,
+        deployment: Deployment,
+        model: str | None,
+        texts: Sequence[Text],
+        tokens: int,
+        usd: float | None = None,
     ) -> tuple[Paid, bool]:
         """What an embedding call has cost, and whether its tokens are estimated."""
         estimated = tokens == 0 and any(texts)
         if estimated:
             tokens = -(-sum(map(_bytes, texts)) // BYTES_PER_TOKEN)
-        model = response.model or deployment.model
+            usd = None
+        model = model or deployment.model
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        usd = None if estimated else _usd(response)
         return Paid(tokens, self._prices.of_answer(deployment, usage, model, usd), model), estimated
 
     def _no_base64(self, deployment: Deployment, error: GatewayError) -> ProviderError:
@@ -416,17 +460,23 @@ class LiteLLMProvider:
         return Beside(self._models, asked) if deployment.provider == LOCAL else None
 
     @contextmanager
-    def _bare(self, beside: Beside | None) -> Iterator[None]:
+    def _bare(self, beside: Beside | None, ear: Ear | None) -> Iterator[None]:
         """A LiteLLM call without its success and failure logging, which costs 13 % of the call."""
         internal = self._is_internal
         marked = internal.set(True) if internal is not None else None
-        placed = BESIDE.set(beside)
+        placed, heard = BESIDE.set(beside), EAR.set(ear)
         try:
             yield
         finally:
+            EAR.reset(heard)
             BESIDE.reset(placed)
             if internal is not None:
                 internal.reset(marked)
+
+
+def listed(texts: Sequence[Text]) -> list[str | list[int]]:
+    """Texts as a provider's JSON has them."""
+    return [text if isinstance(text, str) else list(text) for text in texts]
 
 
 def _bytes(text: Text) -> int:
@@ -445,6 +495,7 @@ def _imported(environ: MutableMapping[str, str]) -> Any:
     litellm.disable_hf_tokenizer_download = True  # it counts words where a provider does not
     http = importlib.import_module("litellm.llms.custom_httpx.http_handler")
     http.AsyncHTTPHandler.single_connection_post_request = _fail_once
+    listen(importlib.import_module(f"{http.__package__}.aiohttp_transport").LiteLLMAiohttpTransport)
     # LiteLLM's models of answers say list[float] where base64 is a str; that is how it is meant.
     warnings.filterwarnings(
         "ignore", "Pydantic serializer warnings", UserWarning, module=r"pydantic\.main"

@@ -79,6 +79,27 @@ class PromptCaching(NamedTuple):
     tokens_min: int
 
 
+class Counts(NamedTuple):
+    """A usage of nothing but text: prompt tokens, those of them that were cached, completion."""
+
+    prompt: int
+    cached: int
+    completion: int
+
+
+class Tariff(NamedTuple):
+    """What a token of text costs, in USD: of the prompt, of its cached beginning, of the answer."""
+
+    prompt: float
+    cached: float
+    completion: float
+
+    def nano(self, counts: Counts) -> int:
+        """What a usage costs, added up as LiteLLM adds."""
+        prompt = (counts.prompt - counts.cached) * self.prompt + counts.cached * self.cached
+        return nano(prompt + counts.completion * self.completion)
+
+
 def dearest(bounds: Iterable[PriceBound | None]) -> PriceBound | None:
     """One that none of them exceeds; None if none is known."""
     known = [bound for bound in bounds if bound is not None]
@@ -118,6 +139,8 @@ class Prices:
         self.listed_version = listed_version
         self._versions: dict[str, tuple[Deployment, str]] = {}
         self._listed: dict[str, bool] = {}
+        self._tariffs: dict[str, Tariff | None] = {}
+        self._own: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {}
         self._bounds: dict[str, PriceBound | None] = {}
 
     def of_answer(
@@ -143,10 +166,39 @@ class Prices:
         names = [self._name(deployment)]
         if model:
             names.append(f"{deployment.provider}/{model.removeprefix(deployment.provider + '/')}")
+        if deployment.provider == "openai":  # LiteLLM lists its models for texts apart
+            names.append(f"text-completion-openai/{deployment.model.removeprefix('openai/')}")
         for name in names:
             if self._is_listed(name):
-                return self._from_list(name, usage)
+                return self._priced(name, usage)
         return None
+
+    def _priced(self, name: str, usage: Mapping[str, Any]) -> int | None:
+        """LiteLLM takes 0.1 ms for a sum; of a usage of nothing but text it is made here."""
+        counts = text_only(usage)
+        tariff = None if counts is None else self._tariff(name)
+        if counts is None or tariff is None:
+            return self._from_list(name, usage)
+        return tariff.nano(counts)
+
+    def _tariff(self, name: str) -> Tariff | None:
+        """Prices per token, asked of LiteLLM by example; None where they are no plain ones."""
+        if name not in self._tariffs:
+            if len(self._tariffs) >= NAMES_MAX:
+                self._tariffs.clear()
+            self._tariffs[name] = self._plain_tariff(name)
+        return self._tariffs[name]
+
+    def _plain_tariff(self, name: str) -> Tariff | None:
+        usd = [self._usd_of(name, _usage_of(Counts(*one))) for one in _ONES]
+        if any(one is None for one in usd):
+            return None
+        tariff = Tariff(*(float(one or 0.0) for one in usd))
+        for counts in _SAMPLES:
+            for thought in (0, counts.completion):
+                if self._from_list(name, _usage_of(counts, thought)) != tariff.nano(counts):
+                    return None
+        return tariff
 
     def version(self, deployment: Deployment) -> str:
         """A name for the prices that the deployment's calls are priced by; empty if there are none.
@@ -239,10 +291,14 @@ class Prices:
         return base if isinstance(base, str) else deployment.model
 
     def _has_own(self, deployment: Deployment) -> bool:
-        params, info = deployment.params, deployment.info
-        return any(is_price(name) and params[name] is not None for name in params) or any(
-            info.get(name) is not None for name in (INPUT, OUTPUT)
-        )
+        # A new configuration makes new dicts, so these very ones are what is remembered.
+        own = self._own.get(deployment.id)
+        if own is None or own[0] is not deployment.params or own[1] is not deployment.info:
+            if len(self._own) >= NAMES_MAX:
+                self._own.clear()
+            own = deployment.params, deployment.info, _has_prices(deployment)
+            self._own[deployment.id] = own
+        return own[2]
 
     def _is_listed(self, name: str) -> bool:
         known = self._listed.get(name)
@@ -254,6 +310,10 @@ class Prices:
         return known
 
     def _from_list(self, name: str, usage: Mapping[str, Any]) -> int | None:
+        usd = self._usd_of(name, usage)
+        return None if usd is None else nano(usd)
+
+    def _usd_of(self, name: str, usage: Mapping[str, Any]) -> float | None:
         usage = {**usage, "total_tokens": usage.get("total_tokens") or 0}
         tier = {"service_tier": usage[TIER_ASKED]} if TIER_ASKED in usage else {}
         try:
@@ -268,7 +328,62 @@ class Prices:
             )
         except Exception:  # noqa: BLE001 - LiteLLM says "not mapped" in many ways; None says it here
             return None
-        return nano(prompt_usd + completion_usd)
+        return float(prompt_usd + completion_usd)
+
+
+def _has_prices(deployment: Deployment) -> bool:
+    params, info = deployment.params, deployment.info
+    return any(is_price(name) and params[name] is not None for name in params) or any(
+        info.get(name) is not None for name in (INPUT, OUTPUT)
+    )
+
+
+def text_only(usage: Mapping[str, Any]) -> Counts | None:
+    """The counts of a usage of nothing but text at the usual prices; None for any other."""
+    if not usage.keys() <= _TEXT_ONLY:
+        return None
+    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    details = usage.get("prompt_tokens_details") or {}
+    cached = details.get("cached_tokens") or 0
+    for name, count in details.items():
+        if count and name not in ("cached_tokens", "text_tokens"):
+            return None
+    for name, count in (usage.get("completion_tokens_details") or {}).items():
+        if count and name not in ("reasoning_tokens", "text_tokens"):
+            return None
+    if (usage.get("prompt_cache_hit_tokens") or cached) != cached:
+        return None
+    if not all(type(count) is int for count in (prompt, cached, completion)):
+        return None
+    return Counts(prompt, cached, completion) if cached <= prompt <= LONG_PROMPT_TOKENS else None
+
+
+_TEXT_ONLY = frozenset(
+    {"prompt_tokens", "completion_tokens", "total_tokens", "estimated"}
+    | {"prompt_tokens_details", "completion_tokens_details"}
+    | {"prompt_cache_hit_tokens", "prompt_cache_miss_tokens"}  # DeepSeek's
+    | {"queue_time", "prompt_time", "completion_time", "total_time"}  # Groq's
+)
+_ONES = ((1, 0, 0), (1, 1, 0), (0, 0, 1))
+_SAMPLES = (
+    Counts(PROBE_TOKENS + 1, 0, 7),
+    Counts(PROBE_TOKENS, 333, 0),
+    Counts(LONG_PROMPT_TOKENS, 99_001, PROBE_TOKENS),
+    Counts(3, 0, LONG_PROMPT_TOKENS),
+)
+
+
+def _usage_of(counts: Counts, thought: int = 0) -> dict[str, Any]:
+    usage: dict[str, Any] = {
+        "prompt_tokens": counts.prompt,
+        "completion_tokens": counts.completion,
+        "total_tokens": counts.prompt + counts.completion,
+    }
+    if counts.cached:
+        usage["prompt_tokens_details"] = {"cached_tokens": counts.cached}
+    if thought:
+        usage["completion_tokens_details"] = {"reasoning_tokens": thought}
+    return usage
 
 
 def _plain_kinds(length: int) -> list[dict[str, Any]]:

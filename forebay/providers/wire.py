@@ -21,6 +21,7 @@ import orjson
 
 from forebay.errors import GatewayError, ProviderConnectionError
 from forebay.providers.failures import ErrorEvent
+from forebay.providers.relay.ear import EAR, Ear
 
 LINE_BYTES_MAX = 8 << 20
 """The longest event; a picture in a chunk has some MiB."""
@@ -64,11 +65,16 @@ class WatchedTexts:
     """
 
     def __init__(
-        self, client: Any, error: Callable[[BaseException], GatewayError], provider: str
+        self,
+        client: Any,
+        error: Callable[[BaseException], GatewayError],
+        provider: str,
+        ear: Ear | None = None,
     ) -> None:
         self._client = client
         self._error = error
         self._provider = provider
+        self._ear = ear
 
     @property
     def completions(self) -> Self:
@@ -79,7 +85,11 @@ class WatchedTexts:
         return self
 
     async def create(self, **asked: Any) -> Any:
-        raw = await self._client.completions.with_raw_response.create(**asked)
+        heard = EAR.set(self._ear)
+        try:
+            raw = await self._client.completions.with_raw_response.create(**asked)
+        finally:
+            EAR.reset(heard)
         watch(raw.http_response, self._error, self._provider)
         return raw
 
@@ -122,7 +132,8 @@ class Wire(httpx.AsyncByteStream):
 class Reader:
     """Reads events and says what is wrong with them, in `failure`. `bare`: each line is one.
 
-    Owns the beginning of a line whose end has not come. Bounded by `line_bytes_max`.
+    Owns the beginning of a line whose end has not come. Bounded by `line_bytes_max`. `taken` is
+    given each good event, parsed and as it came; `done` says that none follows.
     """
 
     def __init__(
@@ -133,7 +144,9 @@ class Reader:
         *,
         bare: bool = False,
         line_bytes_max: int = LINE_BYTES_MAX,
+        taken: Callable[[dict[str, Any], bytes], None] | None = None,
     ) -> None:
+        self.done = False
         self.failure: GatewayError | None = None
         self._provider = provider
         self._error = error
@@ -147,11 +160,11 @@ class Reader:
         self._event = b""
         self._unreadable = False
         self._ended = False
-        self._done = False
+        self._taken = taken
 
     def read(self, piece: bytes) -> bytes:
         """The lines that this piece completes, up to the first bad one, which `failure` tells."""
-        if self._done:
+        if self.done:
             return piece
         if b"\n" not in piece and b"\r" not in piece:
             self._begun.append(piece)
@@ -177,9 +190,9 @@ class Reader:
         """The body is over: its last line, if that has no end. `failure` tells if it was cut."""
         last = b"".join(self._begun)
         self._begun.clear()
-        if last and not self._done:
+        if last and not self.done:
             self._read_line(last)
-        if self._unreadable or not (self._ended or self._done or self.failure is not None):
+        if self._unreadable or not (self._ended or self.done or self.failure is not None):
             self.failure = ProviderConnectionError(
                 f"{self._provider} broke off its answer", provider=self._provider
             )
@@ -187,7 +200,7 @@ class Reader:
 
     def _goes_on(self, line: bytes) -> bool:
         self._read_line(line)
-        return self.failure is None and not self._done
+        return self.failure is None and not self.done
 
     def _read_line(self, line: bytes) -> None:
         line = line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf")
@@ -209,7 +222,7 @@ class Reader:
 
     def _read_data(self, value: bytes) -> None:
         if value.startswith(b"[DONE]"):
-            self._done = True
+            self.done = True
             return
         if len(value) > self._line_bytes_max:
             self._fail(f"an event of more than {self._line_bytes_max} bytes")
@@ -227,6 +240,8 @@ class Reader:
             self._fail(f"{wrong} of the wrong type: {_shown(value)}")
         else:
             self._ended = self._ended or self._ends(data)
+            if self._taken is not None:
+                self._taken(data, value)
 
     def _is_error(self, data: Mapping[str, Any]) -> bool:
         named = data.get("object") == "error" or data.get("type") == "error"

@@ -243,18 +243,16 @@ class TestValidation:
 
 
 class TestWhatIsNotBuilt:
-    @pytest.mark.parametrize(
-        ("make", "field"),
-        [
-            (lambda: ServerConfig(lane="relay"), "lane"),
-        ],
-    )
-    def test_it_is_refused_by_name(self, make: Callable[[], Any], field: str) -> None:
-        assert refused(make).param == field
-
     def test_limits_of_a_model_that_nothing_holds_are_refused(self) -> None:
         error = refused(lambda: GatewayConfig(model_list=[entry("a", max_budget=3)]))
         assert error.param == "model_list[0].litellm_params.max_budget"
+
+    def test_a_lane_is_one_of_three_and_no_secret(self) -> None:
+        config = GatewayConfig(model_list=[entry("a", lane="relay")])
+        assert config.model_list[0]["litellm_params"]["lane"] == "relay"
+        error = refused(lambda: GatewayConfig(model_list=[entry("a", lane="fast")]))
+        assert error.param == "model_list[0].litellm_params.lane"
+        assert ServerConfig(lane="relay").lane == "relay"
 
     def test_every_line_of_the_table_names_a_field_that_exists(self) -> None:
         definitions = config_schema()["$defs"]

@@ -25,6 +25,7 @@ from forebay.providers.prices import (
     Prices,
     Rate,
     dearest,
+    text_only,
 )
 from forebay.providers.tokenizers import NEWER, OLDER, Tokenizers
 from forebay.routing import Deployment
@@ -293,3 +294,52 @@ async def test_litellms_own_list_is_within_its_bound(model: str) -> None:
             assert cost is not None
             assert 0 < cost <= bound.rate(prompt, is_plain=True).nano(prompt, 777)
     await lane.close()
+
+
+class TestSumsMadeHere:
+    """A usage of nothing but text is priced without LiteLLM, and to the same nano-USD."""
+
+    @pytest.mark.parametrize(
+        "model",
+        [
+            *("openai/gpt-4o-mini", "openai/o3", "groq/llama-3.1-8b-instant", "azure/gpt-4o"),
+            *("mistral/mistral-small-latest", "deepseek/deepseek-chat", "openai/gpt-4.1-nano"),
+        ],
+    )
+    @pytest.mark.parametrize("prompt", [1, 17, 1_001, 99_999, 100_001, 300_000])
+    async def test_they_are_litellms_own(self, model: str, prompt: int) -> None:
+        lane = LiteLLMProvider(InProcessModels())
+        await lane.warm()
+        asked = Prices(lane.module)
+        for cached in (0, prompt // 3, prompt):
+            for completion, thought in ((0, 0), (7, 0), (4_001, 1_000)):
+                usage = {
+                    "prompt_tokens": prompt,
+                    "completion_tokens": completion,
+                    "total_tokens": prompt + completion,
+                    "prompt_tokens_details": {"cached_tokens": cached},
+                    "completion_tokens_details": {"reasoning_tokens": thought},
+                }
+                told = Deployment(id="d", group="g", model=model, provider=model.partition("/")[0])
+                assert asked.of_usage(told, usage) == asked._from_list(model, usage)
+
+    @pytest.mark.parametrize(
+        ("usage", "counts"),
+        [
+            ({"prompt_tokens": 3, "completion_tokens": 2}, (3, 0, 2)),
+            ({"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}, (3, 2, 0)),
+            ({"prompt_tokens": 3, "prompt_tokens_details": {"audio_tokens": 2}}, None),
+            ({"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}, None),
+            ({"prompt_tokens": 3, "completion_tokens_details": {"audio_tokens": 1}}, None),
+            ({"prompt_tokens": 3, "cache_creation_input_tokens": 1}, None),
+            ({"prompt_tokens": 3, "prompt_cache_hit_tokens": 2}, None),
+            ({"prompt_tokens": 3, "asked_service_tier": "flex"}, None),
+            ({"prompt_tokens": 3.5}, None),
+            ({"prompt_tokens": 100_001}, None),
+            ({"prompt_tokens": 3, "queue_time": 0.1}, (3, 0, 0)),
+        ],
+    )
+    def test_what_is_more_than_text_is_litellms(
+        self, usage: dict[str, Any], counts: tuple[int, int, int] | None
+    ) -> None:
+        assert text_only(usage) == counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -258,6 +259,17 @@ async def test_a_body_cannot_say_where_or_as_whom(
         await lane.chat(deployment(remote), body(**{name: "x"}), **call())
     assert caught.value.param == name
     assert remote.bodies == []
+
+
+async def test_what_was_asked_is_only_read(remote: Remote, lane: LiteLLMProvider) -> None:
+    part = {"type": "file", "file": {"file_id": "file-1"}}
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {}}}
+    asked = body(messages=[{"role": "user", "content": [part]}], tools=[tool])
+    before = json.dumps(asked)
+    for model in ("mistral/mistral-small-latest", "hosted_vllm/m", "openai/gpt-4o-mini"):
+        with contextlib.suppress(GatewayError):
+            await lane.chat(deployment(remote, model), asked, **call())
+    assert json.dumps(asked) == before
 
 
 async def test_a_missing_secret_is_said_as_it_is(remote: Remote, lane: LiteLLMProvider) -> None:

@@ -1,0 +1,497 @@
+"""Which lane a call takes, and the relay itself.
+
+    lane        takes the relay
+    litellm     never
+    auto        providers in AUTO, once LiteLLM has shown what it makes of a request of this form
+    relay       any provider that speaks OpenAI's format, likewise
+
+The first request of a form goes over LiteLLM and is overheard; those after it are sent as that one
+was. So LiteLLM says once where a provider is, with which headers it is called, and what becomes of
+the parameters; a request that it would change is never sent otherwise than changed. It also reads
+every answer that is not plain: a refusal, an odd shape, another service tier. It is handed the
+answer that is already there, and asks nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import weakref
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import httpx
+
+from actors.batcher.policy import Text, Vectors
+from forebay import schemas
+from forebay.errors import ProviderError, ResponseValidationError
+from forebay.providers.base import STALL_S, Answer, Chunks, Resolve
+from forebay.providers.calls import NOT_HANDED_ON, Call
+from forebay.providers.litellm import SAY_END, LiteLLMProvider, listed
+from forebay.providers.prices import PriceBound, PromptCaching, is_price
+from forebay.providers.relay.answers import mend_usage, read_answer, read_vectors
+from forebay.providers.relay.ear import Ear
+from forebay.providers.relay.events import Events
+from forebay.providers.relay.forms import Form, form_of
+from forebay.providers.relay.rules import Rule, asked_of, rule_of
+from forebay.providers.remaining import room_in
+from forebay.providers.streams import LiteLLMChunks, Opened
+from forebay.providers.vectors import decoded
+from forebay.providers.wire import EVENTS
+
+if TYPE_CHECKING:
+    import aiohttp
+
+    from forebay.routing import Deployment
+
+LaneName = Literal["auto", "litellm", "relay"]
+Route = Literal["chat", "completion"]
+
+AUTO = frozenset(
+    {"openai", "azure", "groq", "together_ai", "mistral", "deepseek", "openrouter", "hosted_vllm"}
+)
+"""Providers over which a test holds both lanes side by side."""
+
+DEPLOYMENTS_MAX = 1_000
+FORMS_MAX = 10_000
+"""Deployments and forms of requests that are known; above it all of them are forgotten."""
+CONNECTIONS_MAX = 4_096
+KEEPALIVE_S = 60.0
+ANSWER_BYTES_MAX = 256 << 20
+READ_BYTES = 256 * 1024  # of an answer that nobody has taken yet; then the provider waits
+DNS_S = 300
+
+LOST = frozenset({401, 403, 404})
+"""Answers after which LiteLLM is asked anew where a provider is, and with which key."""
+
+_PARAMS = NOT_HANDED_ON | frozenset(
+    {"api_base", "base_url", "api_key", "api_version", "organization", "drop_params"}
+    | {"additional_drop_params", "allowed_openai_params", "extra_headers", "headers"}
+    | {"extra_body", "base_model"}
+)
+"""Deployment parameters that mean the same for every call. With others (identities whose tokens
+end, mocks, hooks) LiteLLM may do something else each time."""
+_BODY = schemas.parameters("chat") | schemas.parameters("completion")
+
+_OF_THE_WIRE = frozenset({"content-encoding", "content-length", "transfer-encoding", "connection"})
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Known:
+    """A deployment as it was when LiteLLM was asked: its parameters, resolved, its model, whether
+    LiteLLM does the same for every call of it, and a number that its forms are filed under."""
+
+    params: dict[str, Any]
+    model: str
+    is_steady: bool
+    number: int
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Way:
+    """How a request goes over the relay: where, the bytes, the deployment's parameters."""
+
+    rule: Rule
+    data: bytes
+    params: dict[str, Any]
+
+
+_Key = tuple[int, str, Form]
+
+
+class Lanes:
+    """The provider of a system: LiteLLM's lane, and the relay beside it.
+
+    Owns what LiteLLM has shown (bounded by DEPLOYMENTS_MAX and FORMS_MAX) and one session of
+    connections per event loop (CONNECTIONS_MAX, then calls wait, within their deadlines). `lane` is
+    the configuration's; a deployment's own, in its `litellm_params`, goes before it.
+
+    Failure behaviour: LiteLLM's lane's. What is known of a deployment is forgotten when its
+    parameters change, and when the provider says that it is not there, or not for us.
+    """
+
+    def __init__(
+        self,
+        litellm: LiteLLMProvider,
+        lane: LaneName = "auto",
+        *,
+        deployments_max: int = DEPLOYMENTS_MAX,
+        forms_max: int = FORMS_MAX,
+        answer_bytes_max: int = ANSWER_BYTES_MAX,
+    ) -> None:
+        self.lane: LaneName = lane
+        self._deployments_max = deployments_max
+        self._forms_max = forms_max
+        self._answer_bytes_max = answer_bytes_max
+        self.relayed = 0
+        self._litellm = litellm
+        self._known: dict[str, _Known] = {}
+        self._rules: dict[_Key, Rule | None] = {}
+        self._numbers = 0
+        self._sessions: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, aiohttp.ClientSession
+        ] = weakref.WeakKeyDictionary()
+
+    # ------------------------------------------------------------------------- the Provider
+
+    async def warm(self) -> None:
+        """Import LiteLLM, off the event loop."""
+        await self._litellm.warm()
+
+    async def close(self) -> None:
+        """Close this loop's connections, and what LiteLLM's lane has."""
+        session = self._sessions.pop(asyncio.get_running_loop(), None)
+        if session is not None:
+            await session.close()
+        await self._litellm.close()
+
+    def price(
+        self,
+        deployment: Deployment,
+        usage: Mapping[str, Any] | None,
+        *,
+        model: str | None = None,
+    ) -> int | None:
+        return self._litellm.price(deployment, usage, model=model)
+
+    def price_bound(self, deployment: Deployment) -> PriceBound | None:
+        return self._litellm.price_bound(deployment)
+
+    def price_version(self, deployment: Deployment) -> str:
+        return self._litellm.price_version(deployment)
+
+    def prompt_caching(self, deployment: Deployment) -> PromptCaching | None:
+        return self._litellm.prompt_caching(deployment)
+
+    def count_tokens(self, deployment: Deployment, text: str) -> int | None:
+        return self._litellm.count_tokens(deployment, text)
+
+    async def chat(
+        self,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> Answer:
+        """One chat completion.
+
+        Raises:
+            GatewayError: see `failures`.
+        """
+        return await self._answer("chat", deployment, body, timeout_s, resolve)
+
+    async def completion(
+        self,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> Answer:
+        """One text completion.
+
+        Raises:
+            GatewayError: see `failures`.
+        """
+        return await self._answer("completion", deployment, body, timeout_s, resolve)
+
+    def chat_stream(
+        self,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+        stall_s: float = STALL_S,
+    ) -> Chunks:
+        """One chat completion, in chunks; as LiteLLM's lane gives it.
+
+        Raises (from `anext`):
+            GatewayError: see `failures`.
+        """
+        return self._stream("chat", deployment, body, timeout_s, stall_s, resolve)
+
+    def completion_stream(
+        self,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+        stall_s: float = STALL_S,
+    ) -> Chunks:
+        """One text completion, in chunks; as `chat_stream`."""
+        return self._stream("completion", deployment, body, timeout_s, stall_s, resolve)
+
+    async def embed(
+        self,
+        deployment: Deployment,
+        texts: Sequence[Text],
+        params: Mapping[str, Any],
+        *,
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> Vectors:
+        """One embedding call; as LiteLLM's lane makes it.
+
+        Raises:
+            GatewayError: see `LiteLLMProvider.embed`.
+        """
+        return await self._litellm.embed(
+            deployment, texts, params, timeout_s=timeout_s, resolve=resolve, once=self._embed_once
+        )
+
+    # --------------------------------------------------------------------------- the calls
+
+    async def _answer(
+        self,
+        route: Route,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        resolve: Resolve,
+    ) -> Answer:
+        lane = self._litellm
+        way = self._way(route, deployment, body, resolve)
+        if not isinstance(way, _Way):
+            return await lane.answer(route, deployment, body, timeout_s, resolve, way)
+        call = Call(lane.module, deployment, way.params, timeout_s)
+        status, headers, data = await self._exchange(call, way)
+        told = read_answer(route, data) if status == 200 else None
+        if told is None:
+            ear = self._handed_over(deployment, status, headers, data)
+            return await lane.answer(route, deployment, body, timeout_s, resolve, ear)
+        usage, model = told["usage"], told["model"]
+        json = None if mend_usage(usage) else data
+        usd = usage.get("cost") if deployment.provider == "openrouter" else None
+        cost_nano = lane.cost(deployment, usage, model, usd)
+        return Answer(told, usage, cost_nano, model, json=json)
+
+    def _stream(
+        self,
+        route: Route,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        timeout_s: float,
+        stall_s: float,
+        resolve: Resolve,
+    ) -> LiteLLMChunks:
+        asked = body if body.get("stream") is True else {**body, "stream": True}
+
+        async def begin() -> Opened:
+            lane = self._litellm
+            way = self._way(route, deployment, asked, resolve)
+            if not isinstance(way, _Way):
+                return await lane.open(route, deployment, asked, timeout_s, resolve, way)
+            call = Call(lane.module, deployment, way.params, timeout_s, "stream_timeout")
+            response = await self._opened(call, way)
+            if response.status == 200 and response.content_type == EVENTS:
+                events = Events(
+                    response,
+                    deployment.provider,
+                    call.error,
+                    lane.ending,
+                    deployment.provider in SAY_END,
+                )
+                return Opened(events, None, call.error, stall_s=call.limit_s)
+            ear = self._handed_over(deployment, response.status, response.headers, _Rest(response))
+            try:
+                return await lane.open(route, deployment, asked, timeout_s, resolve, ear)
+            except BaseException:
+                response.close()
+                raise
+
+        return LiteLLMChunks(begin, timeout_s, stall_s, deployment.provider, deployment.group)
+
+    async def _embed_once(
+        self,
+        deployment: Deployment,
+        texts: Sequence[Text],
+        params: Mapping[str, Any],
+        timeout_s: float,
+        resolve: Resolve,
+        encoding: str | None,
+        doubted: bool,
+    ) -> Vectors:
+        lane = self._litellm
+        given = {"input": listed(texts), **params}
+        if encoding is not None:
+            given["encoding_format"] = encoding
+        way = self._way("embedding", deployment, given, resolve)
+        if not isinstance(way, _Way):
+            return await lane.embed_once(
+                deployment, texts, params, timeout_s, resolve, encoding, doubted, way
+            )
+        call = Call(lane.module, deployment, way.params, timeout_s)
+        status, headers, data = await self._exchange(call, way)
+        told = read_vectors(data) if status == 200 else None
+        if told is None:
+            ear = self._handed_over(deployment, status, headers, data)
+            return await lane.embed_once(
+                deployment, texts, params, timeout_s, resolve, encoding, doubted, ear
+            )
+        paid, estimated = lane.paid(deployment, told.model, texts, told.prompt_tokens)
+        try:
+            array = decoded(told.data, len(texts), params.get("dimensions"), doubted=doubted)
+        except ResponseValidationError as error:
+            failure = call.error(error)
+            failure.paid = paid  # type: ignore[attr-defined]
+            raise failure from None
+        room = room_in(headers)
+        return Vectors(array, paid.prompt_tokens, paid.cost_nano, paid.model, estimated, room)
+
+    # ------------------------------------------------------------------------- what is known
+
+    def _way(
+        self,
+        route: str,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        resolve: Resolve,
+    ) -> _Way | Ear | None:
+        """How to relay a request; an ear for LiteLLM's lane to learn it with, or None: LiteLLM's.
+
+        Raises:
+            ConfigurationError: a secret is missing.
+        """
+        known = self._knowledge(deployment, resolve)
+        form = None if known is None else form_of(route, body)
+        if known is None or form is None:
+            return None
+        key = known.number, route, form
+        if key not in self._rules:
+            asked = asked_of(body)
+            return None if asked is None else Ear(learn=partial(self._learn, key, asked, known))
+        rule = self._rules[key]
+        try:
+            return None if rule is None else _Way(rule, rule.worded(body), known.params)
+        except TypeError:  # a number or a text that JSON's writer refuses
+            return None
+
+    def _knowledge(self, deployment: Deployment, resolve: Resolve) -> _Known | None:
+        """What is known of a deployment as it is now; None where the relay does not serve it."""
+        own: LaneName | None = deployment.params.get("lane")
+        name = self.lane if own is None else own
+        if name == "litellm" or (name == "auto" and deployment.provider not in AUTO):
+            return None
+        if self._litellm.module is None:
+            return None
+        params = resolve(deployment.params)
+        known = self._known.get(deployment.id)
+        if known is None or known.params != params or known.model != deployment.model:
+            if len(self._known) >= self._deployments_max:
+                self._known.clear()
+            self._numbers += 1
+            known = _Known(params, deployment.model, _is_steady(params), self._numbers)
+            self._known[deployment.id] = known
+        return known if known.is_steady else None
+
+    def _learn(self, key: _Key, asked: Mapping[str, bytes], known: _Known, ear: Ear) -> None:
+        if len(self._rules) >= self._forms_max:
+            self._rules.clear()
+        self._rules[key] = rule_of(key[1], asked, known.params, ear)
+
+    def _handed_over(
+        self,
+        deployment: Deployment,
+        status: int,
+        headers: Mapping[str, str],
+        content: bytes | _Rest,
+    ) -> Ear | None:
+        """An ear that holds an answer which is LiteLLM's to read. None for one that sends us
+        elsewhere: LiteLLM is to ask there."""
+        if status in LOST or 300 <= status < 400:
+            self._known.pop(deployment.id, None)
+        if 300 <= status < 400:
+            return None
+        # What is compressed has been unpacked by now.
+        kept = [(n, v) for n, v in headers.items() if n.lower() not in _OF_THE_WIRE]
+        if isinstance(content, bytes):
+            return Ear(httpx.Response(status, headers=kept, content=content))
+        return Ear(httpx.Response(status, headers=kept, stream=content))
+
+    # ------------------------------------------------------------------------------ the wire
+
+    async def _exchange(self, call: Call, way: _Way) -> tuple[int, Mapping[str, str], bytes]:
+        """One request and its whole answer: status, headers, body."""
+        outer = sys.exception()
+        try:
+            async with asyncio.timeout(call.limit_s):
+                response = await self._post(way)
+                body = await _whole(response, self._answer_bytes_max)
+                return response.status, response.headers, body
+        except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
+            raise call.error(error, outer) from None
+
+    async def _opened(self, call: Call, way: _Way) -> aiohttp.ClientResponse:
+        """One request, and the beginning of its answer."""
+        outer = sys.exception()
+        try:
+            async with asyncio.timeout(call.limit_s):
+                return await self._post(way)
+        except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
+            raise call.error(error, outer) from None
+
+    async def _post(self, way: _Way) -> aiohttp.ClientResponse:
+        rule = way.rule
+        self.relayed += 1
+        return await self._session().post(
+            rule.url, data=way.data, headers=rule.headers, ssl=rule.ssl, allow_redirects=False
+        )
+
+    def _session(self) -> aiohttp.ClientSession:
+        loop = asyncio.get_running_loop()
+        session = self._sessions.get(loop)
+        if session is None:
+            session = self._sessions[loop] = _new_session()
+        return session
+
+
+class _Rest(httpx.AsyncByteStream):
+    """What is left of a response, for LiteLLM to read."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for piece in self._response.content.iter_any():
+            yield piece
+
+    async def aclose(self) -> None:
+        self._response.close()
+
+
+def _new_session() -> aiohttp.ClientSession:
+    import aiohttp  # takes a while to import
+
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            limit=CONNECTIONS_MAX, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=DNS_S
+        ),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # the caller has a clock
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=READ_BYTES,
+    )
+
+
+async def _whole(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
+    """A response's body, unpacked."""
+    content = response.content
+    first = await content.readany()
+    if content.at_eof():
+        return first
+    pieces, size = [first], len(first)
+    while piece := await content.readany():
+        pieces.append(piece)
+        size += len(piece)
+        if size > bytes_max:
+            response.close()
+            raise ProviderError(f"the answer has more than {bytes_max} bytes")
+    return b"".join(pieces)
+
+
+def _is_steady(params: Mapping[str, Any]) -> bool:
+    return all(name in _PARAMS or name in _BODY or is_price(name) for name in params)
