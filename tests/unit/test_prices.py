@@ -26,6 +26,7 @@ from forebay.providers.prices import (
     Rate,
     dearest,
     text_only,
+    version_of,
 )
 from forebay.providers.tokenizers import NEWER, OLDER, Tokenizers
 from forebay.routing import Deployment
@@ -322,6 +323,13 @@ class TestSumsMadeHere:
                 }
                 told = Deployment(id="d", group="g", model=model, provider=model.partition("/")[0])
                 assert asked.of_usage(told, usage) == asked._from_list(model, usage)
+
+    async def test_they_are_of_the_list_that_the_version_names(self) -> None:
+        lane, here = LiteLLMProvider(InProcessModels()), deployment("openai/gpt-4o-mini")
+        await lane.warm()
+        assert lane.price(here, {"prompt_tokens": 3, "completion_tokens": 2}) == 1_650
+        assert lane.price_version(here) == f"litellm:{version_of(lane.module.model_cost)}"
+        await lane.close()
 
     @pytest.mark.parametrize(
         ("usage", "counts"),
