@@ -39,7 +39,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from actors.ledger.policy import nano
 from actors.rate_limiter.terms import Limits
-from forebay import routing, secrets
+from forebay import routing, secrets, yaml_lines
 from forebay.checks.finding import BuiltIn
 from forebay.checks.patterns import Pattern
 from forebay.defaults import USUAL, default_models, models_of
@@ -1163,7 +1163,7 @@ def _overlay(data: dict[str, Any], environ: Mapping[str, str], source: _Source) 
             continue
         source.variables[place] = variable
         try:
-            _put(data, place, text if place == ("data_dir",) else yaml.safe_load(text))
+            _put(data, place, text if place == ("data_dir",) else yaml_lines.value(text))
         except yaml.YAMLError:
             faults.append(Fault(place, "is not valid YAML"))
     return faults

@@ -61,6 +61,8 @@ _STARS = "a rating is 1 to 5, true or false, or 'up' or 'down'"
 def score_of(kind: FeedbackType, content: Any) -> int | None:
     """How good the answer was, 0 to SCORE_MAX; None where that is not said.
 
+    `useful` in words of somebody's own is praise; a number there is a rating like any other.
+
     Raises:
         InvalidRequest: a rating that is none.
     """
@@ -72,8 +74,8 @@ def score_of(kind: FeedbackType, content: Any) -> int | None:
         return SCORE_MAX if content else 0
     if isinstance(content, str) and (word := content.strip().lower()) in _WORDS:
         return _WORDS[word]
-    if kind is FeedbackType.USEFUL:
-        return SCORE_MAX  # in other words
+    if kind is FeedbackType.USEFUL and not isinstance(content, int | float):
+        return SCORE_MAX
     try:
         stars = float(content)
     except (TypeError, ValueError):
@@ -176,7 +178,11 @@ class FeedbackLoop:
         _check_text("response_id", named or None, RESPONSE_ID_CHARS_MAX)
         _check_text("id", feedback_id, ID_CHARS_MAX)
         own = self._new_id() if feedback_id is None else feedback_id
-        score = score_of(kind, content if rating is None else rating)
+        if rating is None:
+            score = score_of(kind, content)
+        else:  # stars, also for what was useful
+            rated = FeedbackType.RATING if kind is FeedbackType.USEFUL else kind
+            score = score_of(rated, rating)
         made = Feedback(
             f"{tenant}/{own}",
             tenant,

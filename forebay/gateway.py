@@ -202,6 +202,7 @@ class LiteLLMGateway:
             `total_requests`, `total_cost` (USD; `total_cost_nano` is exact), `total_tokens`,
             `success_rate` (0 to 1), `cache_hits`, `by_model`, and what they are made of.
         """
+        _require_asked(tenant_id)
         return self._loop.run(self._system.books.usage(tenant=tenant_id))
 
     def get_llmops_metrics(
@@ -214,7 +215,7 @@ class LiteLLMGateway:
             `_p50`, `_p95` and `_p99`, and the same `by_model`, `by_deployment` and `by_hour`, or
             `by_day` where the range is longer than a week.
         """
-        _require_hours(time_range_hours)
+        _require_asked(tenant_id, time_range_hours)
         told = self._system.books.metrics(tenant=tenant_id, hours=time_range_hours)
         return self._loop.run(told)
 
@@ -229,7 +230,7 @@ class LiteLLMGateway:
             that lost answers may have cost), `unpriced_entries` (of unknown price) and
             `cost_per_request`.
         """
-        _require_hours(time_range_hours)
+        _require_asked(tenant_id, time_range_hours)
         since = max(0.0, time.time() - time_range_hours * 3600)
         return self._loop.run(self._system.books.cost(tenant=tenant_id, since_s=since))
 
@@ -302,10 +303,12 @@ class LiteLLMGateway:
 
     def get_feedback_stats(self, tenant_id: str | None = None) -> dict[str, Any]:
         """How much feedback there is, of a tenant or of all; see `FeedbackLoop.statistics`."""
+        _require_asked(tenant_id)
         return self._loop.run(self._system.feedback.statistics(tenant_id))
 
     async def get_feedback_stats_async(self, tenant_id: str | None = None) -> dict[str, Any]:
         """As `get_feedback_stats`."""
+        _require_asked(tenant_id)
         return await self._loop.hand_over(self._system.feedback.statistics(tenant_id))
 
     # --------------------------------------------------------------------------- the desks
@@ -477,9 +480,14 @@ def _attach(runtime: Runtime, namespace: str) -> LiteLLMGateway:
     return LiteLLMGateway(runtime=runtime, namespace=namespace)
 
 
-def _require_hours(hours: float) -> None:
-    if not hours >= 0:
-        raise InvalidRequest.about("time_range_hours", "time_range_hours must not be negative")
+def _require_asked(tenant_id: Any, hours: Any = 0) -> None:
+    """That what figures are asked by can be asked for."""
+    if tenant_id is not None and not isinstance(tenant_id, str):
+        raise InvalidRequest.about("tenant_id", "tenant_id must be a string, or None for all")
+    if not isinstance(hours, int | float) or not hours >= 0:
+        raise InvalidRequest.about(
+            "time_range_hours", "time_range_hours must be a number that is not negative"
+        )
 
 
 def _generated(result: Result) -> GenerateResponse:

@@ -62,7 +62,7 @@ FAMILIES = (
     Family("forebay_route_seconds", "The same, by route.", ("route",), NANO, SECONDS),
     Family(
         "forebay_overhead_seconds",
-        "A request's time less what the provider took.",
+        "A request's time less what the provider took, or a call that it shared.",
         (),
         NANO,
         OVERHEAD_SECONDS,

@@ -323,13 +323,17 @@ class Pipeline:
         scope = self._scope(call)
         address = self._address(scope, call, request.group)
         facts.cache_key = self._cache_key(address)
+        asked_s = system.clock()
         try:
             found = await system.cache.lookup(
                 address, scope, read=read, join=join, patience_s=self._left(request)
             )
         except FlightFailed as failure:
             facts.cache = "joined"
+            self._note_wait(request, asked_s)
             raise codec.unpack_error(failure.error) from None
+        if isinstance(found, Joined):
+            self._note_wait(request, asked_s)
         if isinstance(found, Lead):
             facts.cache = "miss"
             system.meter.cache("miss")
@@ -377,6 +381,7 @@ class Pipeline:
                 chunks = replayed(call.route, self._shared(request, found))
             else:
                 listening = system.cache.listen(found.flight)
+                asked_s = system.clock()
                 try:
                     news = await listening.more(self._left(request))
                 except BaseException as failure:
@@ -385,6 +390,8 @@ class Pipeline:
                         raise
                     facts.cache = "joined"
                     raise codec.unpack_error(failure.error) from None
+                finally:
+                    self._note_wait(request, asked_s)
                 if news is None:
                     listening.close()
                     continue
@@ -402,6 +409,10 @@ class Pipeline:
         facts.cache = "miss"
         system.meter.cache("miss")
         return found
+
+    def _note_wait(self, request: _Request, since_s: float) -> None:
+        """Somebody else's call was waited for since then: that is no overhead of ours."""
+        request.facts.provider_s += self._system.clock() - since_s
 
     def _heard(self, request: _Request, whole: Answer) -> None:
         """The end of a stream that was somebody else's."""
@@ -432,17 +443,26 @@ class Pipeline:
         self, request: _Request, chunks: AsyncGenerator[dict[str, Any], None]
     ) -> AsyncGenerator[dict[str, Any], None]:
         """A stream that is not ours. The first item is no chunk, as in `Relay.own`."""
-        status = "cancelled"
+        status, follows = "cancelled", request.facts.cache == "joined"
+        clock = self._system.clock
+        asked_s: float | None = None
         try:
             yield {}
+            asked_s = clock()
             async for chunk in chunks:
+                if follows:
+                    self._note_wait(request, asked_s)
+                asked_s = None
                 yield chunk
+                asked_s = clock()
             status = "ok"
         except GatewayError as error:
             status = str(error.status)
             raise
         finally:
             await chunks.aclose()
+            if follows and asked_s is not None:
+                self._note_wait(request, asked_s)
             if status in ("ok", "cancelled"):
                 self._free(request)
             self._finish(request.call, request, status)
@@ -510,7 +530,11 @@ class Pipeline:
                 if texts.to_send:
                     await self._lead_texts(request, texts)
                 elif texts.awaited:
-                    await texts.wait(read=read, join=join, patience_s=self._left(request))
+                    asked_s = system.clock()
+                    try:
+                        await texts.wait(read=read, join=join, patience_s=self._left(request))
+                    finally:
+                        self._note_wait(request, asked_s)
                 elif texts.even():
                     break
         except FlightFailed as failure:

@@ -158,7 +158,7 @@ def _without_index(call: dict[str, Any]) -> dict[str, Any]:
 def _text_bytes(value: Any) -> int:
     """UTF-8 bytes of the texts in messages or a prompt; images and files are not counted."""
     if isinstance(value, str):
-        return len(value.encode())
+        return len(value.encode("utf-8", "surrogatepass"))  # Python's callers may have halves
     if isinstance(value, list):
         return sum(_text_bytes(item) for item in value)
     if isinstance(value, dict):

@@ -68,6 +68,10 @@ def path(arguments: argparse.Namespace, now_s: float) -> str:
         if start is not None:
             raise ConfigurationError("--start and --since: name one of them", param="since")
         start = _since(arguments.since, now_s)
+    if start is None and "hour" in groups:
+        raise ConfigurationError(
+            "--by hour needs --since or --start, a week ago at most", param="by"
+        )
     for name in ("start", "end"):
         try:
             moment(getattr(arguments, name) or "0")

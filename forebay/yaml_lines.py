@@ -1,4 +1,7 @@
-"""YAML with its line numbers, and without keys given twice."""
+"""YAML with its line numbers, whose keys are texts, and without keys given twice.
+
+YAML 1.1 takes the words `off`, `on`, `yes` and `no` for booleans, also where they name something.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Lines:
             ]
             if twice:
                 raise Unreadable(twice)
-            values = yaml.SafeLoader("").construct_document(root)
+            values = _value(root)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             said = getattr(error, "problem", None) or "unreadable characters"
@@ -74,6 +77,33 @@ class Lines:
                 break
             line, node = found
         return line
+
+
+def value(text: str) -> Any:
+    """What a text says, its keys as texts; None where it is empty. Raises yaml.YAMLError."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    return None if root is None else _value(root)
+
+
+def _value(root: yaml.Node) -> Any:
+    for key in _keys(root, set()):
+        if key.tag != "tag:yaml.org,2002:merge":
+            key.tag = "tag:yaml.org,2002:str"
+    return yaml.SafeLoader("").construct_document(root)
+
+
+def _keys(node: yaml.Node, seen: set[int]) -> Iterator[yaml.ScalarNode]:
+    """The keys of all mappings in it."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        yield from (key for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for _, inner in node.value:
+            yield from _keys(inner, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _keys(item, seen)
 
 
 def _child(node: yaml.Node | None, step: str | int) -> tuple[int, yaml.Node] | None:

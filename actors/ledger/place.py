@@ -87,6 +87,8 @@ class SqlitePlace:
                 " ledger_url"
             ) from None
         try:
+            # It holds answers and what people say of them; its log takes its mode.
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._connection = self._engine().connect()
             self._make_durable(self._connection)
         except BaseException:

@@ -192,14 +192,22 @@ class Totals:
     def _sums(self) -> list[int]:
         return [getattr(self, name) for name in SUMS]
 
-    def as_dict(self) -> dict[str, Any]:
-        """What users read. `success_rate` is 0..1, and 0 where nothing was asked."""
+    def as_dict(self, *, by_attempt: bool = False) -> dict[str, Any]:
+        """What users read. `success_rate` is 0..1, and 0 where nothing was asked.
+
+        It is that of requests; with `by_attempt`, for what is told of a deployment, that of the
+        attempts there: a request counts where its first attempt was, its success where its last.
+        """
+        # In a range, or an hour, there may be a request's last attempt without its first one.
+        asked = max(
+            self.attempts if by_attempt and self.attempts else self.requests, self.succeeded
+        )
         return {
             "total_requests": self.requests,
             "successful_requests": self.succeeded,
             "refused_requests": self.refused,
             "failed_requests": max(0, self.requests - self.succeeded - self.refused),
-            "success_rate": self.succeeded / self.requests if self.requests else 0.0,
+            "success_rate": self.succeeded / asked if asked else 0.0,
             "cache_hits": self.hits,
             "joined_requests": self.joined,
             "entries": self.entries,

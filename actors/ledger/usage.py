@@ -158,13 +158,15 @@ class Reading:
         for kind, found in self._kinds.items():
             if len(kind) == 1:
                 told[f"by_{kind[0]}"] = {
-                    _name(kind[0], key[0]): sums.as_dict() for key, sums in _most(found)
+                    _name(kind[0], key[0]): sums.as_dict(by_attempt=kind == ("deployment",))
+                    for key, sums in _most(found)
                 }
         if self._asked:
+            by_attempt = "deployment" in self._asked
             told["data"] = [
                 {
                     **dict(zip(self._asked, map(_name, self._asked, key), strict=True)),
-                    **sums.as_dict(),
+                    **sums.as_dict(by_attempt=by_attempt),
                 }
                 for key, sums in _most(self._kinds[self._asked])
             ]

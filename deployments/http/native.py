@@ -110,7 +110,7 @@ async def record_feedback(exchange: Exchange) -> None:
                 f"Unknown field {name[:64]!r}; there are {', '.join(FEEDBACK_FIELDS)}.",
                 code="unknown_parameter",
             )
-    if not isinstance(body.get("response_id"), str):
+    if not body.get("response_id") or not isinstance(body["response_id"], str):
         raise InvalidRequest.about(
             "response_id",
             "Name the answer: 'response_id' is its 'id', or the x-request-id that came with it.",
@@ -120,10 +120,12 @@ async def record_feedback(exchange: Exchange) -> None:
         raise InvalidRequest.about(
             "rating", "Give a 'rating' or a 'type'.", code="missing_required_parameter"
         )
-    kind = body.get("type") or "rating"
+    kind = "rating" if body.get("type") is None else body["type"]
+    if not isinstance(kind, str):
+        raise InvalidRequest.about("type", "'type' must be a string.", code="invalid_type")
     if body.get("rating") is not None and kind not in ("rating", "useful"):
         raise InvalidRequest.about(
-            "rating", f"A {str(kind)[:32]} has no 'rating'; leave it out.", code="invalid_value"
+            "rating", f"A {kind[:32]} has no 'rating'; leave it out.", code="invalid_value"
         )
     recorded = await exchange.service.record_feedback(
         tenant,

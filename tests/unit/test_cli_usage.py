@@ -133,6 +133,11 @@ def test_csv_of_nothing_has_its_head(run: Shell) -> None:
     assert lines[0].startswith("day,model,total_requests,")
 
 
+def test_hours_without_a_beginning_are_a_mistake_of_usage(run: Shell, service: Told) -> None:
+    assert "--by hour needs --since" in run("--by", "model,hour", code=2)
+    assert not service.queries
+
+
 def test_a_tenant_sees_its_own_and_is_refused_anothers(run: Shell, service: Told) -> None:
     own = json.loads(run("--json", "--by", "tenant", key="fb-acme"))
     assert list(own["by_tenant"]) == ["acme"]

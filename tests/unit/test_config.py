@@ -817,6 +817,16 @@ fallbacks: [gtp]
         (problem,) = check(file(text), {})
         assert (problem.line, words in problem.message) == (line, True), problem
 
+    def test_names_are_texts_even_where_yaml_has_another_word_for_them(self, file: Any) -> None:
+        text = "validation:\n  off: [pii]\n  blocked_patterns: {no: secret, 5: five}\n"
+        told = load(
+            file("gateway:\n  " + text.replace("\n", "\n  ").strip()), {}
+        ).gateway.validation
+        assert told.off == ["pii"]
+        assert told.blocked_patterns == {"no": "secret", "5": "five"}
+        told = load(None, {"FOREBAY_VALIDATION": "{off: [pii]}"}).gateway.validation
+        assert told.off == ["pii"]
+
     def test_merged_keys_are_no_duplicates(self, file: Any) -> None:
         text = "server: &s {port: 1}\n"
         assert load(file(text + "gateway: {timeout: 3}\n"), {}).server.port == 1

@@ -75,6 +75,19 @@ def test_other_types_have_a_score_of_their_own_or_none() -> None:
     assert score_of(FeedbackType.IMPROVEMENT, "shorter") is None
     assert score_of(FeedbackType.USEFUL, "it helped me") == 1000
     assert score_of(FeedbackType.USEFUL, False) == 0
+    assert score_of(FeedbackType.USEFUL, 2) == 250
+    with pytest.raises(InvalidRequest):
+        score_of(FeedbackType.USEFUL, 0)
+
+
+async def test_stars_are_stars_whatever_they_are_sent_as(house: Open) -> None:
+    here = await house()
+    told = await here.system.feedback.record("useful", "hm", tenant="acme", rating=1)
+
+    assert told is not None
+    assert told["score"] == 0.0
+    with pytest.raises(InvalidRequest, match="a rating is"):
+        await here.system.feedback.record("useful", tenant="acme", rating="blah")
 
 
 async def answered(here: House, text: str = "hello", model: str = "m") -> Call:

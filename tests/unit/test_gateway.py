@@ -54,12 +54,21 @@ async def test_an_async_stream_takes_stream_options(gateway: LiteLLMGateway) -> 
     assert [text async for text in gateway.generate_stream("hi", **USAGE)] == ["fine"]
 
 
-@pytest.mark.parametrize("hours", [-1, float("nan")])
-def test_a_time_range_that_makes_no_sense_is_named(gateway: LiteLLMGateway, hours: float) -> None:
+@pytest.mark.parametrize("hours", [-1, float("nan"), "24", None])
+def test_a_time_range_that_makes_no_sense_is_named(gateway: LiteLLMGateway, hours: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         gateway.get_llmops_metrics(time_range_hours=hours)
 
     assert caught.value.param == "time_range_hours"
+
+
+def test_a_tenant_that_is_no_text_is_named(gateway: LiteLLMGateway) -> None:
+    wrong: Any = 5
+    asks = (gateway.get_usage_stats, gateway.get_cost_summary, gateway.get_feedback_stats)
+    for ask in (*asks, gateway.get_llmops_metrics):
+        with pytest.raises(InvalidRequest) as caught:
+            ask(tenant_id=wrong)
+        assert caught.value.param == "tenant_id"
 
 
 @pytest.mark.parametrize("hours", [1e30, float("inf")])

@@ -54,7 +54,10 @@ async def test_what_was_there_before_is_not_created() -> None:
     [
         ({"rating": 5}, "response_id"),
         ({"response_id": 5, "rating": 5}, "response_id"),
+        ({"response_id": "", "rating": 5}, "response_id"),
         ({"response_id": "x"}, "rating"),
+        ({"response_id": "x", "rating": 5, "type": False}, "type"),
+        ({"response_id": "x", "rating": 5, "type": {}}, "type"),
         ({"response_id": "x", "content": "y"}, "rating"),
         ({"response_id": "x", "rating": 1, "type": "error"}, "rating"),
         ({"response_id": "x", "rating": 1, "tenant": "ops"}, "tenant"),

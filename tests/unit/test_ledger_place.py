@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from actors.ledger.owner import Ledger
 from actors.ledger.policy import StoreFailed
 from forebay.config import GatewayConfig, SystemConfig, sqlite_path
 from forebay.errors import ConfigurationError
@@ -55,6 +56,16 @@ def test_a_reference_that_leads_nowhere_fails_the_store(tmp_path: Path) -> None:
         LedgerUrl("os.environ/NO_SUCH", str(tmp_path))()
     with pytest.raises(StoreFailed, match="ledger_url: secret/"):
         LedgerUrl("secret/" + "0" * 32, str(tmp_path))()
+
+
+async def test_nobody_else_on_the_machine_reads_the_file(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path / "ledger.db"))
+    try:
+        await ledger.append("p", 1, [entry(1)])
+        assert {one.stat().st_mode & 0o077 for one in tmp_path.iterdir()} == {0}
+        assert (tmp_path / "ledger.db-wal").exists()
+    finally:
+        await ledger.close()
 
 
 def test_one_ledger_has_one_name_without_a_password() -> None:

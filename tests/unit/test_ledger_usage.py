@@ -64,7 +64,8 @@ def naive(
     def grouped(*by: GroupBy) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
         keys = {tuple(value_of(e, group) for group in by) for e in mine}
         for key in sorted(keys):
-            yield key, fold(e for e in mine if key == tuple(value_of(e, g) for g in by)).as_dict()
+            same = fold(e for e in mine if key == tuple(value_of(e, g) for g in by))
+            yield key, same.as_dict(by_attempt="deployment" in by)
 
     told: dict[str, Any] = fold(mine).as_dict()
     for group in dict.fromkeys((*groups, "model")):
@@ -261,6 +262,32 @@ async def test_long_texts_are_kept_where_they_are_part_of_an_index(keep: Keep) -
         assert (told["total_requests"], len(told["data"])) == (1, 1)
 
     await with_ledger(work, keep)
+
+
+async def test_a_deployments_rate_of_success_is_that_of_the_attempts_there() -> None:
+    async def told(ledger: Ledger) -> dict[str, Any]:
+        failed = {"status": "voided", "error": "500", "http_status": 502, "deployment": "down"}
+        saved = {"attempt": 2, "deployment": "spare"}
+        some = [entry(1, request_id="r", **failed), entry(2, request_id="r", **saved)]
+        some += [entry(3, deployment="spare"), entry(4, status="hit", deployment="")]
+        await ledger.append("p", 1, some)
+        return await ledger.usage(group_by=("model", "deployment"))
+
+    ledger = Ledger()
+    try:
+        found = await told(ledger)
+    finally:
+        await ledger.close()
+    rates = {name: one["success_rate"] for name, one in found["by_deployment"].items()}
+    assert rates == {"": 1.0, "down": 0.0, "spare": 1.0}
+    assert [row["success_rate"] for row in found["data"]] == [1.0, 0.0, 1.0]
+    assert found["success_rate"] == 1.0
+
+
+def test_a_rate_of_success_is_never_above_one() -> None:
+    # The first attempt of its request was before midnight.
+    assert fold([entry(1, attempt=2)]).as_dict()["success_rate"] == 1.0
+    assert fold([entry(1, attempt=2), entry(2)]).as_dict()["success_rate"] == 1.0
 
 
 def test_attempts_are_what_a_provider_was_asked_for() -> None:

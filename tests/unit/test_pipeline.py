@@ -234,6 +234,16 @@ async def test_closing_a_stream_settles_it_however_little_was_taken(
     assert [e.status for e in await here.entries(call)] == ["posted"]
 
 
+async def test_a_cut_stream_is_paid_whatever_text_it_was_asked(house: Open) -> None:
+    here = await house(rate_limit_config=LIMITS)
+    call = here.call("half a pair: \ud83d")  # as Python reads bytes that are no UTF-8
+    stream = await here.pipeline.stream(call)
+    await stream.chunks.aclose()
+
+    assert here.at_rest
+    assert [(e.status, e.estimated) for e in await here.entries(call)] == [("posted", True)]
+
+
 async def test_a_stream_that_nobody_ever_takes_settles_when_it_is_dropped(house: Open) -> None:
     here = await house(rate_limit_config=LIMITS)
     stream = await here.pipeline.stream(here.call())

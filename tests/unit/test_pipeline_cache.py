@@ -15,7 +15,7 @@ from actors.rate_limiter.terms import Refusal
 from actors.ref import OwnerUnavailable
 from deployments.gateway import PipelineService
 from deployments.http.service import HttpCall, StreamReply
-from forebay.call import Call, Result, Route
+from forebay.call import Call, Facts, Result, Route
 from forebay.errors import (
     GatewayTimeout,
     InvalidRequest,
@@ -435,6 +435,34 @@ async def test_followers_of_a_stream_get_its_chunks_as_they_come(house: Open) ->
     assert here.provider.asked == ["openai/a"]
     assert [e.status for e in await here.entries(early.call)] == ["joined"]
     assert here.at_rest
+
+
+@pytest.mark.parametrize("kind", ["whole", "texts", "stream"])
+async def test_the_time_of_a_shared_call_is_no_overhead(house: Open, kind: str) -> None:
+    here = await house()
+    now = 1000.0
+    here.system.clock = lambda: now
+    gate = asyncio.Event()
+    here.provider.steps = {"openai/a": [gate], "openai/text-embedding-x": [gate]}
+
+    async def asked() -> Facts:
+        if kind == "stream":
+            stream = await here.pipeline.stream(here.call())
+            await drained(stream)
+            return stream.facts
+        call = texts("a") if kind == "texts" else here.call()
+        return (await here.pipeline.answer(call)).facts
+
+    tasks = [asyncio.create_task(asked()) for _ in range(2)]
+    while not here.provider.asked:
+        await settle()
+    await settle()  # the second one waits for the first by now
+    now += 30
+    gate.set()
+    led, joined = await asyncio.gather(*tasks)
+
+    assert (led.cache, joined.cache) == ("miss", "joined")
+    assert [(one.total_s, one.overhead_s) for one in (led, joined)] == [(30.0, 0.0)] * 2
 
 
 async def test_a_leader_that_leaves_does_not_end_the_stream_of_its_followers(house: Open) -> None:
