@@ -1021,22 +1021,14 @@ class Pipeline:
         outlives = request.own_deadline and lead is not None and lead.flight is not None
         while True:
             attempt = await self._next(request, plan)
-            system, facts, call = self._system, request.facts, request.call
+            system, facts = self._system, request.facts
             entry = await self._open_entry(request, attempt, stream=True)
             self._begin(attempt)
-            open_stream = (
-                system.provider.chat_stream
-                if call.route == "chat"
-                else system.provider.completion_stream
-            )
-            # Its own clock keeps both times; another one here would cost as much as a chunk.
-            chunks = open_stream(
-                attempt.deployment,
-                _with_usage(self._body(request, attempt.deployment)),
-                timeout_s=self._left(request) + (request.ends_s - request.deadline_s) * outlives,
-                resolve=system.resolve,
-                stall_s=system.config.gateway.stall_timeout,
-            )
+            try:
+                chunks = self._opened(request, attempt, outlives)
+            except BaseException:
+                self._abandon(request, attempt, entry)
+                raise
             try:
                 first = await self._first_of(request, chunks, outlives)
             except (GatewayError, StopAsyncIteration) as failure:
@@ -1049,8 +1041,7 @@ class Pipeline:
                 plan.failed(attempt.deployment, error, verdict)
                 continue
             except BaseException:
-                system.books.void_call(entry, None)
-                self._judge(request, attempt, None, ignored=True)
+                self._abandon(request, attempt, entry)
                 await chunks.aclose()
                 raise
             attempt.took_s = system.clock() - attempt.begun_s
@@ -1062,7 +1053,7 @@ class Pipeline:
                 attempt.admitted = system.breaker.begun(attempt.admitted, begun)
             system.meter.first_token(system.clock() - request.started_s)
             facts.total_s = system.clock() - request.started_s
-            tally = StreamTally(call.route)
+            tally = StreamTally(request.call.route)
             flow = _Flow(request, attempt, entry, lead, tally, system.clock())
             relay = Relay(
                 chunks,
@@ -1085,6 +1076,24 @@ class Pipeline:
             await anext(own)
             return Stream(own, facts)
 
+    def _opened(self, request: _Request, attempt: _Attempt, outlives: bool) -> Chunks:
+        system = self._system
+        chat = request.call.route == "chat"
+        open_stream = system.provider.chat_stream if chat else system.provider.completion_stream
+        # Its own clock keeps both times; another one here would cost as much as a chunk.
+        return open_stream(
+            attempt.deployment,
+            _with_usage(self._body(request, attempt.deployment)),
+            timeout_s=self._left(request) + (request.ends_s - request.deadline_s) * outlives,
+            resolve=system.resolve,
+            stall_s=system.config.gateway.stall_timeout,
+        )
+
+    def _abandon(self, request: _Request, attempt: _Attempt, entry: OpenEntry | None) -> None:
+        """The caller went away, or we failed ourselves: nothing is known of the deployment."""
+        self._system.books.void_call(entry, None)
+        self._judge(request, attempt, None, ignored=True)
+
     async def _first_of(self, request: _Request, chunks: Chunks, outlives: bool) -> dict[str, Any]:
         if not outlives:
             return await anext(chunks)
@@ -1100,7 +1109,18 @@ class Pipeline:
             ) from None
 
     def _settle_stream(self, flow: _Flow, ending: Ending) -> None:
-        """A stream is over: judge, settle, and land. A whole, valid one is kept as answers are."""
+        """A stream is over. Whatever goes wrong here, nothing stays open."""
+        try:
+            self._end_stream(flow, ending)
+        except BaseException:
+            self._system.books.void_call(flow.entry, None)
+            self._settle(flow.request)
+            if flow.lead is not None:
+                self._system.cache.land(flow.lead, None)
+            raise
+
+    def _end_stream(self, flow: _Flow, ending: Ending) -> None:
+        """Judge, settle, and land. A whole, valid stream is kept as answers are."""
         system, request, attempt = self._system, flow.request, flow.attempt
         facts, lead = request.facts, flow.lead
         self._note_time(flow)

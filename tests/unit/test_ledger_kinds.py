@@ -358,3 +358,24 @@ async def test_each_kind_of_request_leaves_its_rows(
 def _told(value: Any, wanted: Any) -> Any:
     """What is to be compared; of an error its beginning only."""
     return value[: len(wanted)] if isinstance(value, str) and isinstance(wanted, str) else value
+
+
+@pytest.mark.parametrize("when", ["before it opens", "when it settles"])
+async def test_what_fails_inside_us_leaves_nothing_open(house: Open, when: str) -> None:
+    here = await house()
+
+    def broken(*_: object, **__: object) -> int:
+        raise ZeroDivisionError(when)
+
+    here.provider.price = broken  # type: ignore[method-assign]
+    here.provider.cost_nano = None
+    if when == "before it opens":
+        here.provider.chat_stream = broken  # type: ignore[method-assign, assignment]
+    call = here.call()
+    with pytest.raises(ZeroDivisionError):
+        await streamed(here, call)
+
+    (entry,) = await here.entries(call)
+    assert entry.status == "unsettled"
+    assert entry.cost_nano > 0
+    assert here.at_rest
