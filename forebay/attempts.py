@@ -1,6 +1,6 @@
 """Which deployment is tried next, and after what pause: retries and fallbacks as a plan.
 
-Rule 1: only decisions live here; the pipeline makes the calls and reports what came of them.
+Rule 1: only decisions live here; `trying.py` makes the attempts and reports what came of them.
 Rule 2: a retry goes to another deployment at once; back to the same one only after a pause with
         full jitter (Brooker, "Exponential Backoff And Jitter", AWS 2015), never sooner than the
         provider's Retry-After.

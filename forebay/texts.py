@@ -31,6 +31,15 @@ ROUNDS_MAX = 16
 OF_THE_PROVIDER = (ProviderError, CircuitBreakerOpenError, GatewayTimeout)
 
 
+def inputs_of(given: Any) -> list[Text]:
+    """What is to be embedded, one by one; token ids as tuples."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [tuple(given)]
+    return [one if isinstance(one, str) else tuple(one) for one in given]
+
+
 class Texts:
     """Owns the rows of one request, and what it leads until that has landed; bounded by its list.
 

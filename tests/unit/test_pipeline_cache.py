@@ -256,7 +256,7 @@ async def test_vectors_of_a_model_that_has_changed_are_forgotten(
 async def test_with_nothing_stored_long_lists_are_no_news_to_anybody(
     house: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forebay.pipeline.JOINED_TEXTS_MAX", 2)
+    monkeypatch.setattr("forebay.sharing.JOINED_TEXTS_MAX", 2)
     here = await house()
     result = await here.pipeline.answer(texts("a", "bb", "a"))
     assert (result.facts.cache, here.system._refs["cache"].sent["lookup"]) == ("off", 0)
