@@ -60,7 +60,8 @@ class Account:
     be sent and not yet written; None where nobody says what is written.
 
     Failure behaviour: it lives as long as the job's driver and remembers nothing for the next run,
-    which has its own allowance. What a dead worker had set aside stays set aside.
+    which has its own allowance. What a worker that died had under way counts as spent, at its most,
+    as soon as the worker is there again.
     """
 
     most_nano: int | None = None
@@ -69,11 +70,20 @@ class Account:
     _blocks: int = 0
     _unpriced: bool = False
     _aside: dict[str, tuple[int, int]] = field(default_factory=dict)  # block → nano-USD, rows
+    _lost: dict[str, int] = field(default_factory=dict)  # block → nano-USD
     _finished: dict[str, None] = field(default_factory=dict)
     _files: dict[str, None] = field(default_factory=dict)
     _written: int = 0
     _error: GatewayError | None = None
     _out_of_money: bool = False
+
+    def began(self, worker: str) -> None:
+        """A worker is there, perhaps again: nobody tells what came of its blocks under way.
+
+        The ids of a worker's blocks begin with its name.
+        """
+        for block in [name for name in self._aside if name.startswith(worker)]:
+            self._lost[block], _ = self._aside.pop(block)
 
     def begin(self, block: str, cost_nano: int, rows: int, patient: bool = True) -> Answer:
         """Whether a block that costs `cost_nano` at most may be sent.
@@ -89,7 +99,8 @@ class Account:
             unwritten = under_way + self._sums.rows - self._written
             if unwritten and unwritten + rows > self.unwritten_max:
                 return "full"
-        spent = (self._sums.cost_nano or 0) + sum(cost for cost, _ in self._aside.values())
+        spent = (self._sums.cost_nano or 0) + sum(self._lost.values())
+        spent += sum(cost for cost, _ in self._aside.values())
         if self.most_nano is not None and spent + cost_nano > self.most_nano:
             if self._aside:
                 return "wait"  # those under way may turn out cheaper than they could be
@@ -107,6 +118,7 @@ class Account:
     def end(self, block: str, done: Done) -> None:
         """A block is through."""
         self._aside.pop(block, None)
+        self._lost.pop(block, None)  # said before the worker died, and heard after
         if block in self._finished:
             return
         _remember(self._finished, block)

@@ -28,7 +28,7 @@ from forebay.pipelines import places
 from forebay.pipelines.account import Account, Figures
 from forebay.pipelines.census import Census, Counted, count, total
 from forebay.pipelines.estimate import Plan
-from forebay.pipelines.places import DEAD_LETTER, Place
+from forebay.pipelines.places import DEAD_LETTER, TASK_CPUS, Place, tasks_at_once
 from forebay.pipelines.system import Route, rates_of
 from forebay.pipelines.worker import Work, Worker
 
@@ -39,9 +39,6 @@ RUNNING = "running"
 """A file that is there while a job runs, and after it was killed."""
 POLL_S = 0.5
 IDS_SHOWN = 3
-WORKER_CPUS = 0.1
-IO_CPUS = 0.25
-"""Of a core, for tasks that read and write: they wait most of the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +190,8 @@ class Job:
             _counted,
             batch_format="pyarrow",
             batch_size=None,
-            num_cpus=IO_CPUS,
+            num_cpus=TASK_CPUS,
+            concurrency=tasks_at_once(),
             fn_kwargs={"work": setting.work, "id_column": id_column},
         )
         ids = self._finished()
@@ -228,7 +226,11 @@ class Job:
 
         dataset = places.read(self.src).select_columns([name])
         dataset = dataset.map_batches(
-            same, batch_format="pyarrow", batch_size=None, num_cpus=IO_CPUS
+            same,
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=TASK_CPUS,
+            concurrency=tasks_at_once(),
         )
         found = Counter(row[name] for row in dataset.iter_rows()).most_common(IDS_SHOWN)
         twice = [f"{value!r} ({times} times)" for value, times in found if times > 1]
@@ -340,7 +342,9 @@ class Job:
                 watching.callback(over.set)
             sink = Sink(dst, self.setting.work.error_column, self.setting.only_good, account)
             try:
-                dataset.write_datasink(sink, ray_remote_args={"num_cpus": IO_CPUS})
+                dataset.write_datasink(
+                    sink, ray_remote_args={"num_cpus": TASK_CPUS}, concurrency=tasks_at_once()
+                )
             except Exception as error:  # noqa: BLE001 (Ray wraps whatever was raised)
                 raise _failure(error) from None
         told: Any = ray.get(account.figures.remote())
@@ -417,12 +421,12 @@ def apply(
 
     dataset = dataset.repartition(target_num_rows_per_block=setting.block_rows)
     # It would ask for a whole core; there is no other way to tell it.
-    dataset._logical_plan.dag.ray_remote_args["num_cpus"] = IO_CPUS
+    dataset._logical_plan.dag.ray_remote_args["num_cpus"] = TASK_CPUS
     return dataset.map_batches(
         Worker,
         batch_format="pyarrow",
         batch_size=None,
-        num_cpus=WORKER_CPUS,
+        num_cpus=TASK_CPUS,
         compute=ActorPoolStrategy(
             size=setting.workers,
             max_tasks_in_flight_per_actor=setting.blocks_at_once,

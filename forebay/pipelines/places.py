@@ -18,8 +18,12 @@ ENDINGS: dict[str, Format] = {
     "parquet": "parquet", "pq": "parquet", "jsonl": "jsonl", "ndjson": "jsonl", "json": "jsonl",
     "csv": "csv",
 }  # fmt: skip
-READ_CPUS = 0.25
-"""Of a core, for each task that reads: it waits most of the time."""
+TASK_CPUS = 0
+"""Of a core, for each task and worker of a job. Ray Data splits whole cores evenly among drivers,
+and counts one that was killed for three minutes more: on two cores a third has none, and nothing
+that asks for a part of one is ever run."""
+TASKS_PER_CORE = 2
+"""Tasks of one kind at once, instead: they wait most of the time."""
 DEAD_LETTER = "_dead_letter"
 """The folder in a destination that failed rows go to. Readers skip names that begin so."""
 
@@ -108,6 +112,14 @@ def destination(path: str | os.PathLike[str], filesystem: Any = None) -> Place:
     return place
 
 
+def tasks_at_once() -> int:
+    """How many tasks of one kind run at once, on all of the cluster."""
+    import ray
+
+    cluster: Any = ray
+    return TASKS_PER_CORE * max(1, int(cluster.cluster_resources().get("CPU", 1)))
+
+
 def read(place: Place) -> Any:
     """The place's rows, as a `ray.data.Dataset`."""
     import ray.data
@@ -121,7 +133,11 @@ def read(place: Place) -> Any:
     endings = {} if place.format == "parquet" else {"file_extensions": None}
     try:
         return readers[place.format](
-            place.inner, filesystem=place.filesystem, num_cpus=READ_CPUS, **endings
+            place.inner,
+            filesystem=place.filesystem,
+            num_cpus=TASK_CPUS,
+            concurrency=tasks_at_once(),
+            **endings,
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -70,6 +70,11 @@ class Worker:
         loud: bool,
         done: tuple[Any, ...] | None = None,
     ) -> None:
+        import ray
+
+        # An actor that Ray starts again has the name that it had.
+        self._name = ray.get_runtime_context().get_actor_id() or uuid.uuid4().hex
+        ray.get(account.began.remote(self._name))
         self._work = work
         self._loud = loud
         self._account = account
@@ -90,7 +95,7 @@ class Worker:
             table = self._finished.left_of(table)
         if not table.num_rows:
             return self._work.nothing(table)
-        block = uuid.uuid4().hex
+        block = f"{self._name}-{uuid.uuid4().hex}"
         most_nano = self._work.most_nano(self._gateway, table) if self._limited else 0
         waited_s = 0.0
         while True:

@@ -74,6 +74,27 @@ def test_what_is_said_twice_is_counted_once() -> None:
     assert account.begin("b", 50, 100) == "go"
 
 
+def test_what_a_dead_worker_had_under_way_counts_as_spent_and_is_waited_for_no_more() -> None:
+    account = Account(most_nano=100, unwritten_max=10)
+    account.began("one")
+    assert account.begin("one-a", 60, 10) == "go"
+    assert account.begin("two-b", 50, 10) == "full"
+    account.began("one")
+    account.began("one")
+    assert account.begin("two-c", 40, 10) == "go"
+    assert account.begin("two-d", 10, 10, patient=False) == "wait"
+    account.end("two-c", Done(10, 0, 10, 40))
+    assert account.begin("two-d", 10, 10, patient=False) == "stop"
+
+
+def test_what_a_dead_worker_said_last_is_not_counted_beside_its_most() -> None:
+    account = Account(most_nano=100)
+    assert account.begin("one-a", 60, 10) == "go"
+    account.began("one")
+    account.end("one-a", Done(10, 0, 10, 20))
+    assert account.begin("one-b", 80, 10) == "go"
+
+
 def test_rows_that_are_not_written_keep_others_back() -> None:
     account = Account(None, 10)
     assert account.begin("a", 0, 6) == "go"
