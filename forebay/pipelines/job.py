@@ -12,6 +12,7 @@ import json
 import pickle
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -180,6 +181,7 @@ class Job:
     def _census(self, found: Mapping[str, Any]) -> tuple[Census, int]:
         """What the source holds, and how many of its rows earlier runs have finished."""
         from pandas.util import hash_array
+        from ray.data import TaskPoolStrategy
 
         if not found:
             return total([]), 0
@@ -191,7 +193,7 @@ class Job:
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=TASK_CPUS,
-            concurrency=tasks_at_once(),
+            compute=TaskPoolStrategy(size=tasks_at_once()),
             fn_kwargs={"work": setting.work, "id_column": id_column},
         )
         ids = self._finished()
@@ -217,6 +219,7 @@ class Job:
     def _say_twice(self, hashed: int) -> None:
         """Name the ids that are there twice; two ids of one hash are no fault."""
         from pandas.util import hash_array
+        from ray.data import TaskPoolStrategy
 
         name = self.setting.id_column
 
@@ -230,7 +233,7 @@ class Job:
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=TASK_CPUS,
-            concurrency=tasks_at_once(),
+            compute=TaskPoolStrategy(size=tasks_at_once()),
         )
         found = Counter(row[name] for row in dataset.iter_rows()).most_common(IDS_SHOWN)
         twice = [f"{value!r} ({times} times)" for value, times in found if times > 1]
@@ -454,6 +457,8 @@ def own_context() -> Iterator[None]:
     """Ray Data's settings for a job: the caller's own, without bars beside ours."""
     from ray.data import DataContext
 
+    # Ray warns of every task pool that is larger than its input; ours are, for small files.
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks", UserWarning)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.checkpoint_config = None

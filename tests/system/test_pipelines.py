@@ -22,7 +22,7 @@ from tests.support.simulator import truth
 from tests.support.upstream import Record, Upstream
 
 FULL = os.environ.get("FOREBAY_CHAOS_FULL") == "1"
-ROWS, BLOCK = (100_000, 500) if FULL else (5_000, 40)
+ROWS, BLOCK = (100_000, 500) if FULL else (800, 20)
 KILLS = 2
 BLOCKS_MAX = 16 + 8
 """Blocks that are sent and not committed, at most: those that `Account.begin` lets be unwritten,
@@ -55,13 +55,19 @@ def paid_texts(log: Sequence[Record]) -> int:
     return sum(record.texts for record in log if record.status == 200)
 
 
+def answered(folder: Path) -> dict[int, str]:
+    lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.open()]
+    assert len({line["id"] for line in lines}) == len(lines)
+    return {line["id"]: line["answer"] for line in lines}
+
+
 def read(folder: Path) -> pa.Table:
     return parquet.read_table(folder).sort_by("id")
 
 
 @pytest.mark.ray
 def test_killed_twice_a_job_loses_and_doubles_nothing(
-    up: support.UpProcess, upstream: Upstream, tmp_path: Path
+    up: support.UpProcess, upstream: Upstream, ray_driver: Any, tmp_path: Path
 ) -> None:
     """Rows are equal in the end; what is paid twice was under way when the driver was killed."""
     poison = range(7, ROWS, ROWS // 10)
@@ -71,6 +77,8 @@ def test_killed_twice_a_job_loses_and_doubles_nothing(
     upstream.script(latency=0.2)
     job = ("embed", src, dst, "--model", "sim-embed", "--text-column", "text", "--id-column", "id")
     job = (*job, "--dimensions", 8, "--block-rows", BLOCK, "--json")
+    given: dict[str, Any] = {"model": "sim-embed", "text_column": "text", "id_column": "id"}
+    given |= {"dimensions": 8, "block_rows": BLOCK}
 
     for kill in range(1, KILLS + 1):
         with subprocess.Popen(command(up, *job), env=up.env, cwd=support.ROOT) as driver:
@@ -82,87 +90,59 @@ def test_killed_twice_a_job_loses_and_doubles_nothing(
                 assert time.monotonic() < deadline_s
                 time.sleep(0.05)
             driver.kill()
-    ended = forebay(up, *job)
+    report = pipelines.embed_parquet(src, dst, **given)
 
-    assert ended.returncode == 3, ended.stderr
-    report = json.loads(ended.stdout)
+    assert report is not None
     table, dead = read(dst), read(dst / "_dead_letter")
-    assert 0 < report["done_before"] < ROWS
-    assert report["left"] == 0
+    assert KILLS * ROWS // (KILLS + 2) <= report.done_before < ROWS
+    assert report.done_before + report.rows == ROWS
+    assert report.left == 0
     assert sorted(table["id"].to_pylist() + dead["id"].to_pylist()) == list(range(ROWS))
     assert dead["id"].to_pylist() == list(poison)
     found = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
     np.testing.assert_array_equal(found, truth.vectors(table["text"].to_pylist(), 8))
     assert paid_texts(upstream.log()) <= ROWS + KILLS * BLOCKS_MAX * BLOCK
 
-    # Mended, the dead letter is sent again, and nothing else.
-    upstream.reset()
-    again = forebay(up, *job, "--retry-dead-letter")
-
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["rows"] == len(poison)
-    assert read(dst)["id"].to_pylist() == list(range(ROWS))
-    assert not list((dst / "_dead_letter").glob("*"))
-    assert paid_texts(upstream.log()) == len(poison)
-
-
-@pytest.mark.ray
-def test_a_finished_job_sends_nothing_and_takes_new_rows(
-    up: support.UpProcess, upstream: Upstream, ray_driver: Any, tmp_path: Path
-) -> None:
-    src, dst = tmp_path / "in", tmp_path / "out.jsonl"
-    src.mkdir()
-    parquet.write_table(written(20), src / "a.parquet")
-    given = {"text_column": "text", "id_column": "id", "model": "sim-embed", "dimensions": 4}
-    first = pipelines.embed_parquet(src, dst, **given)
-    paid = paid_texts(upstream.log())
-    second = pipelines.embed_parquet(src, dst, **given)
-    parquet.write_table(written(30, start=20), src / "b.parquet")
-    third = pipelines.embed_parquet(src, dst, **given)
-
-    assert first is not None
-    assert second is not None
-    assert third is not None
-    assert (first.rows, second.rows, third.rows, third.done_before) == (20, 0, 10, 20)
-    assert (paid, paid_texts(upstream.log())) == (20, 30)
-    lines = [json.loads(line) for file in dst.glob("*.jsonl") for line in file.open()]
-    assert sorted(line["id"] for line in lines) == list(range(30))
-    assert all(len(line["embedding"]) == 4 for line in lines)
-    with pytest.raises(errors.ConfigurationError, match="dimensions"):
-        pipelines.embed_parquet(src, dst, **{**given, "dimensions": 8})
-
 
 @pytest.mark.ray
 def test_a_plan_spends_nothing_and_money_stops_a_job_cleanly(
-    up: support.UpProcess, upstream: Upstream, tmp_path: Path
+    up: support.UpProcess, upstream: Upstream, ray_driver: Any, tmp_path: Path
 ) -> None:
-    src, dst = tmp_path / "in.csv", tmp_path / "out.csv"
-    csv.write_csv(written(400), src)
-    job = ("embed", src, dst, "--model", "priced-embed", "--text-column", "text")
-    job = (*job, "--id-column", "id", "--dimensions", 4, "--block-rows", 50, "--json")
-    dry = forebay(up, *job, "--dry-run")
+    src, dst = tmp_path / "in", tmp_path / "out.csv"
+    src.mkdir()
+    csv.write_csv(written(400), src / "a.csv")
+    given: dict[str, Any] = {"text_column": "text", "id_column": "id", "model": "priced-embed"}
+    given |= {"dimensions": 4}
+    plan = pipelines.plan(src, dst=dst, **given)
 
-    assert dry.returncode == 0, dry.stderr
-    plan = json.loads(dry.stdout)
     assert upstream.log() == []
     assert not dst.exists()
-    assert (plan["rows"], plan["duplicates"], plan["calls"]) == (400, 0, 1)
-    assert 0 < plan["cost_usd"]["low"] <= plan["cost_usd"]["likely"] <= plan["cost_usd"]["high"]
+    assert (plan.rows, plan.duplicates, plan.calls) == (400, 0, 1)
+    assert plan.cost_usd is not None
+    assert 0 < plan.cost_usd.low <= plan.cost_usd.likely <= plan.cost_usd.high
 
-    most = plan["cost_usd"]["high"] / 2
+    most = plan.cost_usd.high / 2
+    job = ("embed", src, dst, "--model", "priced-embed", "--text-column", "text")
+    job = (*job, "--id-column", "id", "--dimensions", 4, "--block-rows", 50, "--json")
     cut = forebay(up, *job, "--max-cost", most)
-    spent = json.loads(cut.stdout)
 
     assert cut.returncode == 3, cut.stderr
+    spent = json.loads(cut.stdout)
     assert spent["stopped"] == "money"
     assert 0 < spent["rows"] < 400
+    assert spent["left"] == 400 - spent["rows"]
     assert spent["cost_usd"] <= most
-    whole = forebay(up, *job)
-    assert whole.returncode == 0, whole.stderr
-    assert json.loads(whole.stdout)["rows"] == 400 - spent["rows"]
-    assert paid_texts(upstream.log()) == 400
+
+    # What is left is done, with rows that are new, and nothing else.
+    csv.write_csv(written(420, start=400), src / "b.csv")
+    whole = pipelines.embed_parquet(src, dst, block_rows=50, **given)
+    assert whole is not None
+    assert (whole.done_before, whole.rows) == (spent["rows"], 420 - spent["rows"])
+    assert paid_texts(upstream.log()) == 420
     ids = [id_ for file in dst.glob("*.csv") for id_ in csv.read_csv(file)["id"].to_pylist()]
-    assert sorted(ids) == list(range(400))
+    assert sorted(ids) == list(range(420))
+    with pytest.raises(errors.ConfigurationError, match="dimensions"):
+        pipelines.embed_parquet(src, dst, **{**given, "dimensions": 8})
 
 
 @pytest.mark.ray
@@ -198,7 +178,8 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
         ("holds int64", src, dst, {**given, "text_column": "id", "resume": False}),
         ("unique ids", src, dst, {**given, "id_column": None}),
         ("nothing at", tmp_path / "none.parquet", dst, given),
-        ("must end in", tmp_path, dst, given),
+        ("must end in", tmp_path / "notes.txt", dst, given),
+        ("of one kind", tmp_path, dst, given),
         ("is a file", src, src, given),
         ("no-such", src, dst, {**given, "model": "no-such"}),
     ]
@@ -215,9 +196,9 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
 
 @pytest.mark.ray
 def test_a_model_is_asked_about_each_row(
-    up: support.UpProcess, upstream: Upstream, tmp_path: Path
+    up: support.UpProcess, upstream: Upstream, ray_driver: Any, tmp_path: Path
 ) -> None:
-    src, dst = tmp_path / "in.jsonl", tmp_path / "out"
+    src, dst = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [{"id": i, "name": None if i == 5 else f"place {i}"} for i in range(40)]
     src.write_text("".join(json.dumps(row) + "\n" for row in rows))
     properties = {"answer": {"type": "string", "maxLength": 9}}
@@ -227,23 +208,23 @@ def test_a_model_is_asked_about_each_row(
     upstream.script(answer="certainly not", text="place 7 ", count=1000)
     job = ("map", src, dst, "--model", "sim", "--prompt", "Is {name} big?", "--id-column", "id")
     job = (*job, "--schema", tmp_path / "schema.json", "--json")
-    dry = forebay(up, *job, "--dry-run")
+    given: dict[str, Any] = {"model": "sim", "prompt": "Is {name} big?", "id_column": "id"}
 
-    assert dry.returncode == 0, dry.stderr
-    assert json.loads(dry.stdout)["calls"] == 39
+    assert pipelines.plan_generate(src, dst=dst, **given).calls == 39
     assert upstream.log() == []
-    ended = forebay(up, *job)
+    ended = pipelines.generate_parquet(src, dst, schema=schema, **given)
 
-    assert ended.returncode == 3, ended.stderr
-    table, dead = read(dst), read(dst / "_dead_letter")
-    assert table["answer"].to_pylist() == ["yes"] * 38
-    errors_by_id = dict(
-        zip(dead["id"].to_pylist(), dead["generation_error"].to_pylist(), strict=True)
-    )
-    assert set(errors_by_id) == {5, 7}
-    assert "'name' is empty" in errors_by_id[5]
+    assert ended is not None
+    assert (ended.rows, ended.failed, ended.left) == (40, 2, 0)
+    answers = answered(dst)
+    assert sorted(answers) == [i for i in range(40) if i not in (5, 7)]
+    assert set(answers.values()) == {"yes"}
+    dead = read(dst / "_dead_letter")
+    assert dead["id"].to_pylist() == [5, 7]
+    assert "'name' is empty" in dead["generation_error"][0].as_py()
     upstream.reset()
     upstream.script(answer="no")
     again = forebay(up, *job, "--retry-dead-letter")
     assert again.returncode == 3, again.stderr
-    assert read(dst)["id"].to_pylist() == [i for i in range(40) if i != 5]
+    assert answered(dst) == {**answers, 7: "no"}
+    assert len(upstream.log()) == 1
