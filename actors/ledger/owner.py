@@ -108,6 +108,8 @@ class Ledger:
         self._failures = 0
         self._failing: str | None = None
         self._last_error: str | None = None
+        # It takes a busy machine a second, for which the first request of each tenant would wait.
+        threading.Thread(target=_load, name="ledger-load", daemon=True).start()
 
     def protocol(self) -> int:
         return self.PROTOCOL
@@ -427,6 +429,10 @@ class Ledger:
         except RuntimeError:
             # The loop is closed, so nobody waits. What was written stays written.
             return
+
+
+def _load() -> None:
+    import actors.ledger.store  # noqa: F401
 
 
 def _recorded(store: Store, feedback: Feedback) -> Recorded | str | None:
