@@ -12,20 +12,21 @@ each as soon as its last one is acknowledged.
            messages hold the 8 entries of a tenth of a second
   single   one desk, one entry at a time: the time until it is durable, which is what a call waits
            for with `durability: strict`
+  gateway  requests/s over HTTP with the ledger on over those with it off, two systems in turn, all
+           limits on, caching and deduplication off
   restart  from opening a store with 1,000,000 entries until its first answer: after a clean end,
            and after a kill that leaves a write-ahead log behind
 
 It is honest: every entry is one of a kind, syncs are counted where SQLite makes them (for
 PostgreSQL, commits are), and after each part the totals that the store tells are what was sent, to
-the nano-dollar. Exit code 1 when they are not; missed goals are only told. What a ledger costs the
-whole gateway is not measured here.
+the nano-dollar; the gateway's ledger has a row for each request. Exit code 1 when one of these does
+not hold; missed goals are only told.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import shutil
 import statistics
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,18 +42,22 @@ from typing import Any
 
 from actors.ledger.owner import Ledger
 from actors.ledger.policy import Entry
-from benchmarks.passthrough import at
+from benchmarks import limits
+from benchmarks.options import finish, parser_of, wanted_of
+from benchmarks.passthrough import at, ledger_rows
 from benchmarks.processes import ROOT, machine
 from tests.support.failing_disk import Disk
+from tests.support.upstream import Upstream
 
 DESKS = 16
 FULL, USUAL = 500, 8
 STORED = 1_000_000
-PARTS = ("durable", "single", "restart")
+PARTS = ("durable", "single", "gateway", "restart")
 START_MS = 1_790_000_000_000
 GOALS = {
     f"entries per sync, {DESKS} desks, messages of {FULL}": (50.0, ">="),
     f"entries per sync, {DESKS} desks, messages of {USUAL}": (50.0, ">="),
+    "requests/s, ledger on / off": (0.95, ">="),
     "restart, s": (5.0, "<="),
     "restart after a kill, s": (5.0, "<="),
 }
@@ -209,6 +215,35 @@ async def die_at(path: Path, first: int) -> None:
     os.kill(os.getpid(), 9)
 
 
+async def gateway(report: Report, seconds: float, scratch: Path) -> None:
+    """Short turns, since the machine's speed changes by the second."""
+    plan = limits.Plan(min(2.0, seconds), 5 * round(max(1.0, seconds / 3)), 64)
+    with ExitStack() as stack:
+        upstream = stack.enter_context(Upstream(log=scratch / "upstream.jsonl", fast=True))
+        sides = [
+            stack.enter_context(
+                limits.System(f"ledger-{name}", 10, upstream, scratch, {"enable_llmops": kept})
+            )
+            for name, kept in (("on", True), ("off", False))
+        ]
+        on, off = sides
+        rates: dict[str, list[float]] = {system.name: [] for system in sides}
+        for system in sides:
+            system.turn(limits.WARMING, system.keys, report)
+        for number in range(plan.rounds):
+            for system in sides if number % 2 else reversed(sides):
+                cost = system.turn(plan, system.keys, report)
+                rates[system.name].append(cost.result.requests_per_s)
+                limits.say(system.name, cost)
+        rows = ledger_rows(on.url, on.admin, on.sent)
+        if rows != on.sent:
+            report.problems.append(f"{on.sent} requests were sent, the ledger has {rows} rows")
+    pairs = zip(rates[on.name], rates[off.name], strict=True)
+    ratios = [kept / free for kept, free in pairs]
+    report.figures["requests/s, ledger on / off"] = statistics.median(ratios)
+    report.facts["ledger on / off, turn by turn"] = " ".join(f"{ratio:.2f}" for ratio in ratios)
+
+
 def show(report: Report) -> None:
     print()
     for name, value in report.figures.items():
@@ -227,31 +262,22 @@ def show(report: Report) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="ledger", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="3 s a turn, 200,000 entries stored")
-    parser.add_argument("--seconds", type=float, help="seconds a turn")
+    parser = parser_of("ledger", __doc__, PARTS, "3 s a turn, 200,000 entries stored")
     parser.add_argument("--stored", type=int, help=f"in place of {STORED} entries")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, such as durable,restart")
     parser.add_argument("--url", help="an empty PostgreSQL database in place of a file")
-    parser.add_argument("--json", type=Path, help="write all figures here too")
-    parser.add_argument("--keep", type=Path, help="leave the data in this directory")
     parser.add_argument("--die-at", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--from", type=int, dest="first", default=0, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.die_at is not None:
         asyncio.run(die_at(given.die_at, given.first))
-    wanted = given.only.split(",")
-    unknown = sorted(set(wanted) - set(PARTS))
-    if unknown:
-        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    wanted = wanted_of(parser, given.only, PARTS)
     seconds = given.seconds or (3.0 if given.quick else 15.0)
     stored = given.stored or (200_000 if given.quick else STORED)
     report = Report(machine())
     parts: dict[str, Callable[[Bench], Any]] = {
         "durable": lambda bench: durable(bench, report, seconds),
         "single": lambda bench: single(bench, report, seconds),
+        "gateway": lambda bench: gateway(report, seconds, bench.path.parent),
         "restart": lambda bench: restart(bench, report, stored),
     }
     with at(given.keep) as scratch:
@@ -262,9 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"  {name}", flush=True)
                 asyncio.run(parts[name](bench))
     show(report)
-    if given.json is not None:
-        given.json.write_text(json.dumps(asdict(report), indent=2) + os.linesep)
-    return 1 if report.problems else 0
+    return finish(given.json, asdict(report), report.problems)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -109,10 +109,21 @@ class Cost:
 
 
 class System:
-    """Owns one `forebay up` with tenants and keys. Leaving the context ends it."""
+    """Owns one `forebay up` with tenants and keys. Leaving the context ends it.
 
-    def __init__(self, name: str, tenants: int, upstream: Upstream, scratch: Path) -> None:
+    `gateway` is what its configuration says otherwise than the other systems'.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tenants: int,
+        upstream: Upstream,
+        scratch: Path,
+        gateway: Mapping[str, Any] | None = None,
+    ) -> None:
         self.name = name
+        self._gateway = gateway or {}
         self.admin, self.free = new_key(), new_key()
         self.keys = [new_key() for _ in range(tenants)]
         self.sent = 0
@@ -161,6 +172,7 @@ class System:
                 "enable_request_deduplication": False,
                 "max_retries": 0,
                 "rate_limit_config": ALL_LIMITS,
+                **self._gateway,
             },
             "server": {"host": "127.0.0.1", "port": port, "replicas": 1},
         }
@@ -255,7 +267,7 @@ def on_off(report: Report, plan: Plan, system: System) -> None:
                 spent.subtract(before)
                 messages.update(spent)
                 asked += cost.result.sent
-            _say(f"limits {side:3}", cost)
+            say(f"limits {side:3}", cost)
     ratios = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
     report.rounds["limits on / off"] = ratios
     report.figures["requests/s, limits on / off"] = statistics.median(ratios)
@@ -282,7 +294,7 @@ def tenants(report: Report, plan: Plan, few: System, many: System) -> None:
             spent = owner_messages(system.url)
             spent.subtract(before)
             asked[side] += sum(n for name, n in spent.items() if name.startswith(LIMITER))
-            _say(f"{len(system.keys):6} tenants", cost)
+            say(f"{len(system.keys):6} tenants", cost)
     pairs = list(zip(costs["many"], costs["few"], strict=True))
     serving = [a.serving_s / b.serving_s for a, b in pairs if b.serving_s]
     both = [a.cpu_s / b.cpu_s for a, b in pairs if b.cpu_s]
@@ -377,7 +389,7 @@ def _tenants_of(owner: Any) -> float:
 # ----------------------------------------------------------------------------------- the report
 
 
-def _say(side: str, cost: Cost) -> None:
+def say(side: str, cost: Cost) -> None:
     result = cost.result
     print(
         f"  {side:15}{result.requests_per_s:10,.0f} requests/s{result.p50_ms or 0:9.1f} ms p50"
