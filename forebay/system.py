@@ -93,7 +93,7 @@ from forebay.validation import Listener, ValidationManager
 NAMESPACE = "forebay"
 LIMITER = "rate-limiter-"
 LIMITER_SHARDS_MAX = 64
-LIMITER_PACE_S = (0.01, 0.05)  # a tenant that nobody saw lately waits so long at most, under load
+LIMITER_PACE_S = (0.0, 0.05)  # a tenant that nobody saw lately waits so long at most, under load
 CACHE_SHARDS_MAX = 64
 STARTED_LATER = frozenset({"batcher"})
 STATS_TIMEOUT_S = 2.0
