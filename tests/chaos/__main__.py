@@ -1,7 +1,7 @@
 """`python -m tests.chaos --full` runs every chaos test at its full count and writes RESULTS.md.
 
 Owners killed under load first, then limits under everything, then failing providers, then herds and
-a failing Redis, each with a system to itself.
+a failing Redis, then money while the ledger, replicas and messages are lost.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SYSTEM = ROOT / "tests" / "system"
-SUITES = (HERE, *(SYSTEM / f"test_{name}.py" for name in ("limits", "failures", "cache")))
+SUITES = (HERE, *(SYSTEM / f"test_{name}.py" for name in ("limits", "failures", "cache", "ledger")))
 NOTHING_COLLECTED = 5
-TELLING = ("  chaos:", "  limits:", "  failures:", "  cache:")
+TELLING = ("  chaos:", "  limits:", "  failures:", "  cache:", "  ledger:")
 
 
 def main() -> int:
