@@ -1,9 +1,12 @@
-"""What Serve gets to see of a request, and under which id."""
+"""What Serve gets to see of a request, under which id, and on which ports."""
 
 from __future__ import annotations
 
+import socket
+from contextlib import ExitStack, suppress
 from typing import Any
 
+from deployments import ingress
 from deployments.ingress import NO_WATCH, ControlHeaders
 from deployments.request_ids import ID_BYTES, IDS_DRAWN, RequestIds
 
@@ -57,3 +60,17 @@ def test_ids_are_drawn_by_the_hundred_and_never_given_twice() -> None:
 
     assert len(set(given)) == 2 * IDS_DRAWN
     assert draws == [IDS_DRAWN * ID_BYTES] * 2
+
+
+def test_a_neighbours_side_ports_are_left_to_it() -> None:
+    with ExitStack() as neighbour:
+        for port in ingress.SIDE_PORTS.values():
+            probe = neighbour.enter_context(socket.socket())
+            with suppress(OSError):  # somebody else's, which is a neighbour's as well
+                probe.bind(("127.0.0.1", port))
+        told = {"RAY_SERVE_HAPROXY_BINARY_PATH": "haproxy"}
+        ingress.prepare(told)
+
+    ours = {name: int(told[name]) for name in ingress.SIDE_PORTS}
+    assert len(set(ours.values())) == len(ours)
+    assert not set(ours.values()) & set(ingress.SIDE_PORTS.values())
