@@ -14,8 +14,10 @@ from forebay.pipelines.account import Account
 from forebay.pipelines.census import Census
 from forebay.pipelines.embedding import EmbedWork
 from forebay.pipelines.estimate import Plan, Range, chat_plan, embedding_plan, tokens_in
+from forebay.pipelines.flow import apply
 from forebay.pipelines.generating import GenerateWork
-from forebay.pipelines.job import Job, Report, Setting, Watch, apply
+from forebay.pipelines.job import Job, Report, Watch
+from forebay.pipelines.setting import Setting
 from forebay.pipelines.system import counts_of, deployments_of, rates_of
 from forebay.pipelines.template import Template
 
