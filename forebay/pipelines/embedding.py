@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from forebay.errors import GatewayError, ProviderError
 from forebay.gateway import LiteLLMGateway
-from forebay.pipelines.account import Done
+from forebay.pipelines.account import Done, alike
 from forebay.pipelines.patience import Patience
 from forebay.pipelines.system import answer as ask
 from forebay.pipelines.system import most_nano_of_texts
-from forebay.pipelines.vectors import Got, Rows, embed_rows
+from forebay.pipelines.vectors import EMPTY, Got, Rows, embed_rows
 
 EMBEDDING, ERROR, TOKENS = "embedding", "embedding_error", "tokens"
 COLUMNS = (EMBEDDING, ERROR, TOKENS)
@@ -43,7 +43,7 @@ class EmbedWork:
         return most_nano_of_texts(gateway, self.model, self.texts(table))
 
     async def run(
-        self, gateway: LiteLLMGateway, table: pa.Table
+        self, gateway: LiteLLMGateway, table: pa.Table, doubtful: bool
     ) -> tuple[pa.Table, Done, GatewayError | None]:
         texts = self.texts(table)
 
@@ -51,8 +51,9 @@ class EmbedWork:
             return await self._send(gateway, words)
 
         patience = Patience(asyncio.sleep, random.Random(), self.patience_s)
-        rows = await embed_rows(texts, send, patience)
+        rows = await embed_rows(texts, send, patience, doubtful=doubtful)
         sent = [text for text in texts if text]
+        refusals = [words for words in rows.errors if words not in (None, EMPTY)]
         done = Done(
             sum(vector is not None for vector in rows.vectors) + _failed(rows),
             _failed(rows),
@@ -60,6 +61,8 @@ class EmbedWork:
             rows.cost_nano,
             rows.cached,
             len(sent) - len(set(sent)),
+            len(refusals),
+            alike(refusals),
         )
         return _with_columns(table, rows), done, rows.halted
 

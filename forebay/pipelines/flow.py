@@ -14,11 +14,18 @@ from forebay.pipelines.worker import Worker
 
 
 def apply(
-    dataset: Any, setting: Setting, account: Any, *, loud: bool, done: tuple[Any, ...] | None = None
+    dataset: Any,
+    setting: Setting,
+    account: Any,
+    *,
+    loud: bool,
+    doubtful: bool,
+    done: tuple[Any, ...] | None = None,
 ) -> Any:
     """The dataset with the work's columns, lazy, without rows that are `done` (see `Finished`).
 
-    `loud`: what ends the job is raised there.
+    `loud`: what ends the job is raised there. `doubtful`: where the first rows all fail alike, that
+    ends it.
     """
     from ray.data import ActorPoolStrategy
 
@@ -42,6 +49,7 @@ def apply(
             "namespace": setting.namespace,
             "limited": setting.max_cost_usd is not None,
             "loud": loud,
+            "doubtful": doubtful,
             "done": done,
         },
     )

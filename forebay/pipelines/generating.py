@@ -14,7 +14,7 @@ from forebay.call import Result
 from forebay.errors import GatewayError
 from forebay.gateway import LiteLLMGateway
 from forebay.pipelines import structured
-from forebay.pipelines.account import Done
+from forebay.pipelines.account import Done, alike
 from forebay.pipelines.patience import Patience, kind_of
 from forebay.pipelines.system import answer as ask
 from forebay.pipelines.system import most_nano_of_chat
@@ -68,7 +68,7 @@ class GenerateWork:
         return most_nano_of_chat(gateway, self.model, prompts, most)
 
     async def run(
-        self, gateway: LiteLLMGateway, table: pa.Table
+        self, gateway: LiteLLMGateway, table: pa.Table, doubtful: bool
     ) -> tuple[pa.Table, Done, GatewayError | None]:
         patience = Patience(asyncio.sleep, random.Random(), self.patience_s)
         rows = [_Row() for _ in range(table.num_rows)]
@@ -92,6 +92,11 @@ class GenerateWork:
         await asyncio.gather(*(one(row, prompt) for row, prompt in zip(rows, prompts, strict=True)))
         known = [row for row in rows if row.known]
         costs = [row.cost_nano for row in known]
+        refusals = [
+            row.error
+            for row, prompt in zip(rows, prompts, strict=True)
+            if row.error is not None and isinstance(prompt, str)
+        ]
         done = Done(
             len(known),
             sum(row.error is not None for row in known),
@@ -99,6 +104,8 @@ class GenerateWork:
             None if None in costs else sum(cost or 0 for cost in costs),
             sum(row.cached for row in known),
             len(prompts) - len({str(prompt) for prompt in prompts}),
+            len(refusals),
+            alike(refusals),
         )
         return self._with_columns(table, rows), done, halted[0] if halted else None
 

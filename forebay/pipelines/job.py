@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from forebay.gateway import LiteLLMGateway
 from forebay.pipelines import claim, places
-from forebay.pipelines.account import Account, Figures
+from forebay.pipelines.account import HOPELESS_ROWS, Account, Figures
 from forebay.pipelines.census import total
 from forebay.pipelines.counting import census_of
 from forebay.pipelines.estimate import Plan
@@ -168,7 +168,10 @@ class Job:
         from forebay.pipelines import resume
         from forebay.pipelines.sink import Sink
 
-        account: Any = ray.remote(num_cpus=0)(Account).remote(most, self.setting.unwritten_max)
+        # Rows that were refused once are asked for to their last, however many are refused again.
+        hopeless = None if self.retries else HOPELESS_ROWS
+        books = most, self.setting.unwritten_max, hopeless
+        account: Any = ray.remote(num_cpus=0)(Account).remote(*books)
         name, id_column = self._name(), self.setting.id_column
         checkpoints = None
         if self.resume and id_column is not None:
@@ -181,7 +184,9 @@ class Job:
                 there = places.columns(dataset, self.src.path)
                 dataset = dataset.drop_columns([n for n in self.setting.adds if n in there])
             done = None if checkpoints is None else (dst, name, id_column)
-            dataset = apply(dataset, self.setting, account, loud=False, done=done)
+            dataset = apply(
+                dataset, self.setting, account, loud=False, doubtful=not self.retries, done=done
+            )
             if watch is not None:
                 thread = threading.Thread(
                     target=_watch, args=(account, watch, plan, begun_s, over), daemon=True

@@ -1,4 +1,4 @@
-"""What a job is: its work, the columns it takes and makes, how much at once, and what it may cost."""
+"""What a job is: its work, the columns it takes and makes, how much at once, its most money."""
 
 from __future__ import annotations
 

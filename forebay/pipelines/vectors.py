@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from actors.batcher.policy import split
 from forebay.errors import GatewayError, ProviderError
+from forebay.pipelines.account import HOPELESS_ROWS, alike, hopeless
 from forebay.pipelines.patience import Patience, halves_help, kind_of
 
 EMPTY = "there is no text"
@@ -65,8 +66,13 @@ class Rows:
         self.cost_nano = None if unknown else (self.cost_nano or 0) + (got.cost_nano or 0)
 
 
-async def embed_rows(texts: Sequence[str | None], send: Send, patience: Patience) -> Rows:
+async def embed_rows(
+    texts: Sequence[str | None], send: Send, patience: Patience, *, doubtful: bool = False
+) -> Rows:
     """Vectors of a block's texts; those that cannot be embedded fail alone.
+
+    `doubtful`: no row of the job has been done yet, so a refusal may be of the job. Then some rows
+    are sent alone, before all of a refused block are looked through for bad ones.
 
     Raises nothing: an error that would meet every row alike is in `halted`, beside what had been
     paid for before it.
@@ -92,6 +98,8 @@ async def embed_rows(texts: Sequence[str | None], send: Send, patience: Patience
             rows.take(places, words, got)
         except GatewayError as error:
             if len(part) > 1 and halves_help(error):
+                if part is whole and doubtful and kind_of(error) == "row":
+                    part = await probed(part)
                 middle = len(part) // 2
                 await asyncio.gather(get(part[:middle]), get(part[middle:]))
             elif kind_of(error) == "row":
@@ -99,6 +107,20 @@ async def embed_rows(texts: Sequence[str | None], send: Send, patience: Patience
                     rows.errors[row] = words_of(error)
             else:
                 rows.halted = rows.halted or error
+
+    async def probed(part: list[tuple[int, str]]) -> list[tuple[int, str]]:
+        """The rest, after rows from all over it were sent alone."""
+        if len(part) <= HOPELESS_ROWS:
+            return part
+        step = len(part) // HOPELESS_ROWS
+        some = part[::step][:HOPELESS_ROWS]
+        await asyncio.gather(*(get([one]) for one in some))
+        refusals = [words for row, _ in some if (words := rows.errors[row]) is not None]
+        if len(refusals) == len(some) and (words := alike(refusals)):
+            rows.halted = rows.halted or hopeless(len(some), words)
+            for row, _ in some:
+                rows.errors[row] = None  # the next run has them again
+        return [one for place, one in enumerate(part) if place % step or one not in some]
 
     await get(whole)
     return rows

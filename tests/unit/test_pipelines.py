@@ -118,6 +118,39 @@ def test_an_error_that_all_would_meet_stops_the_job_and_is_told() -> None:
     assert figures.unpriced
 
 
+def refused(rows: int, words: str) -> Done:
+    return Done(rows=rows, failed=rows, refused=rows, refusal=words)
+
+
+def test_first_rows_that_all_fail_alike_stop_the_job() -> None:
+    account = Account(hopeless_rows=16)
+    assert account.end("a", refused(10, "400: no such size")) is None
+    error = account.end("b", refused(6, "400: no such size"))
+    assert "first 16 rows" in str(error)
+    assert "no such size" in str(error)
+    assert account.begin("c", 0, 1) == "stop"
+    assert account.figures().stopped == "error"
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [Done(rows=1), refused(99, "400: x")],
+        [refused(10, "400: x"), refused(99, "content_filter: x")],
+        [Done(rows=99, failed=99)],  # without texts
+        [refused(15, "400: x")],
+    ],
+)
+def test_other_failures_do_not(blocks: list[Done]) -> None:
+    account = Account(hopeless_rows=16)
+    assert [account.end(str(number), done) for number, done in enumerate(blocks)] == [None] * len(
+        blocks
+    )
+    assert account.begin("z", 0, 1) == "go"
+    retried = Account()
+    assert retried.end("a", refused(99, "400: x")) is None
+
+
 # ------------------------------------------------------------------------------------ patience
 
 
@@ -189,6 +222,29 @@ async def test_exactly_the_bad_texts_fail_and_no_good_one_is_paid_twice(bad: lis
     assert [error is not None for error in rows.errors] == bad
     assert [vector is None for vector in rows.vectors] == bad
     assert rows.cost_nano == 10 * bad.count(False)
+
+
+async def test_who_refuses_every_row_is_not_asked_about_all_of_them() -> None:
+    texts = [f"{number} text" for number in range(2048)]
+    world = World(bad=texts)
+    rows = await embed_rows(texts, world.send, world.patience(), doubtful=True)
+
+    assert len(world.asked) == 17
+    assert "first 16 rows" in str(rows.halted)
+    assert not any(rows.errors)
+
+
+@given(st.integers(0, 99), st.integers(1, 60))
+async def test_a_doubtful_block_has_each_of_its_bad_rows_found(first: int, count: int) -> None:
+    texts = [f"{number} text" for number in range(100)]
+    bad = [text for place, text in enumerate(texts) if first <= place < first + count]
+    world = World(bad=bad)
+    rows = await embed_rows(texts, world.send, world.patience(), doubtful=True)
+
+    assert rows.halted is None
+    for text, vector, error in zip(texts, rows.vectors, rows.errors, strict=True):
+        assert (error is not None) == (vector is None) == (text in bad)
+    assert rows.cost_nano == 10 * (100 - len(bad))
 
 
 async def test_passing_failures_are_waited_out() -> None:
