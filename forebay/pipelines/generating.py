@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -51,12 +51,16 @@ class GenerateWork:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     raises: bool = False
     patience_s: float = 600.0
+    anew: bool = False
     error_column: str = ERROR
 
     @property
     def columns(self) -> tuple[str, ...]:
         made = (ANSWER,) if self.schema is None else tuple(self.schema["properties"])
         return (*made, ERROR, TOKENS)
+
+    def again(self) -> GenerateWork:
+        return replace(self, anew=True)
 
     def texts(self, table: pa.Table) -> list[str | None]:
         prompts = self._prompts(table)
@@ -131,7 +135,7 @@ class GenerateWork:
             body["tenant_id"] = self.tenant_id
         if self.schema is not None:
             body["response_format"] = structured.response_format(self.schema)
-        return await ask(gateway, "chat", body)
+        return await ask(gateway, "chat", body, anew=self.anew)
 
     def _take(self, row: _Row, result: Result) -> None:
         answer = result.answer

@@ -125,7 +125,9 @@ class Job:
                 for name in names:
                     files.move(name, f"{aside}/{name.rpartition('/')[2]}")
             source = Place(dst.beside("retrying"), "parquet", files, aside)
-            report = replace(self, src=source, retries=True)._run(dst, gateway, watch)
+            setting = replace(self.setting, work=self.setting.work.again())
+            again = replace(self, setting=setting, src=source, retries=True)
+            report = again._run(dst, gateway, watch)
             if not report.left:
                 _delete(files, aside)
             return report

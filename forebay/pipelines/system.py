@@ -19,14 +19,25 @@ BYTES_PER_TOKEN = 4
 """Of English text; what is gone by where there is no tokenizer at all."""
 
 
-async def answer(gateway: LiteLLMGateway, route: Route, body: Mapping[str, Any]) -> Result:
+async def answer(
+    gateway: LiteLLMGateway,
+    route: Route,
+    body: Mapping[str, Any],
+    *,
+    partial: bool = False,
+    anew: bool = False,
+) -> Result:
     """One request of a job: others' requests go before it. To be awaited on the gateway's loop.
+
+    `partial`: texts that the provider refuses fail alone, in `Facts.failed`. `anew`: neither a
+    stored answer nor a refusal of late counts.
 
     Raises:
         GatewayError: every failure.
     """
     call = Call.of(route, body)
-    call.bulk = True
+    call.bulk, call.partial, call.anew = True, partial, anew
+    call.cache_read = not anew
     return await gateway._system.pipeline.answer(call)
 
 

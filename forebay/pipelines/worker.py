@@ -30,6 +30,10 @@ class Work(Protocol):
     @property
     def raises(self) -> bool: ...
 
+    def again(self) -> Work:
+        """The same for rows that failed: they are asked for whatever is known of them."""
+        ...
+
     def texts(self, table: pa.Table) -> list[str | None]:
         """What is sent for each row; None for rows that are not."""
         ...

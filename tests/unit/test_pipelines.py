@@ -182,17 +182,21 @@ class World:
 
     def __init__(self, *failures: errors.GatewayError, bad: Sequence[str] = ()) -> None:
         self.failures, self.bad = list(failures), bad
+        self.searches = False
         self.asked: list[list[str]] = []
         self.pauses: list[float] = []
 
-    async def send(self, texts: Sequence[str]) -> Got:
+    async def send(self, texts: Sequence[str], partial: bool = False) -> Got:
         self.asked.append(list(texts))
         if self.failures:
             raise self.failures.pop(0)
-        if any(text in self.bad for text in texts):
-            raise errors.InvalidRequest("'$.input' is invalid")
+        refused = errors.InvalidRequest("'$.input' is invalid")
+        bad = {place: refused for place, text in enumerate(texts) if text in self.bad}
+        if bad and (not (self.searches and partial) or len(bad) == len(texts)):
+            raise refused
         array = np.array([[len(text), ord(text[0])] for text in texts], np.float32)
-        return Got(array, sum(map(len, texts)), 10 * len(texts), 1)
+        good = [text for text in texts if text not in self.bad]
+        return Got(array, sum(map(len, good)), 10 * len(good), 1, bad)
 
     async def pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -222,6 +226,18 @@ async def test_exactly_the_bad_texts_fail_and_no_good_one_is_paid_twice(bad: lis
     assert [error is not None for error in rows.errors] == bad
     assert [vector is None for vector in rows.vectors] == bad
     assert rows.cost_nano == 10 * bad.count(False)
+
+
+async def test_bad_texts_that_are_named_are_not_searched_for() -> None:
+    world = World(bad=["b", "d"])
+    world.searches = True
+    rows = await embed_rows(["a", "b", None, "c", "d"], world.send, world.patience())
+
+    assert world.asked == [["a", "b", "c", "d"]]
+    assert [error is None for error in rows.errors] == [True, False, False, True, False]
+    assert [vector is None for vector in rows.vectors] == [False, True, True, False, True]
+    assert "is invalid" in (rows.errors[1] or "")
+    assert (rows.tokens, rows.cost_nano) == ([1, 0, 0, 1, 0], 20)
 
 
 async def test_who_refuses_every_row_is_not_asked_about_all_of_them() -> None:
@@ -289,7 +305,7 @@ async def test_a_refused_key_is_asked_for_once() -> None:
 async def test_vectors_of_two_lengths_do_not_mix() -> None:
     sizes = iter([3, 2])
 
-    async def send(texts: Sequence[str]) -> Got:
+    async def send(texts: Sequence[str], partial: bool) -> Got:
         if len(texts) == 2:
             raise errors.GatewayTimeout("late")
         return Got(np.ones((1, next(sizes)), np.float32), 1, 0)
