@@ -23,7 +23,7 @@ from tests.support.upstream import Record, Upstream
 
 FULL = os.environ.get("FOREBAY_CHAOS_FULL") == "1"
 ROWS, BLOCK = (100_000, 500) if FULL else (800, 20)
-KILLS = 2
+KILLS = 2 if FULL else 1
 BLOCKS_MAX = 16 + 8
 """Blocks that are sent and not committed, at most: those that `Account.begin` lets be unwritten,
 and those of write tasks at once, which two cores have room for."""
@@ -101,7 +101,20 @@ def test_killed_twice_a_job_loses_and_doubles_nothing(
     assert dead["id"].to_pylist() == list(poison)
     found = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
     np.testing.assert_array_equal(found, truth.vectors(table["text"].to_pylist(), 8))
-    assert paid_texts(upstream.log()) <= ROWS + KILLS * BLOCKS_MAX * BLOCK
+    paid = paid_texts(upstream.log())
+    print(
+        f"\npipelines: {ROWS} rows in blocks of {BLOCK}, killed {KILLS} times, with "
+        f"{report.done_before} rows done before the last run: {paid} texts answered, "
+        f"{paid - ROWS + len(poison)} of them again; {len(dead)} rows in the dead letter"
+    )
+    assert paid <= ROWS + KILLS * BLOCKS_MAX * BLOCK
+
+    # The provider takes them now, and is asked though the Batcher knows how it refused them.
+    upstream.reset()
+    again = pipelines.embed_parquet(src, dst, retry_dead_letter=True, **given)
+    assert again is not None
+    assert (again.rows, again.failed, again.left) == (len(poison), 0, 0)
+    assert read(dst)["id"].to_pylist() == list(range(ROWS))
 
 
 @pytest.mark.ray
@@ -113,31 +126,32 @@ def test_a_plan_spends_nothing_and_money_stops_a_job_cleanly(
     csv.write_csv(written(400), src / "a.csv")
     given: dict[str, Any] = {"text_column": "text", "id_column": "id", "model": "priced-embed"}
     given |= {"dimensions": 4}
-    plan = pipelines.plan(src, dst=dst, **given)
+    job = ("embed", src, dst, "--model", "priced-embed", "--text-column", "text")
+    told = forebay(up, *job, "--id-column", "id", "--dimensions", 4, "--dry-run", "--json")
+    assert told.returncode == 0, told.stderr
+    plan = json.loads(told.stdout)
 
     assert upstream.log() == []
     assert not dst.exists()
-    assert (plan.rows, plan.duplicates, plan.calls) == (400, 0, 1)
-    assert plan.cost_usd is not None
-    assert 0 < plan.cost_usd.low <= plan.cost_usd.likely <= plan.cost_usd.high
+    assert (plan["rows"], plan["duplicates"], plan["calls"]) == (400, 0, 1)
+    cost = plan["cost_usd"]
+    assert 0 < cost["low"] <= cost["likely"] <= cost["high"]
 
-    most = plan.cost_usd.high / 2
-    job = ("embed", src, dst, "--model", "priced-embed", "--text-column", "text")
-    job = (*job, "--id-column", "id", "--dimensions", 4, "--block-rows", 50, "--json")
-    cut = forebay(up, *job, "--max-cost", most)
+    most = cost["high"] / 2
+    cut = pipelines.embed_parquet(src, dst, block_rows=50, max_cost_usd=most, **given)
 
-    assert cut.returncode == 3, cut.stderr
-    spent = json.loads(cut.stdout)
-    assert spent["stopped"] == "money"
-    assert 0 < spent["rows"] < 400
-    assert spent["left"] == 400 - spent["rows"]
-    assert spent["cost_usd"] <= most
+    assert cut is not None
+    assert cut.stopped == "money"
+    assert 0 < cut.rows < 400
+    assert cut.left == 400 - cut.rows
+    assert cut.cost_usd is not None
+    assert cut.cost_usd <= most
 
     # What is left is done, with rows that are new, and nothing else.
     csv.write_csv(written(420, start=400), src / "b.csv")
     whole = pipelines.embed_parquet(src, dst, block_rows=50, **given)
     assert whole is not None
-    assert (whole.done_before, whole.rows) == (spent["rows"], 420 - spent["rows"])
+    assert (whole.done_before, whole.rows) == (cut.rows, 420 - cut.rows)
     assert paid_texts(upstream.log()) == 420
     ids = [id_ for file in dst.glob("*.csv") for id_ in csv.read_csv(file)["id"].to_pylist()]
     assert sorted(ids) == list(range(420))
@@ -192,6 +206,15 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     assert nothing is not None
     assert nothing.rows == 0
     assert upstream.log() == []
+
+    # What the provider alone knows is seen by the first rows.
+    upstream.script(status=400, count=1000)
+    many = tmp_path / "many.parquet"
+    parquet.write_table(written(500), many)
+    with pytest.raises(errors.GatewayError, match="first 16 rows that were tried all failed alike"):
+        pipelines.embed_parquet(many, tmp_path / "refused", **given)
+    assert len(upstream.log()) < 60
+    assert not (tmp_path / "refused" / "_dead_letter").exists()
 
 
 @pytest.mark.ray
