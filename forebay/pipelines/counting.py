@@ -1,6 +1,7 @@
 """A census of a source, by Ray's tasks: what it holds, what of it is done, and ids that are twice.
 
-Nothing is sent and nothing is written.
+Nothing is sent and nothing is written. Tasks run in new processes, which import this and the work's
+own module: so neither imports the gateway, which takes half a second of a core.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,10 @@ from forebay.errors import ConfigurationError
 from forebay.pipelines import places
 from forebay.pipelines.census import Census, Counted, count, total
 from forebay.pipelines.places import TASK_CPUS, Place, tasks_at_once
-from forebay.pipelines.setting import Setting
-from forebay.pipelines.worker import Work
+
+if TYPE_CHECKING:
+    from forebay.pipelines.setting import Setting
+    from forebay.pipelines.worker import Work
 
 IDS_SHOWN = 3
 

@@ -6,18 +6,20 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from forebay.errors import GatewayError, ProviderError
-from forebay.gateway import LiteLLMGateway
 from forebay.pipelines.account import Done, alike
 from forebay.pipelines.patience import Patience
 from forebay.pipelines.system import answer as ask
 from forebay.pipelines.system import most_nano_of_texts
 from forebay.pipelines.vectors import EMPTY, Got, Rows, embed_rows
+
+if TYPE_CHECKING:
+    from forebay.gateway import LiteLLMGateway
 
 EMBEDDING, ERROR, TOKENS = "embedding", "embedding_error", "tokens"
 COLUMNS = (EMBEDDING, ERROR, TOKENS)

@@ -6,13 +6,11 @@ import asyncio
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from forebay.call import Result
 from forebay.errors import GatewayError
-from forebay.gateway import LiteLLMGateway
 from forebay.pipelines import structured
 from forebay.pipelines.account import Done, alike
 from forebay.pipelines.patience import Patience, kind_of
@@ -20,6 +18,10 @@ from forebay.pipelines.system import answer as ask
 from forebay.pipelines.system import most_nano_of_chat
 from forebay.pipelines.template import MissingValue, Template
 from forebay.pipelines.vectors import words_of
+
+if TYPE_CHECKING:
+    from forebay.call import Result
+    from forebay.gateway import LiteLLMGateway
 
 ANSWER, ERROR, TOKENS = "answer", "generation_error", "tokens"
 

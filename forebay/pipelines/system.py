@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from forebay.call import Call, Result
-from forebay.gateway import LiteLLMGateway
 from forebay.pipelines.estimate import FOREIGN, Rates
-from forebay.providers.tokenizers import encoding_of
-from forebay.routing import Deployment
+
+if TYPE_CHECKING:
+    from forebay.call import Result
+    from forebay.gateway import LiteLLMGateway
+    from forebay.routing import Deployment
 
 Route = Literal["chat", "embedding"]
 CHAT_OVERHEAD_TOKENS = 32
@@ -35,6 +36,8 @@ async def answer(
     Raises:
         GatewayError: every failure.
     """
+    from forebay.call import Call
+
     call = Call.of(route, body)
     call.bulk, call.partial, call.anew = True, partial, anew
     call.cache_read = not anew
@@ -80,6 +83,8 @@ def counts_of(
     gateway: LiteLLMGateway, model: str | None, route: Route, texts: Sequence[str]
 ) -> tuple[list[tuple[int, int]], bool]:
     """(bytes, tokens) of texts, and whether the tokens are the model's own count."""
+    from forebay.providers.tokenizers import encoding_of
+
     deployment = deployments_of(gateway, model, route)[0]
     provider = gateway._system.provider
     counts, exact = [], encoding_of(deployment) is not None
