@@ -112,9 +112,9 @@ def test_killed_twice_a_job_loses_and_doubles_nothing(
 
     # The provider takes them now, and is asked though the Batcher knows how it refused them.
     upstream.reset()
-    again = pipelines.embed_parquet(src, dst, retry_dead_letter=True, **given)
-    assert again is not None
-    assert (again.rows, again.failed, again.left) == (len(poison), 0, 0)
+    again = forebay(up, *job, "--retry-dead-letter")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["rows"] == len(poison)
     assert read(dst)["id"].to_pylist() == list(range(ROWS))
 
 
@@ -176,6 +176,14 @@ def test_a_dataset_gets_its_columns(ray_driver: Any, upstream: Upstream) -> None
     np.testing.assert_array_equal(found[0]["embedding"], truth.vector(rows[0]["text"], 4))
     assert all(row["tokens"] > 0 for row in found if not row["embedding_error"])
 
+    upstream.script(answer="a river")
+    asked = pipelines.generate_dataset(
+        ray.data.from_items(rows[:2]), prompt="What is {text}?", model="sim"
+    )
+    answers = asked.take_all()
+    assert [row["answer"] for row in answers] == ["a river"] * 2
+    assert all(row["tokens"] > 0 and row["generation_error"] is None for row in answers)
+
 
 @pytest.mark.ray
 def test_what_is_wrong_is_said_before_anything_is_sent(
@@ -236,19 +244,14 @@ def test_a_model_is_asked_about_each_row(
 
     assert pipelines.plan_generate(src, dst=dst, **given).calls == 39
     assert upstream.log() == []
-    ended = pipelines.generate_parquet(src, dst, schema=schema, **given)
+    ended = forebay(up, *job)
+    assert ended.returncode == 3, ended.stderr
+    told = json.loads(ended.stdout)
 
-    assert ended is not None
-    assert (ended.rows, ended.failed, ended.left) == (40, 2, 0)
+    assert (told["rows"], told["failed"], told["left"]) == (40, 2, 0)
     answers = answered(dst)
     assert sorted(answers) == [i for i in range(40) if i not in (5, 7)]
     assert set(answers.values()) == {"yes"}
     dead = read(dst / "_dead_letter")
     assert dead["id"].to_pylist() == [5, 7]
     assert "'name' is empty" in dead["generation_error"][0].as_py()
-    upstream.reset()
-    upstream.script(answer="no")
-    again = forebay(up, *job, "--retry-dead-letter")
-    assert again.returncode == 3, again.stderr
-    assert answered(dst) == {**answers, 7: "no"}
-    assert len(upstream.log()) == 1
