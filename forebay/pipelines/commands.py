@@ -129,8 +129,11 @@ def _run(
 def _attach(config: Path | None) -> None:
     """Join the gateway that runs here; without one, let a local Ray and its owners be started."""
     running.prepare_ray(os.environ, configuration.data_dir(os.environ))  # before Ray is imported
-    importlib.import_module("ray.data")  # which sets its own level, to tell of each step
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray tells of each step, and of Ray Data's own actors what nobody here can change.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    importlib.import_module("ray.data")  # which sets its own level
+    for name in ("ray.data", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     found = running.read(configuration.data_dir(os.environ))
     if found is not None:
         if config is not None:
