@@ -16,7 +16,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
-from forebay import errors, pipelines
+from forebay import GatewayConfig, LiteLLMGateway, errors, pipelines
+from forebay.pipelines.embedding import EmbedWork
 from tests.support import system as support
 from tests.support.simulator import truth
 from tests.support.upstream import Record, Upstream
@@ -255,3 +256,34 @@ def test_a_model_is_asked_about_each_row(
     dead = read(dst / "_dead_letter")
     assert dead["id"].to_pylist() == [5, 7]
     assert "'name' is empty" in dead["generation_error"][0].as_py()
+
+
+def test_bad_rows_cost_a_job_few_requests(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Batcher finds them within one request; a retry asks for them though it knows them."""
+    monkeypatch.setenv("SIM_KEY", "sk-simulated")
+    upstream.script(poison=True, text="POISON", count=10_000)
+    poison = list(range(7, 1000, 100))
+    rows = written(1000, poison)
+    config = GatewayConfig(model_list=support.groups(upstream.url), enable_request_batching=True)
+    work = EmbedWork("text", "sim-embed", dimensions=4)
+    with LiteLLMGateway(config, runtime="inline") as gateway:
+        made, done, error = gateway.run(work.run(gateway, rows, False))
+        requests = gateway.get_usage_stats()["total_requests"]
+        upstream.reset()
+        dead = rows.take(poison)
+        known = gateway.run(work.run(gateway, dead, False))[1]
+        asked_by_memory = len(upstream.log())
+        again = gateway.run(work.again().run(gateway, dead, False))[1]
+
+    assert error is None
+    assert requests == 1
+    assert (done.rows, done.failed) == (1000, 10)
+    failed = [place for place, words in enumerate(made["embedding_error"].to_pylist()) if words]
+    assert failed == poison
+    found = np.stack(made["embedding"].drop_null().to_numpy(zero_copy_only=False))
+    good = [text for text in rows["text"].to_pylist() if "POISON" not in text]
+    np.testing.assert_array_equal(found, truth.vectors(good, 4))
+    assert (known.failed, asked_by_memory) == (10, 0)
+    assert (again.failed, len(upstream.log())) == (0, 1)
