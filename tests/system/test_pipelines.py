@@ -77,8 +77,8 @@ def test_killed_twice_a_job_loses_and_doubles_nothing(
     parquet.write_table(written(ROWS, poison), src)
     upstream.script(poison=True, text="POISON", count=10_000_000)
     upstream.script(latency=0.2)
-    job = ("embed", src, dst, "--model", "sim-embed", "--text-column", "text", "--id-column", "id")
-    job = (*job, "--dimensions", 8, "--block-rows", BLOCK, "--json")
+    job: tuple[Any, ...] = ("embed", src, dst, "--model", "sim-embed", "--text-column", "text")
+    job = (*job, "--id-column", "id", "--dimensions", 8, "--block-rows", BLOCK, "--json")
     given: dict[str, Any] = {"model": "sim-embed", "text_column": "text", "id_column": "id"}
     given |= {"dimensions": 8, "block_rows": BLOCK}
 
@@ -194,7 +194,7 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     parquet.write_table(pa.table({"id": [1, 2, 2], "text": ["a", "b", "c"]}), src)
     empty = tmp_path / "empty.parquet"
     parquet.write_table(written(0), empty)
-    given = {"text_column": "text", "id_column": "id", "model": "sim-embed"}
+    given: dict[str, Any] = {"text_column": "text", "id_column": "id", "model": "sim-embed"}
     wrong: list[tuple[str, Path, Path, dict[str, Any]]] = [
         ("no column 'words'", src, dst, {**given, "text_column": "words"}),
         ("no column 'key'", src, dst, {**given, "id_column": "key"}),
@@ -239,7 +239,8 @@ def test_a_model_is_asked_about_each_row(
     (tmp_path / "schema.json").write_text(json.dumps(schema))
     upstream.script(answer="yes")
     upstream.script(answer="certainly not", text="place 7 ", count=1000)
-    job = ("map", src, dst, "--model", "sim", "--prompt", "Is {name} big?", "--id-column", "id")
+    job: tuple[Any, ...] = ("map", src, dst, "--model", "sim", "--id-column", "id")
+    job = (*job, "--prompt", "Is {name} big?")
     job = (*job, "--schema", tmp_path / "schema.json", "--json")
     given: dict[str, Any] = {"model": "sim", "prompt": "Is {name} big?", "id_column": "id"}
 
