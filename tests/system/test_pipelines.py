@@ -68,7 +68,7 @@ def read(folder: Path) -> pa.Table:
 
 @pytest.mark.ray
 @pytest.mark.timeout(1500 if FULL else 120)
-def test_killed_twice_a_job_loses_and_doubles_nothing(
+def test_a_killed_job_loses_and_doubles_nothing(
     up: support.UpProcess, upstream: Upstream, ray_driver: Any, tmp_path: Path
 ) -> None:
     """Rows are equal in the end; what is paid twice was under way when the driver was killed."""
