@@ -24,7 +24,9 @@ class Call:
 
     `body` holds OpenAI's parameters of the route, verbatim. `timeout_s` can only shorten the
     configured deadline. `may_wait` lets a limit queue the request instead of refusing it. Calls of
-    a tenant with the same `idempotency_key` are one, and have one answer.
+    a tenant with the same `idempotency_key` are one, and have one answer. Of a `partial` list of
+    texts those that the provider refuses fail alone, in Facts.failed; `anew` texts are asked for
+    even where it has refused them lately.
     """
 
     route: Route
@@ -37,6 +39,8 @@ class Call:
     cache_write: bool = True
     cache_ttl_s: float | None = None
     bulk: bool = False
+    partial: bool = False
+    anew: bool = False
     trace_parent: str | None = None  # W3C's, of the trace that it is a part of
     idempotency_key: str | None = None
 
@@ -128,6 +132,7 @@ class Facts:
     total_s: float = 0.0
     config_version: int = 0
     clamped: int | None = None  # completion tokens that a limit left, where it left less than asked
+    failed: tuple[tuple[int, Exception], ...] = ()  # positions of a partial list, and why
     warnings: list[str] = field(default_factory=list)
 
     @property

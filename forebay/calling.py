@@ -141,6 +141,8 @@ class Calls:
                     call.bulk,
                     self._patience_s(request),
                     system.caps_for(deployment),
+                    call.partial,
+                    call.anew,
                 ),
             )
         except BatcherFull as error:
@@ -160,6 +162,7 @@ class Calls:
                 model=deployment.group,
                 provider=deployment.provider,
             ) from None
+        request.facts.failed = share.failed
         if share.texts_in_call > len(texts):
             system.meter.coalesced(len(texts))
         if share.spare is not None:

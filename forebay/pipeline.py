@@ -237,6 +237,7 @@ class Pipeline:
         except FlightFailed as failure:
             facts.cache = "miss" if texts.sent_any else "joined"
             raise codec.unpack_error(failure.error) from None
+        facts.failed = texts.failed
         return self._sharing.shared_texts(request, texts)
 
     async def _lead_texts(self, request: Request, texts: Texts) -> None:
@@ -250,7 +251,8 @@ class Pipeline:
                 request.bound = await system.bounds.of(request.call, request.group, limits)
             await self._reservations.reserve(request)  # 4
             answer = await self._call(request)  # 5 to 7
-            texts.take(answer, self._keeper.ttl_s(request), own=request.is_own)
+            ttl_s, failed = self._keeper.ttl_s(request), request.facts.failed
+            texts.take(answer, ttl_s, own=request.is_own, failed=failed)
         except GatewayError as failure:
             error = failure
             raise

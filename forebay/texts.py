@@ -62,6 +62,7 @@ class Texts:
         self._vectors: list[Vector | None] = [None] * len(rows)
         self._known: set[int] = set()  # rows from the cache
         self._sent: set[int] = set()
+        self._refused: dict[int, Exception] = {}
         self._leads: dict[int, Lead] = {}
         self._flights: dict[int, str] = {}
         self._rounds = 0
@@ -81,6 +82,14 @@ class Texts:
     @property
     def sent_any(self) -> bool:
         return bool(self._sent)
+
+    @property
+    def failed(self) -> tuple[tuple[int, Exception], ...]:
+        """Positions of the list that the provider refused alone, and how."""
+        if not self._refused:
+            return ()
+        rows = enumerate(self._rows)
+        return tuple((place, self._refused[row]) for place, row in rows if row in self._refused)
 
     @property
     def cached(self) -> int:
@@ -113,16 +122,34 @@ class Texts:
         else:
             self._leads.update({row: self._alone(row) for row in lost})
 
-    def take(self, answer: Answer, ttl_s: float | None, *, own: bool = True) -> None:
+    def take(
+        self,
+        answer: Answer,
+        ttl_s: float | None,
+        *,
+        own: bool = True,
+        failed: Sequence[tuple[int, Exception]] = (),
+    ) -> None:
         """The answer to what `to_send` was: kept for `ttl_s` seconds, if at all, and handed on.
 
-        `own`: it is of the model that was asked for, and no fallback's.
+        `own`: it is of the model that was asked for, and no fallback's. `failed` places of it have
+        no vector, and why.
         """
         array, usage = answer.array, answer.usage or {}
         assert array is not None, "an embedding answer carries vectors"
-        weights = [_weight(self._texts[row]) for row in self._leads]
+        refused = dict(failed)
+        weights = [
+            0 if place in refused else _weight(self._texts[row])
+            for place, row in enumerate(self._leads)
+        ]
         tokens = split(int(usage.get("prompt_tokens") or 0), weights)
-        for (row, lead), one, part in zip(self._leads.items(), array, tokens, strict=True):
+        leads = list(self._leads.items())
+        for place, ((row, lead), one, part) in enumerate(zip(leads, array, tokens, strict=True)):
+            if place in refused:
+                self._refused[row] = error = refused[place]
+                told = codec.pack_error(error) if isinstance(error, GatewayError) else None
+                self._desk.land(lead, None, told)
+                continue
             vector = Vector(one, part, answer.model, answer.estimated, fallback=not own)
             self._vectors[row] = vector
             self._sent.add(row)
@@ -149,21 +176,23 @@ class Texts:
             raise ProviderError("the provider's vectors have different lengths")
         self._evened = True
         self._known.clear()
+        self._refused.clear()
         self._leads = {row: self._alone(row) for row in range(len(self._keys))}
         return False
 
     def answer(self) -> Answer:
-        """The list's vectors in its order, when all are there.
+        """The list's vectors in its order, when all are there; zeros for those that failed.
 
         `prompt_tokens` counts each distinct text, and `cached_tokens` those of them that were not
         sent for this request.
         """
-        vectors = [vector for vector in self._vectors if vector is not None]
-        assert len(vectors) == len(self._keys), "every text has its vector"
-        last = vectors[max(self._sent, default=0)]
-        rows = np.stack([vector.array for vector in vectors])
-        tokens = sum(vector.tokens for vector in vectors)
-        spared = tokens - sum(vectors[row].tokens for row in self._sent)
+        there = {row: vector for row, vector in enumerate(self._vectors) if vector is not None}
+        assert len(there) + len(self._refused) == len(self._keys), "every text has its vector"
+        last = there[max(self._sent, default=min(there))]
+        none = np.zeros_like(last.array)
+        rows = np.stack([none if vector is None else vector.array for vector in self._vectors])
+        tokens = sum(vector.tokens for vector in there.values())
+        spared = tokens - sum(there[row].tokens for row in self._sent)
         usage: dict[str, Any] = {"prompt_tokens": tokens, "total_tokens": tokens}
         if spared:
             usage["prompt_tokens_details"] = {"cached_tokens": spared}
@@ -173,7 +202,7 @@ class Texts:
             cost_nano=None,
             model=last.model,
             array=rows if len(rows) == len(self._rows) else rows[self._rows],
-            estimated=any(vector.estimated for vector in vectors),
+            estimated=any(vector.estimated for vector in there.values()),
         )
 
     def _alone(self, row: int) -> Lead:

@@ -170,6 +170,7 @@ class Callers:
         call.units.clear()
         call.parts.clear()
         call.debts.clear()
+        call.refused.clear()
         self._finished.append((call.id, size))
         self._finished_bytes += size
         while len(self._finished) > FINISHED_MAX or self._finished_bytes > FINISHED_BYTES_MAX:
@@ -210,6 +211,8 @@ class Callers:
         if call.left or call.done.done():
             return
         error = call.error
+        if error is None and not call.parts:
+            error = next(iter(call.refused.values()))  # each of the texts was refused
         if error is None:
             try:
                 share = share_of(call, self.busy_share())

@@ -32,7 +32,7 @@ class Call:
     """One caller's list, until each of its texts is answered for.
 
     `left` counts the positions that are not; `wait_until_s` is until when it can do without a
-    permit.
+    permit. `refused` positions have failed alone.
     """
 
     id: str
@@ -48,6 +48,7 @@ class Call:
     parts: list[Part] = field(default_factory=list)
     debts: list[Paid] = field(default_factory=list)  # for provider calls that brought nothing
     error: Exception | None = None
+    refused: dict[int, Exception] = field(default_factory=dict)
     claimed: bool = False  # somebody has been given what came of it
     written_off: bool = False
 
@@ -148,6 +149,7 @@ def share_of(call: Call, busy: float) -> Share:
         len(call.parts),
         _sum_of([part.spare for part in call.parts if part.spare is not None]),
         busy,
+        tuple(sorted(call.refused.items(), key=lambda item: item[0])),
     )
 
 
@@ -184,7 +186,8 @@ def _assembled(call: Call) -> NDArray[np.float32]:
     dimensions = {part.vectors.array.shape[1] for part in call.parts}
     if len(dimensions) > 1:
         raise BadVectors(f"parts of one list came back with {sorted(dimensions)} dimensions")
-    whole = np.empty((count, dimensions.pop()), dtype=np.float32)
+    make = np.zeros if call.refused else np.empty
+    whole = make((count, dimensions.pop()), dtype=np.float32)
     for part in call.parts:
         whole[part.positions] = part.vectors.array[part.rows]
     return whole

@@ -68,6 +68,10 @@ class Upstream:
     def bulk_is_full(self) -> bool:
         return self.bulk >= max(1, self.concurrency.limit - 1)
 
+    def is_full_for(self, bulk: bool) -> bool:
+        """Whether there is no room for one more call, of bulk or not."""
+        return self.is_full or (bulk and self.bulk_is_full)
+
     def shut(self, until_s: float, refusal: Exception) -> None:
         """There is no permit until then."""
         self.shut_s, self.refusal = until_s, refusal
@@ -156,7 +160,7 @@ class LaneState(Generic[Q]):
         wake_s: float | None = None
         for bulk in self._turns():
             queue = self._queues[bulk]
-            if not queue.items or (bulk and upstream.bulk_is_full):
+            if not queue.items or upstream.is_full_for(bulk):
                 continue
             caps = upstream.learnt.under(self.caps, now_s)
             due_s = self._due_s(queue, bulk, caps, now_s)

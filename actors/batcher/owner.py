@@ -17,7 +17,7 @@ from actors.batcher.flights import Flight, Line, Tree, Up, unlist
 from actors.batcher.lane import Go, LaneState
 from actors.batcher.limits import learn
 from actors.batcher.planner import cut, middle, size_of, tokens_of
-from actors.batcher.poison import Poison
+from actors.batcher.poison import Poison, alone
 from actors.batcher.policy import (
     Caps,
     Lane,
@@ -64,7 +64,8 @@ class Batcher:
     halves, until only the guilty text fails; it is remembered for a while (`poison`). What a
     refusal says of the provider's caps is learnt (`limits`). Callers whose call failed for all of
     them are told the same `beat`, so that they come back together: with Lane.retry they wait
-    RETRY_LINGER_S for each other and are one provider call again.
+    RETRY_LINGER_S for each other and are one provider call again. A caller's own list fails as a
+    whole, unless it is `partial`: then it is searched, too, and keeps what was answered.
 
     With Caps.hedge a call that is late (see `hedge`) is made a second time; the first good answer
     is handed out and the other copy is stopped. What that one has cost is in Share.spare.
@@ -78,7 +79,7 @@ class Batcher:
     costs all the same (`paid` on its exception) is paid by its callers in the same parts.
     """
 
-    PROTOCOL = 4
+    PROTOCOL = 5
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class Batcher:
         if call is not None:
             return await self._callers.wait(call)
         call = self._callers.accept(call_id, texts, order)
-        if self._is_known_bad(call, lane):
+        if self._is_known_bad(call, lane):  # all of it, or what spoils it
             return await self._callers.wait(call)
         if order.coalesce:
             self._enqueue(call, lane)
@@ -182,14 +183,25 @@ class Batcher:
     # --------------------------------------------------------------------------------- callers
 
     def _is_known_bad(self, call: Call, lane: Lane) -> bool:
-        """Whether the provider has refused one of the texts lately. Then the call has failed."""
-        if not len(self._poison):
+        """Whether the call has failed by what the provider has refused lately."""
+        if call.order.anew or not len(self._poison):
             return False
-        error = self._poison.among(lane, call.texts, self._clock())
-        if error is not None:
+        for position, error in self._poison.among(lane, call.texts, self._clock()):
             self._counts["remembered"] += 1
-            self._callers.finish(call, error)
-        return error is not None
+            self._refuse(call, position, error)
+            if call.error is not None:
+                self._callers.finish(call, error)
+                return True
+        self._callers.complete_if(call)
+        return call.done.done()
+
+    def _refuse(self, call: Call, position: int, error: Exception) -> None:
+        """The provider does not want this text, which is the call's trouble or its own."""
+        call.left -= 1
+        if call.order.partial:
+            call.refused[position] = alone(error)
+        else:
+            call.error = error
 
     # -------------------------------------------------------------------------- lanes and queues
 
@@ -225,6 +237,8 @@ class Batcher:
         up, bulk, now = line.up, call.order.bulk, self._clock()
         queued, tenant, fresh = line.queued[bulk], call.order.tenant, 0
         for position, text in enumerate(call.texts):
+            if position in call.refused:
+                continue
             unit = queued.get(text) or line.flying.get(text)
             if unit is None or (unit.airborne and call.deadline_s - unit.ends_s > JOIN_S):
                 size = size_of(text)
@@ -342,6 +356,8 @@ class Batcher:
         now, caps = self._clock(), call.order.caps
         wanted: dict[Text, Unit] = {}
         for position, text in enumerate(call.texts):
+            if position in call.refused:
+                continue
             unit = wanted.get(text)
             if unit is None:
                 size = size_of(text)
@@ -420,7 +436,8 @@ class Batcher:
             raise
         else:
             now = self._clock()
-            state.concurrency.answered(count, now - began_s, full=state.is_full)
+            full = state.is_full_for(flight.bulk)
+            state.concurrency.answered(count, now - began_s, full=full)
             if vectors.room is not None:
                 state.told(vectors.room, now)
             if flight.line is not None:
@@ -488,7 +505,7 @@ class Batcher:
             pass
         elif self._is_hopeless(flight):
             self._fail_all(units, error)
-        elif len(units) == 1 or _only_one(units):
+        elif len(units) == 1 or _is_one_list(units):
             if len(units) == len(flight.units):
                 self._fail_all(units, error)
             else:  # the bad text may be of somebody who has left
@@ -560,13 +577,12 @@ class Batcher:
             self._poison.remember(flight.lane, unit.text, error, self._clock())
         takers, unit.takers = unit.takers, []
         alike = {call for call, _ in takers}
-        for call, _ in takers:
-            if call.done.done():
-                continue
-            call.left -= 1
-            call.error = error
+        for call, position in takers:
+            if not call.done.done():
+                self._refuse(call, position, error)
         for call in alike:
-            self._callers.release(call)
+            if call.error is not None:
+                self._callers.release(call)
             self._callers.complete_if(call)
 
     def _fail_all(self, units: list[Unit], error: Exception) -> None:
@@ -648,6 +664,7 @@ def _is_sound(call: Call) -> bool:
     return call.error is None and not call.done.done()
 
 
-def _only_one(units: Sequence[Unit]) -> bool:
+def _is_one_list(units: Sequence[Unit]) -> bool:
     """Whether all is one caller's, whose list fails as a whole."""
-    return len({call for unit in units for call, _ in unit.takers}) == 1
+    callers = {call for unit in units for call, _ in unit.takers}
+    return len(callers) == 1 and not callers.pop().order.partial

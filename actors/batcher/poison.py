@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -29,28 +29,35 @@ class Poison:
 
     def remember(self, lane: Lane, text: Text, error: Exception, now_s: float) -> None:
         """The provider has refused this text of this lane, which was alone in its call."""
-        error = copy.copy(error)  # without the frames that it was raised through
-        if hasattr(error, "paid"):
-            del error.paid
         key = _key(_kind(lane), text)
-        self._refused[key] = (now_s + TTL_S, error)
+        self._refused[key] = (now_s + TTL_S, alone(error))
         self._refused.move_to_end(key)
         while len(self._refused) > TEXTS_MAX:
             self._refused.popitem(last=False)
 
-    def among(self, lane: Lane, texts: Sequence[Text], now_s: float) -> Exception | None:
-        """How the provider has refused the first of these texts that it refused lately, if any."""
+    def among(
+        self, lane: Lane, texts: Sequence[Text], now_s: float
+    ) -> Iterator[tuple[int, Exception]]:
+        """The places of those texts that the provider refused lately, and how it did."""
         kind = _kind(lane)
-        for text in texts:
+        for place, text in enumerate(texts):
             key = _key(kind, text)
             known = self._refused.get(key)
             if known is None:
                 continue
             until_s, error = known
             if now_s < until_s:
-                return error
-            del self._refused[key]
-        return None
+                yield place, error
+            else:
+                del self._refused[key]
+
+
+def alone(error: Exception) -> Exception:
+    """The error as one text's: without its price, and the frames that it was raised through."""
+    error = copy.copy(error)
+    if hasattr(error, "paid"):
+        del error.paid
+    return error
 
 
 def _kind(lane: Lane) -> Any:

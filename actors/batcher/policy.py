@@ -55,7 +55,9 @@ class Order:
 
     `bulk` lists yield to others and are sent again where the queue is full. `patience_s` is how
     long the list may wait for the provider's own limits where they leave no room now; bulk waits
-    to its end. `coalesce` off: at once, and with nobody else's texts.
+    to its end. `coalesce` off: at once, and with nobody else's texts. `partial`: a text that the
+    provider refuses fails alone, in Share.failed, and not the list. `anew`: it is asked for even
+    where the provider has refused it lately.
     """
 
     tenant: str = ""
@@ -64,6 +66,8 @@ class Order:
     bulk: bool = False
     patience_s: float = 0.0
     caps: Caps = field(default_factory=Caps)
+    partial: bool = False
+    anew: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,8 @@ class Share:
     `call_id` names the (first) provider call, `texts_in_call` counts what was sent in all `calls`
     that carried this caller's texts, other callers' included. `spare` is not in `cost_nano`: it is
     this caller's part of what hedging has cost, to be booked and charged to nobody. `busy`
-    is the share of a core that the Batcher itself takes.
+    is the share of a core that the Batcher itself takes. `failed` are positions that the provider
+    refused, each with its error; their vectors are zeros.
     """
 
     array: NDArray[np.float32]
@@ -124,6 +129,7 @@ class Share:
     calls: int = 1
     spare: Spare | None = None
     busy: float = 0.0
+    failed: tuple[tuple[int, Exception], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,12 @@ Rule 2: money is set aside before a block is sent, at its highest estimate; so w
         exceeds the most that was allowed.
 Rule 3: a job that stops gives no further block away. What is under way ends and is written.
 Rule 4: what is sent and not yet written is bounded: it is what a killed run pays for twice.
+Rule 5: where the first rows all fail, and alike, all would: the job ends before more are tried.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +18,8 @@ from forebay.errors import GatewayError
 
 Answer = Literal["go", "wait", "full", "stop"]
 """`wait`: for money that was set aside; `full`: for rows to be written."""
+HOPELESS_ROWS = 16
+"""Rows that are refused alike, before any was done, from which on the job is taken to be wrong."""
 BLOCKS_REMEMBERED_MAX = 100_000
 """Most finished blocks whose ids are kept, so that what is said twice is not counted twice."""
 
@@ -25,6 +29,8 @@ class Done:
     """What came of one block. `cost_nano` None: the price is not known.
 
     `cached` rows came from the cache, `repeated` are texts that an earlier row of the block has.
+    `refused` of the `failed` rows were asked for; `refusal` is what the first of them met, empty
+    where they did not fail alike.
     """
 
     rows: int = 0
@@ -33,6 +39,8 @@ class Done:
     cost_nano: int | None = 0
     cached: int = 0
     repeated: int = 0
+    refused: int = 0
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,8 @@ class Account:
     """Owns a job's sums, and the money that blocks under way may cost at most (nano-USD).
 
     Bounded by the workers' blocks at once, and by BLOCKS_REMEMBERED_MAX. `unwritten_max` rows may
-    be sent and not yet written; None where nobody says what is written.
+    be sent and not yet written; None where nobody says what is written. `hopeless_rows` that were
+    refused alike, before any was done, end the job; None: no refusals do.
 
     Failure behaviour: it lives as long as the job's driver and remembers nothing for the next run,
     which has its own allowance. What a worker that died had under way counts as spent, at its most,
@@ -66,6 +75,7 @@ class Account:
 
     most_nano: int | None = None
     unwritten_max: int | None = None
+    hopeless_rows: int | None = None
     _sums: Done = field(default_factory=Done)
     _blocks: int = 0
     _unpriced: bool = False
@@ -76,6 +86,7 @@ class Account:
     _written: int = 0
     _error: GatewayError | None = None
     _out_of_money: bool = False
+    _unlike: bool = False
 
     def began(self, worker: str) -> None:
         """A worker is there, perhaps again: nobody tells what came of its blocks under way.
@@ -115,12 +126,12 @@ class Account:
             self._written += rows
             _remember(self._files, file)
 
-    def end(self, block: str, done: Done) -> None:
-        """A block is through."""
+    def end(self, block: str, done: Done) -> GatewayError | None:
+        """A block is through. What ends the job with it, if it is the one that shows it."""
         self._aside.pop(block, None)
         self._lost.pop(block, None)  # said before the worker died, and heard after
         if block in self._finished:
-            return
+            return None
         _remember(self._finished, block)
         old = self._sums
         self._unpriced |= done.cost_nano is None
@@ -132,13 +143,26 @@ class Account:
             (old.cost_nano or 0) + (done.cost_nano or 0),
             old.cached + done.cached,
             old.repeated + done.repeated,
+            old.refused + done.refused,
+            old.refusal or done.refusal,
         )
+        if not self._is_hopeless(done):
+            return None
+        self._error = self._error or hopeless(self._sums.refused, self._sums.refusal)
+        return self._error
 
     def fail(self, block: str, error: GatewayError, done: Done) -> None:
         """A block met an error that all others would meet. The first one is told."""
         self.end(block, done)
         if self._error is None:
             self._error = error
+
+    def _is_hopeless(self, last: Done) -> bool:
+        sums = self._sums
+        self._unlike |= bool(last.refused) and not alike((sums.refusal, last.refusal))
+        if self.hopeless_rows is None or self._unlike or sums.rows > sums.failed:
+            return False
+        return bool(last.refused) and sums.refused >= self.hopeless_rows
 
     def figures(self) -> Figures:
         sums = self._sums
@@ -156,6 +180,24 @@ class Account:
             "error" if self._error is not None else stopped,
             self._error,
         )
+
+
+def alike(refusals: Iterable[str]) -> str:
+    """The first of what rows met, empty where they did not all meet the same: an error column
+    begins with its kind."""
+    told = list(refusals)
+    kinds = {words.partition(":")[0] for words in told}
+    return told[0] if len(kinds) == 1 else ""
+
+
+def hopeless(rows: int, refusal: str) -> GatewayError:
+    """The first rows have all failed, and alike."""
+    return GatewayError(
+        f"the first {rows} rows that were tried all failed alike, so the job has stopped: "
+        f"{refusal}; mend the model, its parameters or the rows, and run it again",
+        status=400,
+        code="all_rows_fail",
+    )
 
 
 def _remember(names: dict[str, None], name: str) -> None:

@@ -10,12 +10,14 @@ from typing import Any, Literal
 from forebay.errors import ConfigurationError
 from forebay.gateway import LiteLLMGateway
 from forebay.pipelines import embedding, generating, places, structured
-from forebay.pipelines.account import Account
+from forebay.pipelines.account import HOPELESS_ROWS, Account
 from forebay.pipelines.census import Census
 from forebay.pipelines.embedding import EmbedWork
 from forebay.pipelines.estimate import Plan, Range, chat_plan, embedding_plan, tokens_in
+from forebay.pipelines.flow import apply
 from forebay.pipelines.generating import GenerateWork
-from forebay.pipelines.job import Job, Report, Setting, Watch, apply
+from forebay.pipelines.job import Job, Report, Watch
+from forebay.pipelines.setting import Setting
 from forebay.pipelines.system import counts_of, deployments_of, rates_of
 from forebay.pipelines.template import Template
 
@@ -341,8 +343,8 @@ def _over_dataset(ds: Any, setting: Setting) -> Any:
         most_nano = setting.most_nano(gateway)
     import ray
 
-    account = ray.remote(num_cpus=0)(Account).remote(most_nano)
-    return apply(ds, setting, account, loud=True)
+    account = ray.remote(num_cpus=0)(Account).remote(most_nano, None, HOPELESS_ROWS)
+    return apply(ds, setting, account, loud=True, doubtful=True)
 
 
 def _over_files(

@@ -129,8 +129,11 @@ def _run(
 def _attach(config: Path | None) -> None:
     """Join the gateway that runs here; without one, let a local Ray and its owners be started."""
     running.prepare_ray(os.environ, configuration.data_dir(os.environ))  # before Ray is imported
-    importlib.import_module("ray.data")  # which sets its own level, to tell of each step
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray tells of each step, and of Ray Data's own actors what nobody here can change.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    importlib.import_module("ray.data")  # which sets its own level
+    for name in ("ray.data", "ray._private"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     found = running.read(configuration.data_dir(os.environ))
     if found is not None:
         if config is not None:
@@ -181,11 +184,18 @@ def _words(plan: Plan) -> list[str]:
 
 def _said(report: Report, dst: str) -> str:
     money = "cost not known" if report.cost_usd is None else f"${report.cost_usd:.4f}"
-    words = [f"{report.rows - report.failed:,} rows in {dst}, {report.tokens:,} tokens, {money}"]
+    good = _rows(report.rows - report.failed)
+    words = [f"{good} in {dst}, {report.tokens:,} tokens, {money}"]
     if report.done_before:
-        words.append(f"{report.done_before:,} rows were done before")
+        words.append(f"done before: {_rows(report.done_before)}")
     if report.failed:
-        words.append(f"{report.failed:,} rows failed: {report.dead_letter} (--retry-dead-letter)")
+        failed = f"failed: {_rows(report.failed)}, in {report.dead_letter}"
+        words.append(f"{failed} (--retry-dead-letter sends them again)")
     if report.left:
-        words.append(f"{report.left:,} rows left: --max-cost is used up; the same command goes on")
+        left = f"left: {_rows(report.left)}, since --max-cost is used up"
+        words.append(f"{left}; the same command goes on")
     return "\n".join(words)
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"

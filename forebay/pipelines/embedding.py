@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from forebay.errors import GatewayError, ProviderError
-from forebay.gateway import LiteLLMGateway
-from forebay.pipelines.account import Done
+from forebay.pipelines.account import Done, alike
 from forebay.pipelines.patience import Patience
 from forebay.pipelines.system import answer as ask
 from forebay.pipelines.system import most_nano_of_texts
-from forebay.pipelines.vectors import Got, Rows, embed_rows
+from forebay.pipelines.vectors import EMPTY, Got, Rows, embed_rows
+
+if TYPE_CHECKING:
+    from forebay.gateway import LiteLLMGateway
 
 EMBEDDING, ERROR, TOKENS = "embedding", "embedding_error", "tokens"
 COLUMNS = (EMBEDDING, ERROR, TOKENS)
@@ -33,7 +35,11 @@ class EmbedWork:
     dimensions: int | None = None
     raises: bool = False
     patience_s: float = 600.0
+    anew: bool = False
     error_column: str = ERROR
+
+    def again(self) -> EmbedWork:
+        return replace(self, anew=True)
 
     def texts(self, table: pa.Table) -> list[str | None]:
         texts: list[str | None] = table[self.text_column].to_pylist()
@@ -43,16 +49,17 @@ class EmbedWork:
         return most_nano_of_texts(gateway, self.model, self.texts(table))
 
     async def run(
-        self, gateway: LiteLLMGateway, table: pa.Table
+        self, gateway: LiteLLMGateway, table: pa.Table, doubtful: bool
     ) -> tuple[pa.Table, Done, GatewayError | None]:
         texts = self.texts(table)
 
-        async def send(words: Sequence[str]) -> Got:
-            return await self._send(gateway, words)
+        async def send(words: Sequence[str], partial: bool) -> Got:
+            return await self._send(gateway, words, partial)
 
         patience = Patience(asyncio.sleep, random.Random(), self.patience_s)
-        rows = await embed_rows(texts, send, patience)
+        rows = await embed_rows(texts, send, patience, doubtful=doubtful)
         sent = [text for text in texts if text]
+        refusals = [words for words in rows.errors if words not in (None, EMPTY)]
         done = Done(
             sum(vector is not None for vector in rows.vectors) + _failed(rows),
             _failed(rows),
@@ -60,24 +67,26 @@ class EmbedWork:
             rows.cost_nano,
             rows.cached,
             len(sent) - len(set(sent)),
+            len(refusals),
+            alike(refusals),
         )
         return _with_columns(table, rows), done, rows.halted
 
     def nothing(self, table: pa.Table) -> pa.Table:
         return _with_columns(table.slice(0, 0), Rows.of(0))
 
-    async def _send(self, gateway: LiteLLMGateway, words: Sequence[str]) -> Got:
+    async def _send(self, gateway: LiteLLMGateway, words: Sequence[str], partial: bool) -> Got:
         body = {"input": list(words), "model": self.model, "dimensions": self.dimensions}
         if self.tenant_id is not None:
             body["tenant_id"] = self.tenant_id
-        result = await ask(gateway, "embedding", body)
+        result = await ask(gateway, "embedding", body, partial=partial, anew=self.anew)
         answer, facts = result.answer, result.facts
         assert answer.array is not None, "an embedding answer carries vectors"
         if facts.fallbacks:
             # Retried until the model that was asked for is back: two models' vectors never mix.
             raise ProviderError(f"a fallback answered for {facts.group}; its vectors are not used")
         tokens = int((answer.usage or {}).get("prompt_tokens") or 0)
-        return Got(answer.array, tokens, facts.cost_nano, facts.cached)
+        return Got(answer.array, tokens, facts.cost_nano, facts.cached, dict(facts.failed))
 
 
 def _failed(rows: Rows) -> int:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from forebay.call import Result
 from forebay.errors import GatewayError
-from forebay.gateway import LiteLLMGateway
 from forebay.pipelines import structured
-from forebay.pipelines.account import Done
+from forebay.pipelines.account import Done, alike
 from forebay.pipelines.patience import Patience, kind_of
 from forebay.pipelines.system import answer as ask
 from forebay.pipelines.system import most_nano_of_chat
 from forebay.pipelines.template import MissingValue, Template
 from forebay.pipelines.vectors import words_of
+
+if TYPE_CHECKING:
+    from forebay.call import Result
+    from forebay.gateway import LiteLLMGateway
 
 ANSWER, ERROR, TOKENS = "answer", "generation_error", "tokens"
 
@@ -51,12 +53,16 @@ class GenerateWork:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     raises: bool = False
     patience_s: float = 600.0
+    anew: bool = False
     error_column: str = ERROR
 
     @property
     def columns(self) -> tuple[str, ...]:
         made = (ANSWER,) if self.schema is None else tuple(self.schema["properties"])
         return (*made, ERROR, TOKENS)
+
+    def again(self) -> GenerateWork:
+        return replace(self, anew=True)
 
     def texts(self, table: pa.Table) -> list[str | None]:
         prompts = self._prompts(table)
@@ -68,7 +74,7 @@ class GenerateWork:
         return most_nano_of_chat(gateway, self.model, prompts, most)
 
     async def run(
-        self, gateway: LiteLLMGateway, table: pa.Table
+        self, gateway: LiteLLMGateway, table: pa.Table, doubtful: bool
     ) -> tuple[pa.Table, Done, GatewayError | None]:
         patience = Patience(asyncio.sleep, random.Random(), self.patience_s)
         rows = [_Row() for _ in range(table.num_rows)]
@@ -92,6 +98,11 @@ class GenerateWork:
         await asyncio.gather(*(one(row, prompt) for row, prompt in zip(rows, prompts, strict=True)))
         known = [row for row in rows if row.known]
         costs = [row.cost_nano for row in known]
+        refusals = [
+            row.error
+            for row, prompt in zip(rows, prompts, strict=True)
+            if row.error is not None and isinstance(prompt, str)
+        ]
         done = Done(
             len(known),
             sum(row.error is not None for row in known),
@@ -99,6 +110,8 @@ class GenerateWork:
             None if None in costs else sum(cost or 0 for cost in costs),
             sum(row.cached for row in known),
             len(prompts) - len({str(prompt) for prompt in prompts}),
+            len(refusals),
+            alike(refusals),
         )
         return self._with_columns(table, rows), done, halted[0] if halted else None
 
@@ -124,7 +137,7 @@ class GenerateWork:
             body["tenant_id"] = self.tenant_id
         if self.schema is not None:
             body["response_format"] = structured.response_format(self.schema)
-        return await ask(gateway, "chat", body)
+        return await ask(gateway, "chat", body, anew=self.anew)
 
     def _take(self, row: _Row, result: Result) -> None:
         answer = result.answer

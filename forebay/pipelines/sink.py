@@ -6,8 +6,8 @@ of a task begin with that name, so that what a killed task left behind is found 
 
 from __future__ import annotations
 
-import json
 import posixpath
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -62,9 +62,10 @@ def write_table(table: pa.Table, file: Any, kind: Format) -> None:
     if kind == "parquet":
         parquet.write_table(table, file)
     elif kind == "jsonl":
+        names = table.column_names
         for batch in table.to_batches(max_chunksize=1000):
-            rows = (orjson.dumps(row, default=str) + b"\n" for row in batch.to_pylist())
-            file.write(b"".join(rows))
+            rows = zip(*map(_values, batch.columns), strict=True)
+            file.write(b"".join(_json(dict(zip(names, r, strict=True))) + b"\n" for r in rows))
     else:
         csv.write_csv(flat(table), file)
 
@@ -74,8 +75,22 @@ def flat(table: pa.Table) -> pa.Table:
     for place, field in enumerate(table.schema):
         if pa.types.is_nested(field.type):
             values = [
-                None if value is None else json.dumps(value, default=str)
-                for value in table[field.name].to_pylist()
+                None if value is None else _json(value).decode()
+                for value in _values(table[field.name].combine_chunks())
             ]
             table = table.set_column(place, field.name, pa.array(values, pa.string()))
     return table
+
+
+def _values(column: pa.Array) -> Sequence[Any]:
+    """A column's values; vectors as arrays, whose numbers have fewer digits than Python's."""
+    kind = column.type
+    if pa.types.is_fixed_size_list(kind) and pa.types.is_float32(kind.value_type):
+        vectors: Sequence[Any] = column.to_numpy(zero_copy_only=False)
+        return vectors
+    values: Sequence[Any] = column.to_pylist()
+    return values
+
+
+def _json(value: Any) -> bytes:
+    return orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from forebay.call import Call, Result
-from forebay.gateway import LiteLLMGateway
 from forebay.pipelines.estimate import FOREIGN, Rates
-from forebay.providers.tokenizers import encoding_of
-from forebay.routing import Deployment
+
+if TYPE_CHECKING:
+    from forebay.call import Result
+    from forebay.gateway import LiteLLMGateway
+    from forebay.routing import Deployment
 
 Route = Literal["chat", "embedding"]
 CHAT_OVERHEAD_TOKENS = 32
@@ -19,14 +20,27 @@ BYTES_PER_TOKEN = 4
 """Of English text; what is gone by where there is no tokenizer at all."""
 
 
-async def answer(gateway: LiteLLMGateway, route: Route, body: Mapping[str, Any]) -> Result:
+async def answer(
+    gateway: LiteLLMGateway,
+    route: Route,
+    body: Mapping[str, Any],
+    *,
+    partial: bool = False,
+    anew: bool = False,
+) -> Result:
     """One request of a job: others' requests go before it. To be awaited on the gateway's loop.
+
+    `partial`: texts that the provider refuses fail alone, in `Facts.failed`. `anew`: neither a
+    stored answer nor a refusal of late counts.
 
     Raises:
         GatewayError: every failure.
     """
+    from forebay.call import Call
+
     call = Call.of(route, body)
-    call.bulk = True
+    call.bulk, call.partial, call.anew = True, partial, anew
+    call.cache_read = not anew
     return await gateway._system.pipeline.answer(call)
 
 
@@ -69,6 +83,8 @@ def counts_of(
     gateway: LiteLLMGateway, model: str | None, route: Route, texts: Sequence[str]
 ) -> tuple[list[tuple[int, int]], bool]:
     """(bytes, tokens) of texts, and whether the tokens are the model's own count."""
+    from forebay.providers.tokenizers import encoding_of
+
     deployment = deployments_of(gateway, model, route)[0]
     provider = gateway._system.provider
     counts, exact = [], encoding_of(deployment) is not None

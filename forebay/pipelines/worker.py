@@ -30,6 +30,10 @@ class Work(Protocol):
     @property
     def raises(self) -> bool: ...
 
+    def again(self) -> Work:
+        """The same for rows that failed: they are asked for whatever is known of them."""
+        ...
+
     def texts(self, table: pa.Table) -> list[str | None]:
         """What is sent for each row; None for rows that are not."""
         ...
@@ -39,11 +43,11 @@ class Work(Protocol):
         ...
 
     async def run(
-        self, gateway: LiteLLMGateway, table: pa.Table
+        self, gateway: LiteLLMGateway, table: pa.Table, doubtful: bool
     ) -> tuple[pa.Table, Done, GatewayError | None]:
         """The block's rows with their new columns, what came of them, and what ends the job.
 
-        Rows that were not sent are not among them.
+        Rows that were not sent are not among them. `doubtful`: no row has been done yet.
         """
         ...
 
@@ -68,6 +72,7 @@ class Worker:
         namespace: str,
         limited: bool,
         loud: bool,
+        doubtful: bool,
         done: tuple[Any, ...] | None = None,
     ) -> None:
         import ray
@@ -79,6 +84,7 @@ class Worker:
         self._loud = loud
         self._account = account
         self._limited = limited
+        self._doubtful = doubtful
         self._finished: Any = None
         if done is not None:
             from forebay.pipelines.resume import Finished
@@ -108,7 +114,9 @@ class Worker:
         if answer == "stop":
             return self._work.nothing(table)
         try:
-            made, done, error = self._gateway.run(self._work.run(self._gateway, table))
+            made, done, error = self._gateway.run(
+                self._work.run(self._gateway, table, self._doubtful)
+            )
         except Exception as failure:  # noqa: BLE001 (told the account, or raised)
             # What others have under way is paid for and is to be written, so the job ends well.
             made, done = self._work.nothing(table), Done()
@@ -116,10 +124,13 @@ class Worker:
         if error is None and self._work.raises and done.failed:
             first = next(words for words in made[self._work.error_column].to_pylist() if words)
             error = GatewayError(f"a row failed: {first}", status=400)
+        if done.rows > done.failed:
+            self._doubtful = False
+        if error is None and (error := ray.get(self._account.end.remote(block, done))) is not None:
+            made = self._work.nothing(table)
         if error is None:
-            ray.get(self._account.end.remote(block, done))
-        elif self._loud:
+            return made
+        if self._loud:
             raise error
-        else:
-            ray.get(self._account.fail.remote(block, error, done))
+        ray.get(self._account.fail.remote(block, error, done))
         return made

@@ -16,14 +16,15 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
-from forebay import errors, pipelines
+from forebay import GatewayConfig, LiteLLMGateway, errors, pipelines
+from forebay.pipelines.embedding import EmbedWork
 from tests.support import system as support
 from tests.support.simulator import truth
 from tests.support.upstream import Record, Upstream
 
 FULL = os.environ.get("FOREBAY_CHAOS_FULL") == "1"
 ROWS, BLOCK = (100_000, 500) if FULL else (800, 20)
-KILLS = 2
+KILLS = 2 if FULL else 1
 BLOCKS_MAX = 16 + 8
 """Blocks that are sent and not committed, at most: those that `Account.begin` lets be unwritten,
 and those of write tasks at once, which two cores have room for."""
@@ -66,7 +67,8 @@ def read(folder: Path) -> pa.Table:
 
 
 @pytest.mark.ray
-def test_killed_twice_a_job_loses_and_doubles_nothing(
+@pytest.mark.timeout(1500 if FULL else 120)
+def test_a_killed_job_loses_and_doubles_nothing(
     up: support.UpProcess, upstream: Upstream, ray_driver: Any, tmp_path: Path
 ) -> None:
     """Rows are equal in the end; what is paid twice was under way when the driver was killed."""
@@ -75,8 +77,8 @@ def test_killed_twice_a_job_loses_and_doubles_nothing(
     parquet.write_table(written(ROWS, poison), src)
     upstream.script(poison=True, text="POISON", count=10_000_000)
     upstream.script(latency=0.2)
-    job = ("embed", src, dst, "--model", "sim-embed", "--text-column", "text", "--id-column", "id")
-    job = (*job, "--dimensions", 8, "--block-rows", BLOCK, "--json")
+    job: tuple[Any, ...] = ("embed", src, dst, "--model", "sim-embed", "--text-column", "text")
+    job = (*job, "--id-column", "id", "--dimensions", 8, "--block-rows", BLOCK, "--json")
     given: dict[str, Any] = {"model": "sim-embed", "text_column": "text", "id_column": "id"}
     given |= {"dimensions": 8, "block_rows": BLOCK}
 
@@ -101,7 +103,20 @@ def test_killed_twice_a_job_loses_and_doubles_nothing(
     assert dead["id"].to_pylist() == list(poison)
     found = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
     np.testing.assert_array_equal(found, truth.vectors(table["text"].to_pylist(), 8))
-    assert paid_texts(upstream.log()) <= ROWS + KILLS * BLOCKS_MAX * BLOCK
+    paid = paid_texts(upstream.log())
+    print(
+        f"\npipelines: {ROWS} rows in blocks of {BLOCK}, killed {KILLS} times, with "
+        f"{report.done_before} rows done before the last run: {paid} texts answered, "
+        f"{paid - ROWS + len(poison)} of them again; {len(dead)} rows in the dead letter"
+    )
+    assert paid <= ROWS + KILLS * BLOCKS_MAX * BLOCK
+
+    # The provider takes them now, and is asked though the Batcher knows how it refused them.
+    upstream.reset()
+    again = forebay(up, *job, "--retry-dead-letter")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["rows"] == len(poison)
+    assert read(dst)["id"].to_pylist() == list(range(ROWS))
 
 
 @pytest.mark.ray
@@ -113,31 +128,32 @@ def test_a_plan_spends_nothing_and_money_stops_a_job_cleanly(
     csv.write_csv(written(400), src / "a.csv")
     given: dict[str, Any] = {"text_column": "text", "id_column": "id", "model": "priced-embed"}
     given |= {"dimensions": 4}
-    plan = pipelines.plan(src, dst=dst, **given)
+    job = ("embed", src, dst, "--model", "priced-embed", "--text-column", "text")
+    told = forebay(up, *job, "--id-column", "id", "--dimensions", 4, "--dry-run", "--json")
+    assert told.returncode == 0, told.stderr
+    plan = json.loads(told.stdout)
 
     assert upstream.log() == []
     assert not dst.exists()
-    assert (plan.rows, plan.duplicates, plan.calls) == (400, 0, 1)
-    assert plan.cost_usd is not None
-    assert 0 < plan.cost_usd.low <= plan.cost_usd.likely <= plan.cost_usd.high
+    assert (plan["rows"], plan["duplicates"], plan["calls"]) == (400, 0, 1)
+    cost = plan["cost_usd"]
+    assert 0 < cost["low"] <= cost["likely"] <= cost["high"]
 
-    most = plan.cost_usd.high / 2
-    job = ("embed", src, dst, "--model", "priced-embed", "--text-column", "text")
-    job = (*job, "--id-column", "id", "--dimensions", 4, "--block-rows", 50, "--json")
-    cut = forebay(up, *job, "--max-cost", most)
+    most = cost["high"] / 2
+    cut = pipelines.embed_parquet(src, dst, block_rows=50, max_cost_usd=most, **given)
 
-    assert cut.returncode == 3, cut.stderr
-    spent = json.loads(cut.stdout)
-    assert spent["stopped"] == "money"
-    assert 0 < spent["rows"] < 400
-    assert spent["left"] == 400 - spent["rows"]
-    assert spent["cost_usd"] <= most
+    assert cut is not None
+    assert cut.stopped == "money"
+    assert 0 < cut.rows < 400
+    assert cut.left == 400 - cut.rows
+    assert cut.cost_usd is not None
+    assert cut.cost_usd <= most
 
     # What is left is done, with rows that are new, and nothing else.
     csv.write_csv(written(420, start=400), src / "b.csv")
     whole = pipelines.embed_parquet(src, dst, block_rows=50, **given)
     assert whole is not None
-    assert (whole.done_before, whole.rows) == (spent["rows"], 420 - spent["rows"])
+    assert (whole.done_before, whole.rows) == (cut.rows, 420 - cut.rows)
     assert paid_texts(upstream.log()) == 420
     ids = [id_ for file in dst.glob("*.csv") for id_ in csv.read_csv(file)["id"].to_pylist()]
     assert sorted(ids) == list(range(420))
@@ -161,6 +177,14 @@ def test_a_dataset_gets_its_columns(ray_driver: Any, upstream: Upstream) -> None
     np.testing.assert_array_equal(found[0]["embedding"], truth.vector(rows[0]["text"], 4))
     assert all(row["tokens"] > 0 for row in found if not row["embedding_error"])
 
+    upstream.script(answer="a river")
+    asked = pipelines.generate_dataset(
+        ray.data.from_items(rows[:2]), prompt="What is {text}?", model="sim"
+    )
+    answers = asked.take_all()
+    assert [row["answer"] for row in answers] == ["a river"] * 2
+    assert all(row["tokens"] > 0 and row["generation_error"] is None for row in answers)
+
 
 @pytest.mark.ray
 def test_what_is_wrong_is_said_before_anything_is_sent(
@@ -170,7 +194,7 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     parquet.write_table(pa.table({"id": [1, 2, 2], "text": ["a", "b", "c"]}), src)
     empty = tmp_path / "empty.parquet"
     parquet.write_table(written(0), empty)
-    given = {"text_column": "text", "id_column": "id", "model": "sim-embed"}
+    given: dict[str, Any] = {"text_column": "text", "id_column": "id", "model": "sim-embed"}
     wrong: list[tuple[str, Path, Path, dict[str, Any]]] = [
         ("no column 'words'", src, dst, {**given, "text_column": "words"}),
         ("no column 'key'", src, dst, {**given, "id_column": "key"}),
@@ -193,6 +217,15 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     assert nothing.rows == 0
     assert upstream.log() == []
 
+    # What the provider alone knows is seen by the first rows.
+    upstream.script(status=400, count=1000)
+    many = tmp_path / "many.parquet"
+    parquet.write_table(written(500), many)
+    with pytest.raises(errors.GatewayError, match="first 16 rows that were tried all failed alike"):
+        pipelines.embed_parquet(many, tmp_path / "refused", **given)
+    assert len(upstream.log()) < 60
+    assert not (tmp_path / "refused" / "_dead_letter").exists()
+
 
 @pytest.mark.ray
 def test_a_model_is_asked_about_each_row(
@@ -206,25 +239,52 @@ def test_a_model_is_asked_about_each_row(
     (tmp_path / "schema.json").write_text(json.dumps(schema))
     upstream.script(answer="yes")
     upstream.script(answer="certainly not", text="place 7 ", count=1000)
-    job = ("map", src, dst, "--model", "sim", "--prompt", "Is {name} big?", "--id-column", "id")
+    job: tuple[Any, ...] = ("map", src, dst, "--model", "sim", "--id-column", "id")
+    job = (*job, "--prompt", "Is {name} big?")
     job = (*job, "--schema", tmp_path / "schema.json", "--json")
     given: dict[str, Any] = {"model": "sim", "prompt": "Is {name} big?", "id_column": "id"}
 
     assert pipelines.plan_generate(src, dst=dst, **given).calls == 39
     assert upstream.log() == []
-    ended = pipelines.generate_parquet(src, dst, schema=schema, **given)
+    ended = forebay(up, *job)
+    assert ended.returncode == 3, ended.stderr
+    told = json.loads(ended.stdout)
 
-    assert ended is not None
-    assert (ended.rows, ended.failed, ended.left) == (40, 2, 0)
+    assert (told["rows"], told["failed"], told["left"]) == (40, 2, 0)
     answers = answered(dst)
     assert sorted(answers) == [i for i in range(40) if i not in (5, 7)]
     assert set(answers.values()) == {"yes"}
     dead = read(dst / "_dead_letter")
     assert dead["id"].to_pylist() == [5, 7]
     assert "'name' is empty" in dead["generation_error"][0].as_py()
-    upstream.reset()
-    upstream.script(answer="no")
-    again = forebay(up, *job, "--retry-dead-letter")
-    assert again.returncode == 3, again.stderr
-    assert answered(dst) == {**answers, 7: "no"}
-    assert len(upstream.log()) == 1
+
+
+def test_bad_rows_cost_a_job_few_requests(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Batcher finds them within one request; a retry asks for them though it knows them."""
+    monkeypatch.setenv("SIM_KEY", "sk-simulated")
+    upstream.script(poison=True, text="POISON", count=10_000)
+    poison = list(range(7, 1000, 100))
+    rows = written(1000, poison)
+    config = GatewayConfig(model_list=support.groups(upstream.url), enable_request_batching=True)
+    work = EmbedWork("text", "sim-embed", dimensions=4)
+    with LiteLLMGateway(config, runtime="inline") as gateway:
+        made, done, error = gateway.run(work.run(gateway, rows, False))
+        requests = gateway.get_usage_stats()["total_requests"]
+        upstream.reset()
+        dead = rows.take(poison)
+        known = gateway.run(work.run(gateway, dead, False))[1]
+        asked_by_memory = len(upstream.log())
+        again = gateway.run(work.again().run(gateway, dead, False))[1]
+
+    assert error is None
+    assert requests == 1
+    assert (done.rows, done.failed) == (1000, 10)
+    failed = [place for place, words in enumerate(made["embedding_error"].to_pylist()) if words]
+    assert failed == poison
+    found = np.stack(made["embedding"].drop_null().to_numpy(zero_copy_only=False))
+    good = [text for text in rows["text"].to_pylist() if "POISON" not in text]
+    np.testing.assert_array_equal(found, truth.vectors(good, 4))
+    assert (known.failed, asked_by_memory) == (10, 0)
+    assert (again.failed, len(upstream.log())) == (0, 1)

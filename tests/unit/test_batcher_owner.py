@@ -475,7 +475,7 @@ async def test_a_callers_vectors_do_not_keep_the_whole_calls_alive() -> None:
 
 
 def test_a_batcher_is_made_without_an_event_loop() -> None:
-    assert Batcher(lambda: None).protocol() == 4  # type: ignore[arg-type, return-value]
+    assert Batcher(lambda: None).protocol() == 5  # type: ignore[arg-type, return-value]
 
 
 @given(
@@ -783,6 +783,61 @@ async def test_a_bad_text_is_remembered_and_not_asked_for_again() -> None:
         await embed(batcher, ["b", "poison"])
     assert provider.sent == [["a"], ["poison"]]
     assert batcher.stats()["texts_queued"] == 0
+
+
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_of_a_partial_list_only_the_bad_texts_fail_and_each_good_one_is_paid_once(
+    coalesce: bool,
+) -> None:
+    provider = Provider()
+    texts = [f"t{n}" if n % 20 else "poison" for n in range(60)]
+    share = await embed(make(provider), texts, coalesce=coalesce, partial=True)
+
+    assert [place for place, _ in share.failed] == [0, 20, 40]
+    assert all(isinstance(error, Refused) for _, error in share.failed)
+    for place, text in enumerate(texts):
+        wanted = [0.0] * 3 if text == "poison" else vector_of(text)
+        assert share.array[place].tolist() == wanted
+    assert share.prompt_tokens == provider.tokens
+    assert share.prompt_tokens == sum(len(t) + 1 for t in texts if t != "poison")
+
+
+async def test_a_partial_list_asks_for_what_is_known_as_bad_only_where_it_is_told_to() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    await embed(batcher, ["a", "poison"], partial=True)
+    sent = len(provider.sent)
+    share = await embed(batcher, ["b", "poison"], partial=True)
+
+    assert provider.sent[sent:] == [["b"]]
+    assert [place for place, _ in share.failed] == [1]
+    with pytest.raises(Refused):
+        await embed(batcher, ["poison"], partial=True)
+    assert len(provider.sent) == sent + 1
+    provider.poison = "none"  # the provider has changed its mind
+    share = await embed(batcher, ["poison"], partial=True, anew=True)
+    assert share.failed == ()
+    assert share.array.tolist() == [vector_of("poison")]
+
+
+async def test_bulk_finds_out_how_many_calls_at_once_do_no_harm() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    provider.gate.clear()
+    lists = [[f"{n}"] for n in range(200)]
+    tasks = [
+        asyncio.create_task(embed(batcher, texts, bulk=True, caps=Caps(items_max=1)))
+        for texts in lists
+    ]
+    for _ in range(30):
+        await asyncio.sleep(0)
+    first = len(provider.sent)
+    provider.gate.set()
+    await asyncio.gather(*tasks)
+
+    assert first == 3  # one of four places is left to others
+    (limit,) = batcher._ups.values()
+    assert limit.state.concurrency.limit > 6
 
 
 async def test_a_list_that_is_bad_as_a_whole_is_not_searched() -> None:

@@ -125,7 +125,7 @@ async def session(seed: int, *, kills: int, faults: float, cancels: float) -> Wo
         BatcherDesk([Line(world, faults)], f"p{n}", world.time, world.time.sleep, rng=rng)
         for n in range(4)
     ]
-    asked: list[tuple[Lane, list[str], asyncio.Task[Share]]] = []
+    asked: list[tuple[Lane, list[str], bool, asyncio.Task[Share]]] = []
     killed = set(dice.sample(range(100), kills))
     for number in range(100):
         lane = dice.choice(LANES)
@@ -136,29 +136,34 @@ async def session(seed: int, *, kills: int, faults: float, cancels: float) -> Wo
             coalesce=dice.random() < 0.9,
             bulk=dice.random() < 0.3,
             caps=Caps(items_max=7),
+            partial=dice.random() < 0.3,
+            anew=dice.random() < 0.1,
         )
         task = asyncio.create_task(dice.choice(desks).embed(lane, texts, order))
-        asked.append((lane, texts, task))
+        asked.append((lane, texts, order.partial, task))
         await world.time.advance(dice.choice((0.0, 0.0, 0.005, 0.04)))
         if dice.random() < cancels:
-            dice.choice(asked)[2].cancel()
+            dice.choice(asked)[3].cancel()
         if number in killed:
             await world.kill()
     await world.time.advance(20.0)
-    assert all(task.done() for _, _, task in asked)
+    assert all(task.done() for _, _, _, task in asked)
     charged = 0
-    for lane, texts, task in asked:
+    for lane, texts, partial, task in asked:
         if task.cancelled():
             continue
         error = task.exception()
         if error is None:
             share = task.result()
-            assert share.array.tolist() == [vector_of(lane, text) for text in texts]
-            assert not world.bad.intersection(texts)
+            bad = [place for place, text in enumerate(texts) if text in world.bad]
+            assert [place for place, _ in share.failed] == bad
+            assert partial or not bad
+            wanted = [[0.0, 0.0] if t in world.bad else vector_of(lane, t) for t in texts]
+            assert share.array.tolist() == wanted
             charged += share.prompt_tokens
         else:
             assert isinstance(error, Refused), repr(error)
-            assert world.bad.intersection(texts)
+            assert (all if partial else any)(text in world.bad for text in texts)
             paid = getattr(error, "paid", None)
             charged += 0 if paid is None else paid.prompt_tokens
     for desk in desks:

@@ -118,6 +118,39 @@ def test_an_error_that_all_would_meet_stops_the_job_and_is_told() -> None:
     assert figures.unpriced
 
 
+def refused(rows: int, words: str) -> Done:
+    return Done(rows=rows, failed=rows, refused=rows, refusal=words)
+
+
+def test_first_rows_that_all_fail_alike_stop_the_job() -> None:
+    account = Account(hopeless_rows=16)
+    assert account.end("a", refused(10, "400: no such size")) is None
+    error = account.end("b", refused(6, "400: no such size"))
+    assert "first 16 rows" in str(error)
+    assert "no such size" in str(error)
+    assert account.begin("c", 0, 1) == "stop"
+    assert account.figures().stopped == "error"
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [Done(rows=1), refused(99, "400: x")],
+        [refused(10, "400: x"), refused(99, "content_filter: x")],
+        [Done(rows=99, failed=99)],  # without texts
+        [refused(15, "400: x")],
+    ],
+)
+def test_other_failures_do_not(blocks: list[Done]) -> None:
+    account = Account(hopeless_rows=16)
+    assert [account.end(str(number), done) for number, done in enumerate(blocks)] == [None] * len(
+        blocks
+    )
+    assert account.begin("z", 0, 1) == "go"
+    retried = Account()
+    assert retried.end("a", refused(99, "400: x")) is None
+
+
 # ------------------------------------------------------------------------------------ patience
 
 
@@ -149,17 +182,21 @@ class World:
 
     def __init__(self, *failures: errors.GatewayError, bad: Sequence[str] = ()) -> None:
         self.failures, self.bad = list(failures), bad
+        self.searches = False
         self.asked: list[list[str]] = []
         self.pauses: list[float] = []
 
-    async def send(self, texts: Sequence[str]) -> Got:
+    async def send(self, texts: Sequence[str], partial: bool = False) -> Got:
         self.asked.append(list(texts))
         if self.failures:
             raise self.failures.pop(0)
-        if any(text in self.bad for text in texts):
-            raise errors.InvalidRequest("'$.input' is invalid")
+        refused = errors.InvalidRequest("'$.input' is invalid")
+        bad = {place: refused for place, text in enumerate(texts) if text in self.bad}
+        if bad and (not (self.searches and partial) or len(bad) == len(texts)):
+            raise refused
         array = np.array([[len(text), ord(text[0])] for text in texts], np.float32)
-        return Got(array, sum(map(len, texts)), 10 * len(texts), 1)
+        good = [text for text in texts if text not in self.bad]
+        return Got(array, sum(map(len, good)), 10 * len(good), 1, bad)
 
     async def pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -189,6 +226,41 @@ async def test_exactly_the_bad_texts_fail_and_no_good_one_is_paid_twice(bad: lis
     assert [error is not None for error in rows.errors] == bad
     assert [vector is None for vector in rows.vectors] == bad
     assert rows.cost_nano == 10 * bad.count(False)
+
+
+async def test_bad_texts_that_are_named_are_not_searched_for() -> None:
+    world = World(bad=["b", "d"])
+    world.searches = True
+    rows = await embed_rows(["a", "b", None, "c", "d"], world.send, world.patience())
+
+    assert world.asked == [["a", "b", "c", "d"]]
+    assert [error is None for error in rows.errors] == [True, False, False, True, False]
+    assert [vector is None for vector in rows.vectors] == [False, True, True, False, True]
+    assert "is invalid" in (rows.errors[1] or "")
+    assert (rows.tokens, rows.cost_nano) == ([1, 0, 0, 1, 0], 20)
+
+
+async def test_who_refuses_every_row_is_not_asked_about_all_of_them() -> None:
+    texts = [f"{number} text" for number in range(2048)]
+    world = World(bad=texts)
+    rows = await embed_rows(texts, world.send, world.patience(), doubtful=True)
+
+    assert len(world.asked) == 17
+    assert "first 16 rows" in str(rows.halted)
+    assert not any(rows.errors)
+
+
+@given(st.integers(0, 99), st.integers(1, 60))
+async def test_a_doubtful_block_has_each_of_its_bad_rows_found(first: int, count: int) -> None:
+    texts = [f"{number} text" for number in range(100)]
+    bad = [text for place, text in enumerate(texts) if first <= place < first + count]
+    world = World(bad=bad)
+    rows = await embed_rows(texts, world.send, world.patience(), doubtful=True)
+
+    assert rows.halted is None
+    for text, vector, error in zip(texts, rows.vectors, rows.errors, strict=True):
+        assert (error is not None) == (vector is None) == (text in bad)
+    assert rows.cost_nano == 10 * (100 - len(bad))
 
 
 async def test_passing_failures_are_waited_out() -> None:
@@ -233,7 +305,7 @@ async def test_a_refused_key_is_asked_for_once() -> None:
 async def test_vectors_of_two_lengths_do_not_mix() -> None:
     sizes = iter([3, 2])
 
-    async def send(texts: Sequence[str]) -> Got:
+    async def send(texts: Sequence[str], partial: bool) -> Got:
         if len(texts) == 2:
             raise errors.GatewayTimeout("late")
         return Got(np.ones((1, next(sizes)), np.float32), 1, 0)
@@ -318,13 +390,16 @@ def test_vectors_are_a_fixed_size_list_with_nulls() -> None:
 
 
 def test_files_hold_vectors_in_every_format() -> None:
-    table = pa.table({"id": [1], "embedding": fixed_size([np.array([0.5, 1], np.float32)])})
+    vector = np.array([0.1, 1], np.float32)
+    table = pa.table({"id": [1, 2], "embedding": fixed_size([vector, None])})
     lines, sheet = io.BytesIO(), io.BytesIO()
     write_table(table, lines, "jsonl")
     write_table(table, sheet, "csv")
-    assert json.loads(lines.getvalue()) == {"id": 1, "embedding": [0.5, 1.0]}
+    first, second = map(json.loads, lines.getvalue().splitlines())
+    assert first == {"id": 1, "embedding": [0.1, 1.0]}
+    assert second == {"id": 2, "embedding": None}
     back = csv.read_csv(io.BytesIO(sheet.getvalue()))
-    assert json.loads(back["embedding"][0].as_py()) == [0.5, 1.0]
+    assert np.array_equal(np.float32(json.loads(back["embedding"][0].as_py())), vector)
 
 
 def test_a_template_names_columns() -> None:

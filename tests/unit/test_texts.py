@@ -13,6 +13,7 @@ from actors.cache.policy import TRAVEL_S, Scope
 from actors.ref import InlineRef
 from forebay import texts as texts_module
 from forebay.codec import Answer, unpack_vector
+from forebay.errors import InvalidRequest
 from forebay.texts import Texts
 from tests.support.fake_time import settle
 
@@ -82,3 +83,20 @@ async def test_what_is_sent_alone_since_its_leaders_are_lost_is_stored(
     assert texts.to_send == ["a", "b"]
     texts.take(answer(4, 4), 600.0)
     assert await bench.sizes() == [4, 4]
+
+
+async def test_a_text_that_fails_alone_is_named_wherever_it_stands_and_not_stored() -> None:
+    bench = Bench()
+    texts = Texts(bench.desk, ACME, ["b", "a", "b"], [KEYS[1], KEYS[0], KEYS[1]])
+    await texts.look_up(read=True, join=True, patience_s=60)
+    assert texts.to_send == ["b", "a"]
+    refused = InvalidRequest("'$.input' is invalid")
+    texts.take(answer(4, 4), 600.0, failed=[(0, refused)])
+
+    assert texts.even()
+    assert texts.failed == ((0, refused), (2, refused))
+    told = texts.answer()
+    assert told.array is not None
+    assert told.array.tolist() == [[0.0] * 4, [1.0] * 4, [0.0] * 4]
+    assert (told.usage or {})["prompt_tokens"] == 2
+    assert await bench.sizes() == [4, None]
