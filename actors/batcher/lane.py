@@ -3,7 +3,7 @@
     nothing of the lane under way          now (retries: when those who failed with them are there)
     something is, and a call would be full now
     something is                           when the oldest text has lingered
-    halves of a refused call               before all else
+    parts of a refused call                now, before all else of their kind
     no free place, or no permit            not now: the answer, or the permit's time, is awaited
 
 Rule 1: interactive texts and bulk do not share calls: a long call would delay who waits.
@@ -31,8 +31,6 @@ from actors.batcher.planner import Load
 from actors.batcher.policy import Caps, Room
 
 INTERACTIVE_IN_A_ROW = 4
-BULK_LINGERS = 10
-"""Bulk waits so many times longer for company: it wants full calls, and nobody sits before it."""
 SPREAD_FROM = 256
 PAUSE_S_MAX = 1.0
 """Longest pause that a provider's headers bring about; then the next call asks it again."""
@@ -104,12 +102,12 @@ class LaneState(Generic[Q]):
         self._idle_linger_s = idle_linger_s
         self._queues: dict[bool, FairQueue[Q]] = {False: FairQueue(), True: FairQueue()}
         self._flying = {False: 0, True: 0}
-        self._urgent: deque[Go[Q]] = deque()
+        self._urgent: dict[bool, deque[Go[Q]]] = {False: deque(), True: deque()}
         self._in_a_row = 0
 
     @property
     def waits(self) -> bool:
-        return bool(self._urgent) or any(queue.items for queue in self._queues.values())
+        return any(self._urgent.values()) or any(queue.items for queue in self._queues.values())
 
     @property
     def is_idle(self) -> bool:
@@ -122,8 +120,9 @@ class LaneState(Generic[Q]):
         """All that waits."""
         for queue in self._queues.values():
             yield from queue
-        for go in self._urgent:
-            yield from go.units
+        for parts in self._urgent.values():
+            for go in parts:
+                yield from go.units
 
     def add(self, unit: Q, bulk: bool) -> None:
         self._queues[bulk].push(unit)
@@ -132,8 +131,8 @@ class LaneState(Generic[Q]):
         self.linger.came(texts, now_s)
 
     def hurry(self, go: Go[Q]) -> None:
-        """A part of a call that was refused: it goes before all else, other parts included."""
-        self._urgent.appendleft(go)
+        """A part of a refused call goes before all else of its kind, other parts included."""
+        self._urgent[go.bulk].appendleft(go)
 
     def began(self, bulk: bool, upstream: Upstream) -> None:
         self._flying[bulk] += 1
@@ -151,17 +150,18 @@ class LaneState(Generic[Q]):
             return None
         if now_s < upstream.opens_s:
             return upstream.opens_s
-        if self._urgent:
-            return self._urgent.popleft()
         wake_s: float | None = None
         for bulk in self._turns():
-            queue = self._queues[bulk]
-            if not queue.items or (bulk and upstream.bulk_is_full):
+            queue, urgent = self._queues[bulk], self._urgent[bulk]
+            if not (queue.items or urgent) or (bulk and upstream.bulk_is_full):
                 continue
+            if urgent:
+                self._went(bulk)
+                return urgent.popleft()
             caps = upstream.learnt.under(self.caps, now_s)
             due_s = self._due_s(queue, bulk, caps, now_s)
             if due_s <= now_s:
-                self._in_a_row = 0 if bulk else self._in_a_row + 1
+                self._went(bulk)
                 if not bulk:
                     places = upstream.concurrency.limit - upstream.in_flight
                     share = max(SPREAD_FROM, -(-queue.items // places))
@@ -169,6 +169,9 @@ class LaneState(Generic[Q]):
                 return Go(queue.take(Load(caps)), bulk)
             wake_s = due_s if wake_s is None else min(wake_s, due_s)
         return wake_s
+
+    def _went(self, bulk: bool) -> None:
+        self._in_a_row = 0 if bulk else self._in_a_row + 1
 
     def _turns(self) -> tuple[bool, bool]:
         return (True, False) if self._in_a_row >= INTERACTIVE_IN_A_ROW else (False, True)
@@ -181,5 +184,4 @@ class LaneState(Generic[Q]):
             return queue.oldest_s() + self._idle_linger_s
         if not self._flying[bulk]:
             return now_s
-        most_s = caps.linger_s * (BULK_LINGERS if bulk else 1)
-        return queue.oldest_s() + self.linger.wait_s(room, most_s, now_s)
+        return queue.oldest_s() + self.linger.wait_s(room, caps.lingers_s(bulk), now_s)

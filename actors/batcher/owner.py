@@ -63,7 +63,7 @@ class Batcher:
     at once and alone. A call of several callers that the provider calls bad input is sent again in
     halves, until only the guilty text fails; it is remembered for a while (`poison`). What a
     refusal says of the provider's caps is learnt (`limits`). Callers whose call failed for all of
-    them are told the same `beat`, so that they come back together: with Lane.retry they wait
+    them are told the same `beat`, so that they come back together: with Lane.retry they wait up to
     RETRY_LINGER_S for each other and are one provider call again.
 
     With Caps.hedge a call that is late (see `hedge`) is made a second time; the first good answer
@@ -78,7 +78,7 @@ class Batcher:
     costs all the same (`paid` on its exception) is paid by its callers in the same parts.
     """
 
-    PROTOCOL = 4
+    PROTOCOL = 5
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class Batcher:
         line = self._lines.get(key)
         if line is None:
             self._forget_quiet(self._lines, lambda line: line.state.is_idle)
-            linger_s = RETRY_LINGER_S if lane.retry else 0.0
+            linger_s = min(RETRY_LINGER_S, caps.lingers_s(bulk=False)) if lane.retry else 0.0
             state: LaneState[Unit] = LaneState(caps, idle_linger_s=linger_s)
             line = self._lines[key] = Line(lane, caps, up, state)
         elif line.state.is_idle:

@@ -475,7 +475,7 @@ async def test_a_callers_vectors_do_not_keep_the_whole_calls_alive() -> None:
 
 
 def test_a_batcher_is_made_without_an_event_loop() -> None:
-    assert Batcher(lambda: None).protocol() == 4  # type: ignore[arg-type, return-value]
+    assert Batcher(lambda: None).protocol() == Batcher.PROTOCOL  # type: ignore[arg-type, return-value]
 
 
 @given(
@@ -865,6 +865,36 @@ async def test_a_provider_that_pushes_back_gets_fewer_calls_at_once() -> None:
     assert batcher.stats()["concurrency"] == {"d1": 2}
     await provider.tell(1)
     check(await two, ["b"])
+
+
+async def test_who_waits_does_not_wait_for_the_search_through_a_bulk_call() -> None:
+    provider = Slow()
+    batcher = make(provider)
+    bulk = [start(batcher, f"b{n}", bulk=True) for n in range(64)]
+    await settle()
+    await provider.tell(0, Refused(400))
+    searched = 0
+    while not all(one.done() for one in bulk):
+        one = start(batcher, "now")
+        await settle()
+        under_way = [n for n, told in enumerate(provider.told) if not told.done()]
+        assert ["now"] in [provider.sent[n] for n in under_way]
+        for number in under_way:
+            texts = provider.sent[number]
+            searched += texts != ["now"]
+            await provider.tell(number, Refused(400) if "b9" in texts else None)
+        check(await one, ["now"])
+    answers = await asyncio.gather(*bulk, return_exceptions=True)
+    assert [n for n, one in enumerate(answers) if isinstance(one, Refused)] == [9]
+    assert searched == 12
+
+
+async def test_a_parameter_that_is_true_is_not_one() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    lanes = [Lane("d1", (("normalize", value),)) for value in (True, 1, 1.0)]
+    await asyncio.gather(*(embed(batcher, ["a"], lane=lane) for lane in lanes))
+    assert [type(lane.params[0][1]) for lane, _ in provider.log] == [bool, int, float]
 
 
 async def test_quiet_lanes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import LINGER_S, Caps
+from actors.batcher.policy import BULK_LINGER_S, LINGER_S, Caps
 from forebay.config import ServerConfig, SystemConfig
 from forebay.errors import ConfigurationError
 from forebay.providers.call_caps import LOCAL, OPENAI, UNKNOWN, call_caps
@@ -61,13 +61,17 @@ def test_a_cap_that_cannot_be_is_refused(wrong: Any) -> None:
         SystemConfig.from_document({"model_list": [entry]})
 
 
-@pytest.mark.parametrize(("told", "linger_s"), [(None, LINGER_S), (0, 0.0), (0.1, 0.1)])
+@pytest.mark.parametrize(
+    ("told", "linger_s", "bulk_s"),
+    [(None, LINGER_S, BULK_LINGER_S), (0, 0.0, 0.0), (0.1, 0.1, 0.1)],
+)
 async def test_a_linger_is_as_long_as_batch_timeout_says(
-    tmp_path: Any, told: float | None, linger_s: float
+    tmp_path: Any, told: float | None, linger_s: float, bulk_s: float
 ) -> None:
     document = {"gateway": {"batch_timeout": told}, "data_dir": str(tmp_path)}
     system = await open_inline(SystemConfig.from_document(document))
-    assert system.caps_for(deployment("openai/a")).linger_s == linger_s
+    caps = system.caps_for(deployment("openai/a"))
+    assert (caps.lingers_s(bulk=False), caps.lingers_s(bulk=True)) == (linger_s, bulk_s)
     await system.close()
 
 
