@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from actors.batcher.policy import (
     NoPermit,
     Order,
     Paid,
+    Room,
     Share,
     Vectors,
 )
@@ -865,6 +867,85 @@ async def test_a_provider_that_pushes_back_gets_fewer_calls_at_once() -> None:
     assert batcher.stats()["concurrency"] == {"d1": 2}
     await provider.tell(1)
     check(await two, ["b"])
+
+
+async def test_a_provider_that_says_when_to_come_back_is_asked_then() -> None:
+    time = FakeTime()
+    provider = Slow()
+    batcher = on(time, provider)
+    one = start(batcher, "a")
+    await settle()
+    refused = Refused(429)
+    refused.retry_after_s = 0.4  # type: ignore[attr-defined]
+    await provider.tell(0, refused)
+    with pytest.raises(Refused):
+        await one
+    two = start(batcher, "b")
+    await time.advance(0.39)
+    assert provider.sent == [["a"]]
+    await time.advance(0.02)
+    await provider.tell(1)
+    check(await two, ["b"])
+
+
+async def test_a_provider_that_has_nothing_left_is_asked_when_it_has_more() -> None:
+    time = FakeTime()
+
+    class Scarce(Provider):
+        async def call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+            room = Room(requests=0, tokens=100, resets_s=0.4)
+            return replace(await super().call(lane, texts, timeout_s), room=room)
+
+    provider = Scarce()
+    batcher = on(time, provider)
+    await embed(batcher, ["a"])
+    two, three = start(batcher, "b"), start(batcher, "c")
+    await time.advance(0.39)
+    assert provider.sent == [["a"]]
+    await time.advance(0.02)
+    assert provider.sent == [["a"], ["b", "c"]]
+    check(await two, ["b"])
+    check(await three, ["c"])
+
+
+@pytest.mark.parametrize(("linger_s", "waits_s"), [(None, 0.02), (0.005, 0.005), (0.0, 0.0)])
+async def test_what_is_sent_again_waits_for_company_no_longer_than_anybody(
+    linger_s: float | None, waits_s: float
+) -> None:
+    time = FakeTime()
+    provider = Provider()
+    batcher = on(time, provider)
+    again = start(batcher, "a", lane=Lane("d1", retry=True), caps=Caps(linger_s=linger_s))
+    if waits_s:
+        await time.advance(waits_s - 0.001)
+        assert provider.sent == []
+        await time.advance(0.002)
+    check(await again, ["a"])
+
+
+async def test_whose_deadline_passes_while_it_waits_for_a_place_is_not_sent() -> None:
+    time = FakeTime()
+    provider = Slow()
+    batcher = on(time, provider)
+    places = []
+    for n in range(4):
+        places.append(start(batcher, f"first {n}"))
+        await settle()
+    late = start(batcher, "late", "too", timeout_s=5.0)
+    patient = start(batcher, "too", "on time")
+    await time.advance(6.0)
+    await provider.tell(0)
+    await time.advance(1.0)
+    with pytest.raises(TimeoutError):
+        await late
+    assert provider.sent[4:] == [["too", "on time"]]
+    for n in range(1, 5):
+        await provider.tell(n)
+    share = await patient
+    check(share, ["too", "on time"])
+    assert share.prompt_tokens == len("too") + len("on time") + 2
+    await asyncio.gather(*places)
+    assert batcher.stats()["texts_queued"] == 0
 
 
 async def test_who_waits_does_not_wait_for_the_search_through_a_bulk_call() -> None:
