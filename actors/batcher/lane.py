@@ -7,7 +7,8 @@
     no free place, or no permit            not now: the answer, or the permit's time, is awaited
 
 Rule 1: interactive texts and bulk do not share calls: a long call would delay who waits.
-Rule 2: interactive goes first, but after INTERACTIVE_IN_A_ROW calls it is bulk's turn.
+Rule 2: interactive goes first, whichever lane of the upstream it waits in, but after
+        INTERACTIVE_IN_A_ROW calls it is bulk's turn.
 Rule 3: where there is more than one place, bulk leaves one free.
 Rule 4: interactive texts that are many share out among the free places, SPREAD_FROM to each at
         least: beyond that a call's own overhead is small beside its texts, and several are quicker
@@ -42,14 +43,16 @@ Q = TypeVar("Q", bound=Queued)
 class Upstream:
     """What the lanes of one deployment share. Bounded: a few figures.
 
-    `in_flight` counts its calls under way, `bulk` those of them that are bulk. Until `shut_s`
-    there is no permit, as `refusal` says; until `pause_s` the provider has asked for quiet.
+    `in_flight` counts its calls under way, `bulk` those of them that are bulk; `in_a_row` the
+    interactive ones since the last bulk. Until `shut_s` there is no permit, as `refusal` says;
+    until `pause_s` the provider has asked for quiet.
     """
 
     concurrency: Concurrency = field(default_factory=Concurrency)
     learnt: LearntCaps = field(default_factory=LearntCaps)
     in_flight: int = 0
     bulk: int = 0
+    in_a_row: int = 0
     pause_s: float = float("-inf")
     shut_s: float = float("-inf")
     refusal: Exception | None = None
@@ -65,6 +68,14 @@ class Upstream:
     @property
     def bulk_is_full(self) -> bool:
         return self.bulk >= max(1, self.concurrency.limit - 1)
+
+    @property
+    def turns(self) -> tuple[bool, bool]:
+        """Whether bulk goes, first and then."""
+        return (True, False) if self.in_a_row >= INTERACTIVE_IN_A_ROW else (False, True)
+
+    def went(self, bulk: bool) -> None:
+        self.in_a_row = 0 if bulk else self.in_a_row + 1
 
     def shut(self, until_s: float, refusal: Exception) -> None:
         """There is no permit until then."""
@@ -103,7 +114,6 @@ class LaneState(Generic[Q]):
         self._queues: dict[bool, FairQueue[Q]] = {False: FairQueue(), True: FairQueue()}
         self._flying = {False: 0, True: 0}
         self._urgent: dict[bool, deque[Go[Q]]] = {False: deque(), True: deque()}
-        self._in_a_row = 0
 
     @property
     def waits(self) -> bool:
@@ -146,35 +156,34 @@ class LaneState(Generic[Q]):
 
     def next(self, upstream: Upstream, now_s: float) -> Go[Q] | float | None:
         """A call to make now; or when to ask again; None: when something has happened."""
-        if not self.waits or upstream.is_full:
+        wake_s: float | None = None
+        for bulk in upstream.turns:
+            told = self.next_of(bulk, upstream, now_s)
+            if isinstance(told, Go):
+                return told
+            wake_s = sooner(wake_s, told)
+        return wake_s
+
+    def next_of(self, bulk: bool, upstream: Upstream, now_s: float) -> Go[Q] | float | None:
+        """The same of one kind."""
+        queue, urgent = self._queues[bulk], self._urgent[bulk]
+        if not (queue.items or urgent) or upstream.is_full or (bulk and upstream.bulk_is_full):
             return None
         if now_s < upstream.opens_s:
             return upstream.opens_s
-        wake_s: float | None = None
-        for bulk in self._turns():
-            queue, urgent = self._queues[bulk], self._urgent[bulk]
-            if not (queue.items or urgent) or (bulk and upstream.bulk_is_full):
-                continue
-            if urgent:
-                self._went(bulk)
-                return urgent.popleft()
-            caps = upstream.learnt.under(self.caps, now_s)
-            due_s = self._due_s(queue, bulk, caps, now_s)
-            if due_s <= now_s:
-                self._went(bulk)
-                if not bulk:
-                    places = upstream.concurrency.limit - upstream.in_flight
-                    share = max(SPREAD_FROM, -(-queue.items // places))
-                    caps = replace(caps, items_max=min(caps.items_max, share))
-                return Go(queue.take(Load(caps)), bulk)
-            wake_s = due_s if wake_s is None else min(wake_s, due_s)
-        return wake_s
-
-    def _went(self, bulk: bool) -> None:
-        self._in_a_row = 0 if bulk else self._in_a_row + 1
-
-    def _turns(self) -> tuple[bool, bool]:
-        return (True, False) if self._in_a_row >= INTERACTIVE_IN_A_ROW else (False, True)
+        if urgent:
+            upstream.went(bulk)
+            return urgent.popleft()
+        caps = upstream.learnt.under(self.caps, now_s)
+        due_s = self._due_s(queue, bulk, caps, now_s)
+        if due_s > now_s:
+            return due_s
+        upstream.went(bulk)
+        if not bulk:
+            places = upstream.concurrency.limit - upstream.in_flight
+            share = max(SPREAD_FROM, -(-queue.items // places))
+            caps = replace(caps, items_max=min(caps.items_max, share))
+        return Go(queue.take(Load(caps)), bulk)
 
     def _due_s(self, queue: FairQueue[Q], bulk: bool, caps: Caps, now_s: float) -> float:
         room = caps.items_max - queue.items
@@ -185,3 +194,10 @@ class LaneState(Generic[Q]):
         if not self._flying[bulk]:
             return now_s
         return queue.oldest_s() + self.linger.wait_s(room, caps.lingers_s(bulk), now_s)
+
+
+def sooner(one_s: float | None, other_s: float | None) -> float | None:
+    """The earlier of two moments, where there is one."""
+    if one_s is None or other_s is None:
+        return other_s if one_s is None else one_s
+    return min(one_s, other_s)

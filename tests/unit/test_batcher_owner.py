@@ -970,6 +970,22 @@ async def test_who_waits_does_not_wait_for_the_search_through_a_bulk_call() -> N
     assert searched == 12
 
 
+async def test_bulk_of_another_lane_has_one_turn_in_five_as_well() -> None:
+    provider = Slow()
+    batcher = make(provider)
+    one = Caps(items_max=1)
+    wide = Lane("d1", (("dimensions", 8),))
+    bulk = [start(batcher, f"b{n}", lane=wide, bulk=True, caps=one) for n in range(40)]
+    waiting = [start(batcher, f"t{n}", caps=one) for n in range(40)]
+    await settle()
+    for number in range(80):
+        await provider.tell(number)
+    await asyncio.gather(*bulk, *waiting)
+    kinds = "".join(texts[0][0] for texts in provider.sent)
+    assert kinds.startswith("tttt" + "btttt" * 9 + "b")
+    assert kinds.count("b") == kinds.count("t") == 40
+
+
 async def test_a_parameter_that_is_true_is_not_one() -> None:
     provider = Provider()
     batcher = make(provider)
