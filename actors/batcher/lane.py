@@ -65,9 +65,9 @@ class Upstream:
     def is_full(self) -> bool:
         return self.in_flight >= self.concurrency.limit
 
-    @property
-    def bulk_is_full(self) -> bool:
-        return self.bulk >= max(1, self.concurrency.limit - 1)
+    def is_full_of(self, bulk: bool) -> bool:
+        """Whether there is no place for one more call of this kind."""
+        return self.is_full or (bulk and self.bulk >= max(1, self.concurrency.limit - 1))
 
     @property
     def turns(self) -> tuple[bool, bool]:
@@ -167,7 +167,7 @@ class LaneState(Generic[Q]):
     def next_of(self, bulk: bool, upstream: Upstream, now_s: float) -> Go[Q] | float | None:
         """The same of one kind."""
         queue, urgent = self._queues[bulk], self._urgent[bulk]
-        if not (queue.items or urgent) or upstream.is_full or (bulk and upstream.bulk_is_full):
+        if not (queue.items or urgent) or upstream.is_full_of(bulk):
             return None
         if now_s < upstream.opens_s:
             return upstream.opens_s

@@ -427,7 +427,8 @@ class Batcher:
             raise
         else:
             now = self._clock()
-            state.concurrency.answered(count, now - began_s, full=state.is_full)
+            full = state.is_full_of(flight.bulk)
+            state.concurrency.answered(count, began_s, now, full=full)
             if vectors.room is not None:
                 state.told(vectors.room, now)
             if flight.line is not None:

@@ -215,6 +215,20 @@ def test_bulk_is_sent_where_there_is_only_one_place() -> None:
     assert go(lane, upstream).bulk
 
 
+def test_bulk_by_itself_finds_the_places_that_a_provider_has() -> None:
+    lane, upstream = waiting(2_000, bulk=True, caps=Caps(items_max=1)), Upstream()
+    for moment in range(100):
+        calls = 0
+        while isinstance(lane.next(upstream, float(moment)), Go):
+            lane.began(True, upstream)
+            calls += 1
+        for _ in range(calls):
+            full = upstream.is_full_of(bulk=True)
+            upstream.concurrency.answered(1, float(moment), moment + 0.05, full=full)
+            lane.ended(True, upstream)
+    assert upstream.concurrency.limit > 8
+
+
 def test_a_rate_fades_and_counts_what_came_of_late() -> None:
     rate = Rate()
     assert rate.per_s(0.0) == 0.0
@@ -274,10 +288,10 @@ class Simulation:
             elif what == "answer":
                 units, began_s = of  # type: ignore[misc]
                 took_s = self.now_s - began_s
-                full = self.upstream.is_full
+                full = self.upstream.is_full_of(bulk=False)
                 self.lane.ended(False, self.upstream)
                 self.lane.linger.took(took_s)
-                self.upstream.concurrency.answered(len(units), took_s, full=full)
+                self.upstream.concurrency.answered(len(units), began_s, self.now_s, full=full)
                 for text in units:
                     self.answered[text.number] += 1
                     self.took_s.append(self.now_s - text.arrived_s)
