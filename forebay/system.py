@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from actors.batcher.courier import Courier
 from actors.batcher.desk import BatcherDesk
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import LINGER_S, Caps, Lane, NoPermit, Paid, Text, Vectors
+from actors.batcher.policy import Caps, Lane, NoPermit, Paid, Text, Vectors
 from actors.cache.desk import CacheDesk
 from actors.cache.owner import Cache
 from actors.cache.tallies import NOW, TallyDesk
@@ -570,11 +570,10 @@ class System:
     def caps_for(self, deployment: Deployment) -> Caps:
         """Most of one provider call, how long texts linger, and whether a late one is doubled."""
         config = self.config.gateway
-        linger_s = LINGER_S if config.batch_timeout is None else config.batch_timeout
         return replace(
             call_caps(deployment, config.batch_size),
             hedge=config.hedge_embeddings,
-            linger_s=linger_s,
+            linger_s=config.batch_timeout,
         )
 
     async def embed_call(self, lane: Lane, texts: list[Text], timeout_s: float) -> Vectors:

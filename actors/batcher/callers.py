@@ -83,7 +83,8 @@ class Callers:
             raise BatcherFull(self.retry_after_s())
         now = self._clock()
         deadline_s = now + order.timeout_s
-        patience_s = order.timeout_s if order.bulk else max(order.patience_s, order.caps.linger_s)
+        linger_s = order.caps.lingers_s(bulk=False)
+        patience_s = order.timeout_s if order.bulk else max(order.patience_s, linger_s)
         done: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
         wait_until_s = min(deadline_s, now + patience_s)
         call = Call(call_id, texts, chars, order, deadline_s, wait_until_s, done, count)

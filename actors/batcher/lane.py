@@ -3,11 +3,12 @@
     nothing of the lane under way          now (retries: when those who failed with them are there)
     something is, and a call would be full now
     something is                           when the oldest text has lingered
-    halves of a refused call               before all else
+    parts of a refused call                now, before all else of their kind
     no free place, or no permit            not now: the answer, or the permit's time, is awaited
 
 Rule 1: interactive texts and bulk do not share calls: a long call would delay who waits.
-Rule 2: interactive goes first, but after INTERACTIVE_IN_A_ROW calls it is bulk's turn.
+Rule 2: interactive goes first, whichever lane of the upstream it waits in, but after
+        INTERACTIVE_IN_A_ROW calls it is bulk's turn.
 Rule 3: where there is more than one place, bulk leaves one free.
 Rule 4: interactive texts that are many share out among the free places, SPREAD_FROM to each at
         least: beyond that a call's own overhead is small beside its texts, and several are quicker
@@ -31,8 +32,6 @@ from actors.batcher.planner import Load
 from actors.batcher.policy import Caps, Room
 
 INTERACTIVE_IN_A_ROW = 4
-BULK_LINGERS = 10
-"""Bulk waits so many times longer for company: it wants full calls, and nobody sits before it."""
 SPREAD_FROM = 256
 PAUSE_S_MAX = 1.0
 """Longest pause that a provider's headers bring about; then the next call asks it again."""
@@ -44,14 +43,16 @@ Q = TypeVar("Q", bound=Queued)
 class Upstream:
     """What the lanes of one deployment share. Bounded: a few figures.
 
-    `in_flight` counts its calls under way, `bulk` those of them that are bulk. Until `shut_s`
-    there is no permit, as `refusal` says; until `pause_s` the provider has asked for quiet.
+    `in_flight` counts its calls under way, `bulk` those of them that are bulk; `in_a_row` the
+    interactive ones since the last bulk. Until `shut_s` there is no permit, as `refusal` says;
+    until `pause_s` the provider has asked for quiet.
     """
 
     concurrency: Concurrency = field(default_factory=Concurrency)
     learnt: LearntCaps = field(default_factory=LearntCaps)
     in_flight: int = 0
     bulk: int = 0
+    in_a_row: int = 0
     pause_s: float = float("-inf")
     shut_s: float = float("-inf")
     refusal: Exception | None = None
@@ -64,13 +65,17 @@ class Upstream:
     def is_full(self) -> bool:
         return self.in_flight >= self.concurrency.limit
 
-    @property
-    def bulk_is_full(self) -> bool:
-        return self.bulk >= max(1, self.concurrency.limit - 1)
+    def is_full_of(self, bulk: bool) -> bool:
+        """Whether there is no place for one more call of this kind."""
+        return self.is_full or (bulk and self.bulk >= max(1, self.concurrency.limit - 1))
 
-    def is_full_for(self, bulk: bool) -> bool:
-        """Whether there is no room for one more call, of bulk or not."""
-        return self.is_full or (bulk and self.bulk_is_full)
+    @property
+    def turns(self) -> tuple[bool, bool]:
+        """Whether bulk goes, first and then."""
+        return (True, False) if self.in_a_row >= INTERACTIVE_IN_A_ROW else (False, True)
+
+    def went(self, bulk: bool) -> None:
+        self.in_a_row = 0 if bulk else self.in_a_row + 1
 
     def shut(self, until_s: float, refusal: Exception) -> None:
         """There is no permit until then."""
@@ -108,12 +113,11 @@ class LaneState(Generic[Q]):
         self._idle_linger_s = idle_linger_s
         self._queues: dict[bool, FairQueue[Q]] = {False: FairQueue(), True: FairQueue()}
         self._flying = {False: 0, True: 0}
-        self._urgent: deque[Go[Q]] = deque()
-        self._in_a_row = 0
+        self._urgent: dict[bool, deque[Go[Q]]] = {False: deque(), True: deque()}
 
     @property
     def waits(self) -> bool:
-        return bool(self._urgent) or any(queue.items for queue in self._queues.values())
+        return any(self._urgent.values()) or any(queue.items for queue in self._queues.values())
 
     @property
     def is_idle(self) -> bool:
@@ -126,8 +130,9 @@ class LaneState(Generic[Q]):
         """All that waits."""
         for queue in self._queues.values():
             yield from queue
-        for go in self._urgent:
-            yield from go.units
+        for parts in self._urgent.values():
+            for go in parts:
+                yield from go.units
 
     def add(self, unit: Q, bulk: bool) -> None:
         self._queues[bulk].push(unit)
@@ -136,8 +141,8 @@ class LaneState(Generic[Q]):
         self.linger.came(texts, now_s)
 
     def hurry(self, go: Go[Q]) -> None:
-        """A part of a call that was refused: it goes before all else, other parts included."""
-        self._urgent.appendleft(go)
+        """A part of a refused call goes before all else of its kind, other parts included."""
+        self._urgent[go.bulk].appendleft(go)
 
     def began(self, bulk: bool, upstream: Upstream) -> None:
         self._flying[bulk] += 1
@@ -151,31 +156,34 @@ class LaneState(Generic[Q]):
 
     def next(self, upstream: Upstream, now_s: float) -> Go[Q] | float | None:
         """A call to make now; or when to ask again; None: when something has happened."""
-        if not self.waits or upstream.is_full:
+        wake_s: float | None = None
+        for bulk in upstream.turns:
+            told = self.next_of(bulk, upstream, now_s)
+            if isinstance(told, Go):
+                return told
+            wake_s = sooner(wake_s, told)
+        return wake_s
+
+    def next_of(self, bulk: bool, upstream: Upstream, now_s: float) -> Go[Q] | float | None:
+        """The same of one kind."""
+        queue, urgent = self._queues[bulk], self._urgent[bulk]
+        if not (queue.items or urgent) or upstream.is_full_of(bulk):
             return None
         if now_s < upstream.opens_s:
             return upstream.opens_s
-        if self._urgent:
-            return self._urgent.popleft()
-        wake_s: float | None = None
-        for bulk in self._turns():
-            queue = self._queues[bulk]
-            if not queue.items or upstream.is_full_for(bulk):
-                continue
-            caps = upstream.learnt.under(self.caps, now_s)
-            due_s = self._due_s(queue, bulk, caps, now_s)
-            if due_s <= now_s:
-                self._in_a_row = 0 if bulk else self._in_a_row + 1
-                if not bulk:
-                    places = upstream.concurrency.limit - upstream.in_flight
-                    share = max(SPREAD_FROM, -(-queue.items // places))
-                    caps = replace(caps, items_max=min(caps.items_max, share))
-                return Go(queue.take(Load(caps)), bulk)
-            wake_s = due_s if wake_s is None else min(wake_s, due_s)
-        return wake_s
-
-    def _turns(self) -> tuple[bool, bool]:
-        return (True, False) if self._in_a_row >= INTERACTIVE_IN_A_ROW else (False, True)
+        if urgent:
+            upstream.went(bulk)
+            return urgent.popleft()
+        caps = upstream.learnt.under(self.caps, now_s)
+        due_s = self._due_s(queue, bulk, caps, now_s)
+        if due_s > now_s:
+            return due_s
+        upstream.went(bulk)
+        if not bulk:
+            places = upstream.concurrency.limit - upstream.in_flight
+            share = max(SPREAD_FROM, -(-queue.items // places))
+            caps = replace(caps, items_max=min(caps.items_max, share))
+        return Go(queue.take(Load(caps)), bulk)
 
     def _due_s(self, queue: FairQueue[Q], bulk: bool, caps: Caps, now_s: float) -> float:
         room = caps.items_max - queue.items
@@ -185,5 +193,11 @@ class LaneState(Generic[Q]):
             return queue.oldest_s() + self._idle_linger_s
         if not self._flying[bulk]:
             return now_s
-        most_s = caps.linger_s * (BULK_LINGERS if bulk else 1)
-        return queue.oldest_s() + self.linger.wait_s(room, most_s, now_s)
+        return queue.oldest_s() + self.linger.wait_s(room, caps.lingers_s(bulk), now_s)
+
+
+def sooner(one_s: float | None, other_s: float | None) -> float | None:
+    """The earlier of two moments, where there is one."""
+    if one_s is None or other_s is None:
+        return other_s if one_s is None else one_s
+    return min(one_s, other_s)

@@ -14,7 +14,7 @@ from actors.batcher.calls import Call, Part, Unit, buyers_of, split_cost
 from actors.batcher.copies import Copies, EmbedCall
 from actors.batcher.courier import Many, Message
 from actors.batcher.flights import Flight, Line, Tree, Up, unlist
-from actors.batcher.lane import Go, LaneState
+from actors.batcher.lane import Go, LaneState, sooner
 from actors.batcher.limits import learn
 from actors.batcher.planner import cut, middle, size_of, tokens_of
 from actors.batcher.poison import Poison, alone
@@ -63,7 +63,7 @@ class Batcher:
     at once and alone. A call of several callers that the provider calls bad input is sent again in
     halves, until only the guilty text fails; it is remembered for a while (`poison`). What a
     refusal says of the provider's caps is learnt (`limits`). Callers whose call failed for all of
-    them are told the same `beat`, so that they come back together: with Lane.retry they wait
+    them are told the same `beat`, so that they come back together: with Lane.retry they wait up to
     RETRY_LINGER_S for each other and are one provider call again. A caller's own list fails as a
     whole, unless it is `partial`: then it is searched, too, and keeps what was answered.
 
@@ -219,7 +219,7 @@ class Batcher:
         line = self._lines.get(key)
         if line is None:
             self._forget_quiet(self._lines, lambda line: line.state.is_idle)
-            linger_s = RETRY_LINGER_S if lane.retry else 0.0
+            linger_s = min(RETRY_LINGER_S, caps.lingers_s(bulk=False)) if lane.retry else 0.0
             state: LaneState[Unit] = LaneState(caps, idle_linger_s=linger_s)
             line = self._lines[key] = Line(lane, caps, up, state)
         elif line.state.is_idle:
@@ -276,25 +276,32 @@ class Batcher:
         """The calls that are to leave now; a timer is set for those that have to wait."""
         up.ticking = False
         now, flights = self._clock(), []
-        wake_s: float | None = None
-        went = True
-        while went:
-            went, wake_s = False, None
-            for key, line in list(up.waiting.items()):
-                told = line.state.next(up.state, now)
-                if isinstance(told, Go):
-                    went = True
-                    up.waiting.move_to_end(key)
-                    flight = self._board(line, told, now)
-                    if flight is not None:
-                        flights.append(flight)
-                elif told is not None:
-                    wake_s = told if wake_s is None else min(wake_s, told)
-                if not line.state.waits:
-                    del up.waiting[key]
-        if wake_s is not None:
-            self._wake_at(up, wake_s, now)
+        told = self._next(up, now)
+        while isinstance(told, tuple):
+            line, go = told
+            flight = self._board(line, go, now)
+            if flight is not None:
+                flights.append(flight)
+            told = self._next(up, now)
+        for key, line in list(up.waiting.items()):
+            if not line.state.waits:
+                del up.waiting[key]
+        if told is not None:
+            self._wake_at(up, told, now)
         return flights
+
+    def _next(self, up: Up, now: float) -> tuple[Line, Go[Unit]] | float | None:
+        """A call to make now, of the lane that has waited longest for its turn; or when to ask
+        again."""
+        wake_s: float | None = None
+        for bulk in up.state.turns:
+            for key, line in up.waiting.items():
+                told = line.state.next_of(bulk, up.state, now)
+                if isinstance(told, Go):
+                    up.waiting.move_to_end(key)
+                    return line, told
+                wake_s = sooner(wake_s, told)
+        return wake_s
 
     def _wake_at(self, up: Up, wake_s: float, now: float) -> None:
         if up.timer is not None and up.timer_s <= wake_s:
@@ -436,8 +443,8 @@ class Batcher:
             raise
         else:
             now = self._clock()
-            full = state.is_full_for(flight.bulk)
-            state.concurrency.answered(count, now - began_s, full=full)
+            full = state.is_full_of(flight.bulk)
+            state.concurrency.answered(count, began_s, now, full=full)
             if vectors.room is not None:
                 state.told(vectors.room, now)
             if flight.line is not None:

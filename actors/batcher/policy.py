@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LINGER_S = 0.025
+BULK_LINGER_S = 0.25
+"""Bulk waits longer for company: it wants full calls, and nobody sits before it."""
 
 Text = str | tuple[int, ...]
 """A text, or one that its sender has made token ids of."""
@@ -27,26 +29,38 @@ class Lane:
     """What texts must have in common to share a call: deployment, parameters, and the owner of the
     credential where that is a tenant's own. Texts that are sent again travel by themselves, so that
     the provider call that carries them is a retry or is none; and so do token ids (`tokens`), which
-    no call may hold beside words."""
+    no call may hold beside words. `kinds` are the parameters' types: `true` is not 1, though Python
+    thinks so."""
 
     deployment: str
     params: tuple[tuple[str, Any], ...] = ()
     owner: str = ""
     retry: bool = False
     tokens: bool = False
+    kinds: tuple[str, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        kinds = tuple([type(value).__name__ for _, value in self.params])
+        object.__setattr__(self, "kinds", kinds)
 
 
 @dataclass(frozen=True, slots=True)
 class Caps:
     """Most of one provider call: texts, estimated tokens, and UTF-8 bytes of text; and with `hedge`
     two copies of it where the first is late. `linger_s` is how long a text waits for company at
-    the most, while other calls of its lane are under way."""
+    the most, while other calls of its lane are under way; None: LINGER_S, bulk BULK_LINGER_S."""
 
     items_max: int = 2048
     tokens_max: int = 300_000
     bytes_max: int = 4 * 1024 * 1024
     hedge: bool = False
-    linger_s: float = LINGER_S
+    linger_s: float | None = None
+
+    def lingers_s(self, bulk: bool) -> float:
+        """How long a text waits for company at the most."""
+        if self.linger_s is not None:
+            return self.linger_s
+        return BULK_LINGER_S if bulk else LINGER_S
 
 
 @dataclass(frozen=True, slots=True)

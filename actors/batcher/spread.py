@@ -3,7 +3,7 @@
 Rule 1: a lane has one home, by rendezvous hashing, while that one keeps up: texts that are spread
         out find less company.
 Rule 2: where a home says that it is busy, the lane gets one shard more, and a process keeps to one
-        of them; after CALM_S without such word it gives one back.
+        of them. It gives one back when for CALM_S the others could have carried that one's work.
 
 No clock and no event loop here: times are arguments.
 """
@@ -11,6 +11,7 @@ No clock and no event loop here: times are arguments.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from actors.batcher.policy import Lane
@@ -23,6 +24,15 @@ LANES_MAX = 1000
 """Most lanes that are known to be wide; the one that was so first is narrow again."""
 
 
+@dataclass(slots=True)
+class _Wide:
+    """How many shards a lane has, since when, and when it last needed the last of them."""
+
+    width: int
+    widened_s: float
+    needed_s: float
+
+
 class Spread:
     """Owns how wide each busy lane is, as this process sees it. Bounded by LANES_MAX.
 
@@ -33,7 +43,7 @@ class Spread:
         assert shards > 0, "there is a shard"
         self._shards = shards
         self._holder = holder
-        self._wide: OrderedDict[Lane, tuple[int, float]] = OrderedDict()  # width, told when
+        self._wide: OrderedDict[Lane, _Wide] = OrderedDict()
 
     def choose(self, lane: Lane, now_s: float) -> int:
         """The shard for a lane's texts of this process."""
@@ -46,27 +56,30 @@ class Spread:
 
     def told(self, lane: Lane, busy: float, now_s: float) -> None:
         """A shard has answered, and takes so much of a core."""
-        if self._shards == 1 or busy < BUSY:
+        if self._shards == 1 or (busy < BUSY and lane not in self._wide):
             return
-        width, since_s = self._width(lane, now_s), self._wide.get(lane, (1, float("-inf")))[1]
-        if now_s - since_s >= WIDEN_S:
-            self._wide[lane] = (min(self._shards, width + 1), now_s)
-            if len(self._wide) > LANES_MAX:
-                self._wide.popitem(last=False)
+        width = self._width(lane, now_s)
+        known = self._wide.get(lane)
+        if known is not None and busy * width >= BUSY * (width - 1):
+            known.needed_s = now_s
+        if busy < BUSY or (known is not None and now_s - known.widened_s < WIDEN_S):
+            return
+        self._wide[lane] = _Wide(min(self._shards, width + 1), now_s, now_s)
+        if len(self._wide) > LANES_MAX:
+            self._wide.popitem(last=False)
 
     def _width(self, lane: Lane, now_s: float) -> int:
         known = self._wide.get(lane)
         if known is None:
             return 1
-        width, since_s = known
-        calm = int((now_s - since_s) / CALM_S)
-        if calm:
-            width = max(1, width - calm)
-            if width == 1:
-                del self._wide[lane]
-            else:
-                self._wide[lane] = (width, since_s + calm * CALM_S)
-        return width
+        calm = int((now_s - known.needed_s) / CALM_S)
+        if calm > 0:
+            known.width = max(1, known.width - calm)
+            known.needed_s += calm * CALM_S
+        if known.width == 1:
+            del self._wide[lane]
+            return 1
+        return known.width
 
 
 def _rank(words: str) -> int:

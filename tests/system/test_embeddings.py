@@ -9,11 +9,20 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from actors.batcher.callers import BUSY_S
+from actors.batcher.courier import Courier
+from actors.batcher.desk import BatcherDesk
+from actors.batcher.owner import Batcher
+from actors.batcher.policy import Lane, Order, Text, Vectors
+from actors.batcher.spread import CALM_S
+from actors.ref import OwnerRef
 from forebay import LiteLLMGateway, errors
 from tests.support.loader import Load, in_process
 from tests.support.owners import alive_again, handle_of
@@ -39,12 +48,21 @@ BODY = json.dumps(
     }
 )
 LEDGER_S = 20.0
+ACTORS, TASKS_EACH = 3, 100
+SHARDS = ("batcher-0", "batcher-1")
+CALL_S = 0.03
+BUSY_WITHIN_S = 30.0
 ON_THE_WAY_S = 0.5
 """How long before a kill a call may have ended whose answer was not handed on yet."""
 
 
 def calls(upstream: Upstream) -> list[Record]:
     return [record for record in upstream.log() if record.route == "embeddings"]
+
+
+def tell(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    with capsys.disabled():
+        print(f"\nembeddings: {what}")
 
 
 async def usage(client: httpx.AsyncClient) -> tuple[int, int]:
@@ -94,12 +112,12 @@ async def test_single_texts_of_two_hundred_clients_are_few_upstream_calls(
         seen = calls(upstream)[made:]
         rows, charged = await usage_of(client, before + TEXTS)
 
-    with capsys.disabled():
-        print(
-            f"\n{TEXTS} texts, {CLIENTS} clients: {len(seen)} calls, "
-            f"{result.requests_per_s:.0f} requests/s, "
-            f"p50 {result.p50_ms} ms, p99 {result.p99_ms} ms"
-        )
+    tell(
+        capsys,
+        f"{TEXTS} texts, {CLIENTS} clients: {len(seen)} calls, "
+        f"{result.requests_per_s:.0f} requests/s, "
+        f"p50 {result.p50_ms} ms, p99 {result.p99_ms} ms",
+    )
     assert result.statuses == {"200": TEXTS}, result.errors
     assert result.wrong == 0
     assert sum(record.texts for record in seen) == TEXTS
@@ -134,8 +152,7 @@ async def test_exactly_the_bad_texts_fail(
         await asyncio.gather(*(embed(number) for number in range(TEXTS)))
     seen = calls(upstream)
     refused = sum(record.fault == "poison" for record in seen)
-    with capsys.disabled():
-        print(f"\n{TEXTS} texts, {len(failed)} bad: {len(seen)} calls, {refused} of them refused")
+    tell(capsys, f"{TEXTS} texts, {len(failed)} bad: {len(seen)} calls, {refused} of them refused")
     assert failed == {n for n in range(TEXTS) if n % 100 == 37}
     assert len(seen) < TEXTS / 2
 
@@ -176,11 +193,11 @@ async def test_a_batcher_that_is_killed_again_and_again_fails_nobody(
     seen = calls(upstream)
     paid = sum(record.prompt_tokens for record in seen) - paid_before
     lost = sum(record.prompt_tokens for record in seen if _was_under_way(record, killed_ns))
-    with capsys.disabled():
-        print(
-            f"\n{KILLS} kills: {asked} requests, {paid} tokens paid, {charged} charged, "
-            f"{lost} under way at a kill"
-        )
+    tell(
+        capsys,
+        f"{KILLS} kills: {asked} requests, {paid} tokens paid, {charged} charged, "
+        f"{lost} under way at a kill",
+    )
     assert rows == rows_before + asked
     assert booked - booked_before == charged
     assert charged <= paid <= charged + lost
@@ -190,3 +207,137 @@ def _was_under_way(record: Record, killed_ns: list[int]) -> bool:
     end_ns = record.end_ns or record.start_ns + 60 * 10**9
     slack_ns = int(ON_THE_WAY_S * 1e9)
     return any(record.start_ns <= at_ns <= end_ns + slack_ns for at_ns in killed_ns)
+
+
+class Asker:
+    """A process of its own on the cluster, with a gateway for all tasks that run in it."""
+
+    def __init__(self) -> None:
+        self.gateway = LiteLLMGateway(runtime="ray")
+
+    async def embed(self, number: int) -> tuple[int, np.ndarray[Any, Any]]:
+        told = await self.gateway.embed_async(
+            f"task {number}", model="sim-embed", dimensions=DIMENSIONS
+        )
+        return number, told.array[0]
+
+
+def test_hundreds_of_ray_tasks_at_once_share_their_calls(
+    ray_driver: Any, upstream: Upstream, capsys: pytest.CaptureFixture[str]
+) -> None:
+    askers = [ray_driver.remote(num_cpus=0.1)(Asker).remote() for _ in range(ACTORS)]
+    ray_driver.get([asker.embed.remote(-1 - which) for which, asker in enumerate(askers)])
+    upstream.script(**UPSTREAM)
+    made = len(calls(upstream))
+    tasks = [
+        asker.embed.remote(ACTORS * n + which)
+        for n in range(TASKS_EACH)
+        for which, asker in enumerate(askers)
+    ]
+    told = dict(ray_driver.get(tasks))
+    for asker in askers:
+        ray_driver.kill(asker)
+    seen = calls(upstream)[made:]
+    tell(capsys, f"{len(tasks)} tasks of {ACTORS} processes: {len(seen)} calls")
+    assert sorted(told) == list(range(ACTORS * TASKS_EACH))
+    right = vectors([f"task {number}" for number in sorted(told)], DIMENSIONS)
+    np.testing.assert_allclose([told[number] for number in sorted(told)], right, atol=1e-6)
+    assert sum(record.texts for record in seen) == len(tasks)
+    assert len(seen) <= len(tasks) / 5
+
+
+class Tiring(Batcher):
+    """A Batcher whose provider says how much of a core it takes: much, where texts are hard."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: self.provide, cpu=lambda: self.worked_s)
+        self.worked_s = 0.0
+
+    async def provide(self, lane: Lane, texts: list[Text], timeout_s: float) -> Vectors:
+        if str(texts[0]).startswith("hard"):
+            self.worked_s += 10 * CALL_S
+        await asyncio.sleep(CALL_S)
+        return Vectors(vectors([str(text) for text in texts], DIMENSIONS), len(texts), 1, "m")
+
+
+class Crowd:
+    """Desks of as many processes, on a clock that can be put forward."""
+
+    def __init__(self, lines: Callable[[], list[OwnerRef]]) -> None:
+        self.ahead_s = 0.0
+        self.asked = 0
+        self.desks = [BatcherDesk(lines(), f"process-{number}", self.now) for number in range(8)]
+
+    def now(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+    async def ask(self, desk: BatcherDesk, kind: str) -> None:
+        self.asked += 1
+        text = f"{kind} {self.asked}"
+        share = await desk.embed(Lane("busy"), [text], Order(timeout_s=60.0))
+        assert share.array == pytest.approx(vectors([text], DIMENSIONS), abs=1e-6)
+
+    async def all_at_once(self, times: int) -> None:
+        for _ in range(times):
+            await asyncio.gather(*(self.ask(desk, "easy") for desk in self.desks))
+
+
+async def test_a_busy_lane_spreads_over_shards_and_comes_together_again(
+    ray_driver: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from actors.spawn import OwnerSpec, RayRef, remove
+
+    namespace = "shards-of-a-test"
+    specs = [OwnerSpec(name, Tiring) for name in SHARDS]
+    crowd = Crowd(lambda: [Courier(RayRef(spec, namespace)) for spec in specs])
+
+    async def stats() -> list[dict[str, Any]]:
+        return [
+            await ray_driver.get_actor(name, namespace=namespace).stats.remote() for name in SHARDS
+        ]
+
+    async def texts() -> list[int]:
+        return [one.get("texts", 0) for one in await stats()]
+
+    try:
+        for spec in specs:
+            await RayRef(spec, namespace).ask("protocol", timeout_s=60.0)
+        await crowd.all_at_once(10)
+        home = (await texts()).index(80)
+        assert (await texts())[1 - home] == 0
+        made = (await stats())[home]["provider_calls"]
+
+        begun_s, stopped = time.monotonic(), False
+
+        async def caller(desk: BatcherDesk) -> None:
+            while not stopped:
+                await crowd.ask(desk, "hard")
+
+        busy = [asyncio.create_task(caller(desk)) for desk in crowd.desks for _ in range(4)]
+        while (await texts())[1 - home] == 0 and time.monotonic() - begun_s < BUSY_WITHIN_S:
+            await asyncio.sleep(0.1)
+        spread_s = time.monotonic() - begun_s
+        await asyncio.sleep(0.5)
+        both, stopped = await texts(), True
+        await asyncio.gather(*busy)
+        for _ in range(2):  # the shards look at what they took, and at what they take since
+            await asyncio.sleep(1.2 * BUSY_S)
+            await crowd.all_at_once(1)
+
+        crowd.ahead_s = 3 * CALM_S
+        before = await stats()
+        await crowd.all_at_once(10)
+        after = await stats()
+        again = after[home]["provider_calls"] - before[home]["provider_calls"]
+        tell(
+            capsys,
+            f"80 texts: {made} calls; busy after {spread_s:.1f} s, texts on its home and "
+            f"elsewhere {both[home]}, {both[1 - home]}; 80 texts then: {again} calls",
+        )
+        assert min(both) > 0
+        assert after[1 - home]["texts"] == before[1 - home]["texts"]
+        assert after[home]["texts"] - before[home]["texts"] == 80
+        assert sum(await texts()) == crowd.asked
+    finally:
+        for spec in specs:
+            remove(spec, namespace)

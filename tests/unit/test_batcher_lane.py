@@ -9,7 +9,7 @@ import pytest
 
 from actors.batcher.lane import INTERACTIVE_IN_A_ROW, Go, LaneState, Upstream
 from actors.batcher.linger import Linger, Rate
-from actors.batcher.policy import Caps, Room
+from actors.batcher.policy import BULK_LINGER_S, LINGER_S, Caps, Room
 
 
 @dataclass(eq=False)
@@ -53,7 +53,7 @@ def test_beside_another_call_a_text_waits_for_company_that_is_to_be_expected() -
     lane.add(Text(arrived_s=0.2), False)
     due_s = lane.next(upstream, 0.2)
     assert isinstance(due_s, float)
-    assert 0.2 < due_s <= 0.2 + Caps().linger_s
+    assert 0.2 < due_s <= 0.2 + LINGER_S
     assert isinstance(lane.next(upstream, due_s), Go)
 
 
@@ -130,12 +130,62 @@ def test_what_the_provider_says_is_left_is_heeded(room: Room, until_s: float | N
     assert isinstance(told, Go) if until_s is None else told == until_s
 
 
-def test_parts_of_a_refused_call_go_before_all_else() -> None:
-    lane, upstream = waiting(2), Upstream()
-    part: Go[Text] = Go([Text(number=7)], False, "tree")
-    lane.hurry(part)
-    assert go(lane, upstream) is part
-    assert not lane.is_idle
+def test_parts_of_a_refused_call_go_before_all_else_of_their_kind() -> None:
+    for bulk in (False, True):
+        lane, upstream = waiting(2, bulk=bulk), Upstream()
+        part: Go[Text] = Go([Text(number=7)], bulk, "tree")
+        lane.hurry(part)
+        assert go(lane, upstream) is part
+        assert not lane.is_idle
+
+
+def test_the_search_through_a_bulk_call_has_bulks_places_and_bulks_turns_only() -> None:
+    lane, upstream = waiting(0), Upstream()
+    for _ in range(200):
+        lane.hurry(Go([Text(client=7)], True, "tree"))
+    for _ in range(100):
+        lane.add(Text(client=1), False)
+        turn = go(lane, upstream)
+        assert turn.bulk is False
+        lane.began(False, upstream)
+        while isinstance(told := lane.next(upstream, 0.0), Go):
+            assert told.bulk
+            lane.began(True, upstream)
+        assert upstream.bulk == upstream.concurrency.limit - 1
+        lane.ended(False, upstream)
+        lane.ended(True, upstream)
+
+
+def test_the_search_through_a_bulk_call_has_its_turn_however_many_wait() -> None:
+    lane, upstream = waiting(100, caps=Caps(items_max=1)), Upstream()
+    lane.hurry(Go([Text()], True, "tree"))
+    turns = [go(lane, upstream).bulk for _ in range(INTERACTIVE_IN_A_ROW + 1)]
+    assert turns == [False] * INTERACTIVE_IN_A_ROW + [True]
+
+
+@pytest.mark.parametrize(
+    ("linger_s", "bulk", "most_s"),
+    [
+        (None, False, LINGER_S),
+        (None, True, BULK_LINGER_S),
+        (0.01, False, 0.01),
+        (0.01, True, 0.01),
+        (0.5, True, 0.5),
+    ],
+)
+def test_a_bound_that_is_given_holds_for_bulk_too(
+    linger_s: float | None, bulk: bool, most_s: float
+) -> None:
+    lane, upstream = waiting(0, caps=Caps(linger_s=linger_s)), Upstream()
+    lane.began(bulk, upstream)
+    lane.linger.took(100.0)
+    lane.came(20, 0.0)  # far fewer a second than a call takes
+    lane.add(Text(arrived_s=0.0), bulk)
+    due_s = lane.next(upstream, 0.0)
+    if 20 * most_s < 1:
+        assert isinstance(due_s, Go)
+    else:
+        assert due_s == pytest.approx(most_s)
 
 
 def test_bulk_leaves_a_place_free_and_shares_no_call_with_who_waits() -> None:
@@ -163,6 +213,20 @@ def test_bulk_is_sent_where_there_is_only_one_place() -> None:
         upstream.concurrency.pushed_back(moment, moment)
     assert upstream.concurrency.limit == 1
     assert go(lane, upstream).bulk
+
+
+def test_bulk_by_itself_finds_the_places_that_a_provider_has() -> None:
+    lane, upstream = waiting(2_000, bulk=True, caps=Caps(items_max=1)), Upstream()
+    for moment in range(100):
+        calls = 0
+        while isinstance(lane.next(upstream, float(moment)), Go):
+            lane.began(True, upstream)
+            calls += 1
+        for _ in range(calls):
+            full = upstream.is_full_of(bulk=True)
+            upstream.concurrency.answered(1, float(moment), moment + 0.05, full=full)
+            lane.ended(True, upstream)
+    assert upstream.concurrency.limit > 8
 
 
 def test_a_rate_fades_and_counts_what_came_of_late() -> None:
@@ -224,10 +288,10 @@ class Simulation:
             elif what == "answer":
                 units, began_s = of  # type: ignore[misc]
                 took_s = self.now_s - began_s
-                full = self.upstream.is_full
+                full = self.upstream.is_full_of(bulk=False)
                 self.lane.ended(False, self.upstream)
                 self.lane.linger.took(took_s)
-                self.upstream.concurrency.answered(len(units), took_s, full=full)
+                self.upstream.concurrency.answered(len(units), began_s, self.now_s, full=full)
                 for text in units:
                     self.answered[text.number] += 1
                     self.took_s.append(self.now_s - text.arrived_s)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from actors.batcher.policy import (
     NoPermit,
     Order,
     Paid,
+    Room,
     Share,
     Vectors,
 )
@@ -475,7 +477,7 @@ async def test_a_callers_vectors_do_not_keep_the_whole_calls_alive() -> None:
 
 
 def test_a_batcher_is_made_without_an_event_loop() -> None:
-    assert Batcher(lambda: None).protocol() == 5  # type: ignore[arg-type, return-value]
+    assert Batcher(lambda: None).protocol() == Batcher.PROTOCOL  # type: ignore[arg-type, return-value]
 
 
 @given(
@@ -920,6 +922,131 @@ async def test_a_provider_that_pushes_back_gets_fewer_calls_at_once() -> None:
     assert batcher.stats()["concurrency"] == {"d1": 2}
     await provider.tell(1)
     check(await two, ["b"])
+
+
+async def test_a_provider_that_says_when_to_come_back_is_asked_then() -> None:
+    time = FakeTime()
+    provider = Slow()
+    batcher = on(time, provider)
+    one = start(batcher, "a")
+    await settle()
+    refused = Refused(429)
+    refused.retry_after_s = 0.4  # type: ignore[attr-defined]
+    await provider.tell(0, refused)
+    with pytest.raises(Refused):
+        await one
+    two = start(batcher, "b")
+    await time.advance(0.39)
+    assert provider.sent == [["a"]]
+    await time.advance(0.02)
+    await provider.tell(1)
+    check(await two, ["b"])
+
+
+async def test_a_provider_that_has_nothing_left_is_asked_when_it_has_more() -> None:
+    time = FakeTime()
+
+    class Scarce(Provider):
+        async def call(self, lane: Lane, texts: list[str], timeout_s: float) -> Vectors:
+            room = Room(requests=0, tokens=100, resets_s=0.4)
+            return replace(await super().call(lane, texts, timeout_s), room=room)
+
+    provider = Scarce()
+    batcher = on(time, provider)
+    await embed(batcher, ["a"])
+    two, three = start(batcher, "b"), start(batcher, "c")
+    await time.advance(0.39)
+    assert provider.sent == [["a"]]
+    await time.advance(0.02)
+    assert provider.sent == [["a"], ["b", "c"]]
+    check(await two, ["b"])
+    check(await three, ["c"])
+
+
+@pytest.mark.parametrize(("linger_s", "waits_s"), [(None, 0.02), (0.005, 0.005), (0.0, 0.0)])
+async def test_what_is_sent_again_waits_for_company_no_longer_than_anybody(
+    linger_s: float | None, waits_s: float
+) -> None:
+    time = FakeTime()
+    provider = Provider()
+    batcher = on(time, provider)
+    again = start(batcher, "a", lane=Lane("d1", retry=True), caps=Caps(linger_s=linger_s))
+    if waits_s:
+        await time.advance(waits_s - 0.001)
+        assert provider.sent == []
+        await time.advance(0.002)
+    check(await again, ["a"])
+
+
+async def test_whose_deadline_passes_while_it_waits_for_a_place_is_not_sent() -> None:
+    time = FakeTime()
+    provider = Slow()
+    batcher = on(time, provider)
+    places = []
+    for n in range(4):
+        places.append(start(batcher, f"first {n}"))
+        await settle()
+    late = start(batcher, "late", "too", timeout_s=5.0)
+    patient = start(batcher, "too", "on time")
+    await time.advance(6.0)
+    await provider.tell(0)
+    await time.advance(1.0)
+    with pytest.raises(TimeoutError):
+        await late
+    assert provider.sent[4:] == [["too", "on time"]]
+    for n in range(1, 5):
+        await provider.tell(n)
+    share = await patient
+    check(share, ["too", "on time"])
+    assert share.prompt_tokens == len("too") + len("on time") + 2
+    await asyncio.gather(*places)
+    assert batcher.stats()["texts_queued"] == 0
+
+
+async def test_who_waits_does_not_wait_for_the_search_through_a_bulk_call() -> None:
+    provider = Slow()
+    batcher = make(provider)
+    bulk = [start(batcher, f"b{n}", bulk=True) for n in range(64)]
+    await settle()
+    await provider.tell(0, Refused(400))
+    searched = 0
+    while not all(one.done() for one in bulk):
+        one = start(batcher, "now")
+        await settle()
+        under_way = [n for n, told in enumerate(provider.told) if not told.done()]
+        assert ["now"] in [provider.sent[n] for n in under_way]
+        for number in under_way:
+            texts = provider.sent[number]
+            searched += texts != ["now"]
+            await provider.tell(number, Refused(400) if "b9" in texts else None)
+        check(await one, ["now"])
+    answers = await asyncio.gather(*bulk, return_exceptions=True)
+    assert [n for n, one in enumerate(answers) if isinstance(one, Refused)] == [9]
+    assert searched == 12
+
+
+async def test_bulk_of_another_lane_has_one_turn_in_five_as_well() -> None:
+    provider = Slow()
+    batcher = make(provider)
+    one = Caps(items_max=1)
+    wide = Lane("d1", (("dimensions", 8),))
+    bulk = [start(batcher, f"b{n}", lane=wide, bulk=True, caps=one) for n in range(40)]
+    waiting = [start(batcher, f"t{n}", caps=one) for n in range(40)]
+    await settle()
+    for number in range(80):
+        await provider.tell(number)
+    await asyncio.gather(*bulk, *waiting)
+    kinds = "".join(texts[0][0] for texts in provider.sent)
+    assert kinds.startswith("tttt" + "btttt" * 9 + "b")
+    assert kinds.count("b") == kinds.count("t") == 40
+
+
+async def test_a_parameter_that_is_true_is_not_one() -> None:
+    provider = Provider()
+    batcher = make(provider)
+    lanes = [Lane("d1", (("normalize", value),)) for value in (True, 1, 1.0)]
+    await asyncio.gather(*(embed(batcher, ["a"], lane=lane) for lane in lanes))
+    assert [type(lane.params[0][1]) for lane, _ in provider.log] == [bool, int, float]
 
 
 async def test_quiet_lanes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

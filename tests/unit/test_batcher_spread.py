@@ -61,6 +61,23 @@ def test_what_is_not_busy_stays_together_and_what_was_comes_together_again() -> 
     assert len({desk.choose(lane, later + CALM_S) for desk in desks}) == 1
 
 
+def test_a_lane_stays_wide_while_fewer_shards_would_be_busy_with_it() -> None:
+    desk, lane = Spread(4, "p"), LANES[0]
+    home = desk.choose(lane, 0.0)
+    others = {Spread(4, f"p{n}").choose(lane, 0.0) for n in range(40)}
+    assert others == {home}
+    widths = []
+    desk.told(lane, 0.9, 1.0)
+    for second in range(2, 200):  # two share what had kept one busy: 0.45 of a core each
+        desk.told(lane, 0.45, float(second))
+        widths.append(desk._width(lane, float(second)))
+    assert set(widths) == {2}
+    for second in range(200, 200 + int(CALM_S) + 1):  # one could do this
+        desk.told(lane, 0.34, float(second))
+    assert desk._width(lane, 200 + CALM_S) == 1
+    assert desk.choose(lane, 200 + CALM_S) == home
+
+
 def test_so_many_wide_lanes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LANES_MAX", 3)
     desk = Spread(4, "p")

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
 from actors.batcher.owner import Batcher
-from actors.batcher.policy import LINGER_S, Caps
+from actors.batcher.policy import BULK_LINGER_S, LINGER_S, Caps, Lane, NoPermit
 from forebay.config import ServerConfig, SystemConfig
-from forebay.errors import ConfigurationError
+from forebay.errors import ConfigurationError, DeploymentsBusy, RateLimitError
 from forebay.providers.call_caps import LOCAL, OPENAI, UNKNOWN, call_caps
 from forebay.routing import Deployment
 from forebay.system import Boot, batcher_names, open_inline, owners
+from tests.support.house import House
 
 
 def deployment(model: str, **info: Any) -> Deployment:
@@ -61,13 +63,17 @@ def test_a_cap_that_cannot_be_is_refused(wrong: Any) -> None:
         SystemConfig.from_document({"model_list": [entry]})
 
 
-@pytest.mark.parametrize(("told", "linger_s"), [(None, LINGER_S), (0, 0.0), (0.1, 0.1)])
+@pytest.mark.parametrize(
+    ("told", "linger_s", "bulk_s"),
+    [(None, LINGER_S, BULK_LINGER_S), (0, 0.0, 0.0), (0.1, 0.1, 0.1)],
+)
 async def test_a_linger_is_as_long_as_batch_timeout_says(
-    tmp_path: Any, told: float | None, linger_s: float
+    tmp_path: Any, told: float | None, linger_s: float, bulk_s: float
 ) -> None:
     document = {"gateway": {"batch_timeout": told}, "data_dir": str(tmp_path)}
     system = await open_inline(SystemConfig.from_document(document))
-    assert system.caps_for(deployment("openai/a")).linger_s == linger_s
+    caps = system.caps_for(deployment("openai/a"))
+    assert (caps.lingers_s(bulk=False), caps.lingers_s(bulk=True)) == (linger_s, bulk_s)
     await system.close()
 
 
@@ -82,6 +88,35 @@ def test_a_number_of_batchers_that_cannot_be_is_refused(wrong: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
         ServerConfig(batcher_shards=wrong)
     assert caught.value.param == "batcher_shards"
+
+
+async def test_where_the_deployments_own_limit_leaves_no_room_the_call_is_not_made(
+    house: Callable[..., Awaitable[House]],
+) -> None:
+    here = await house(own={"rpm": 1})
+    lane = Lane(here.deployment("openai/text-embedding-x", "e").id)
+    await here.system.embed_call(lane, ["a", "b"], 5.0)
+    with pytest.raises(NoPermit) as caught:
+        await here.system.embed_call(lane, ["c"], 5.0)
+    assert caught.value.retry_after_s > 1.0
+    assert isinstance(caught.value.error, DeploymentsBusy)
+    assert here.provider.texts == [["a", "b"]]
+
+
+async def test_while_the_provider_wants_a_pause_the_call_is_not_made(
+    house: Callable[..., Awaitable[House]],
+) -> None:
+    here = await house()
+    embeds = here.deployment("openai/text-embedding-x", "e")
+    here.provider.steps[embeds.model] = [
+        RateLimitError("slower", retry_after_s=30.0, upstream_status=429)
+    ]
+    with pytest.raises(RateLimitError):
+        await here.system.embed_call(Lane(embeds.id), ["a"], 5.0)
+    with pytest.raises(NoPermit) as caught:
+        await here.system.embed_call(Lane(embeds.id), ["b"], 5.0)
+    assert caught.value.retry_after_s == pytest.approx(30.0, abs=1.0)
+    assert here.provider.texts == [["a"]]
 
 
 async def test_each_batcher_is_asked_how_it_is(tmp_path: Any) -> None:
