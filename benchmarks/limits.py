@@ -203,7 +203,7 @@ class Limited(System):
 # ------------------------------------------------------------------------------------ the parts
 
 
-def on_off(report: Report, plan: Plan, system: System) -> None:
+def on_off(report: Report, plan: Plan, system: Limited) -> None:
     """Limits on and off in turn, for one hot tenant each, and what owners are told meanwhile."""
     limited, free = system.headers_of(system.keys[0]), system.headers_of(system.free)
     for name in ("x-ratelimit-limit-requests", "x-ratelimit-limit-tokens"):
