@@ -14,7 +14,7 @@ One simulated upstream, all on loopback, load from a process of its own:
   d2  the same with caching and deduplication off
   d3  as d2, with `lane: litellm`
   dd  as d, with two replicas
-  e   LiteLLM Proxy of the same version, one worker
+  e   LiteLLM Proxy of the same version, one worker; e2 with two
   f   Portkey's gateway, g ferrogw (Go), h vllm-router (Rust): what each does beside passing on is
       printed
 
@@ -69,15 +69,31 @@ NAMES = {
     "d3": "as d2, LiteLLM lane",
     "dd": "as d, two replicas",
     "e": "LiteLLM Proxy",
+    "e2": "LiteLLM Proxy, two workers",
     "f": "Portkey gateway",
     "g": "ferrogw",
     "h": "vllm-router",
 }
-PEERS = {"e": "litellm-proxy", "f": "portkey", "g": "ferrogw", "h": "vllm-router"}
+PEERS = {
+    "e": "litellm-proxy",
+    "e2": "litellm-proxy-2",
+    "f": "portkey",
+    "g": "ferrogw",
+    "h": "vllm-router",
+}
 LOOPS = {"c": "bare", "c2": "litellm", "c3": "relay"}
 PAIRS = (
-    *(("d", "e"), ("dd", "e"), ("d2", "e"), ("d2", "f"), ("d2", "b"), ("d2", "g"), ("d2", "h")),
-    *(("d3", "c"), ("c2", "c"), ("c3", "c")),
+    ("dd", "e2"),
+    ("dd", "e"),
+    ("d", "e"),
+    ("d2", "e"),
+    ("d2", "f"),
+    ("d2", "b"),
+    ("d2", "g"),
+    ("d2", "h"),
+    ("d3", "c"),
+    ("c2", "c"),
+    ("c3", "c"),
 )
 """In an order in which few of them have to be started twice."""
 RATE_GOALS = {

@@ -105,9 +105,14 @@ def _ran(command: Sequence[str], environ: Mapping[str, str] | None = None) -> No
 
 
 def litellm_proxy(
-    upstream_url: str, port: int, scratch: Path, *, cache_ttl_s: int | None = None
+    upstream_url: str,
+    port: int,
+    scratch: Path,
+    *,
+    workers: int = 1,
+    cache_ttl_s: int | None = None,
 ) -> Child:
-    """LiteLLM Proxy: one worker, one model, a master key, no database.
+    """LiteLLM Proxy: one model, a master key, no database.
 
     With `cache_ttl_s` its in-memory cache is on, which holds 200 answers at most.
     """
@@ -132,7 +137,7 @@ def litellm_proxy(
     path = scratch / "litellm-proxy.yaml"
     path.write_text(yaml.safe_dump(document))
     command = [str(bin_dir / "litellm"), "--config", str(path), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--num_workers", "1"]
+    command += ["--port", str(port), "--num_workers", str(workers)]
     environ = {
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_MODE": "PRODUCTION",
@@ -196,13 +201,15 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """`on` says what it does with a request beside passing it on."""
+    """`on` says what it does with a request beside passing it on; `key` is the one that callers
+    have, None: a new one each time."""
 
     name: str
     on: str
     ready: str
     start: Callable[[str, int, Path, str], Child]
     is_keyed: bool = True
+    key: str | None = None
     headers: Callable[[str], Mapping[str, str]] = lambda _: {}
 
 
@@ -212,6 +219,14 @@ KNOWN = {
         "one worker, a master key; its tenants, limits and spend need a database and are off",
         "/health/liveliness",
         lambda url, port, scratch, key: litellm_proxy(url, port, scratch),
+        key=MASTER_KEY,
+    ),
+    "litellm-proxy-2": Peer(
+        f"LiteLLM Proxy {LITELLM_PROXY.partition('==')[2]}",
+        "the same with two workers",
+        "/health/liveliness",
+        lambda url, port, scratch, key: litellm_proxy(url, port, scratch, workers=2),
+        key=MASTER_KEY,
     ),
     "portkey": Peer(
         f"Portkey gateway {PORTKEY.rpartition('@')[2]}",
@@ -227,7 +242,8 @@ KNOWN = {
     ),
     "ferrogw": Peer(
         f"ferrogw {FERROGW.partition('==')[2]}",
-        "Go, all cores; a master key and metrics; limits, budgets and request log are off",
+        "Go, all cores; a master key and metrics; limits, budgets and request log are off; it "
+        "listens on all interfaces, and has no setting for that",
         "/health",
         ferrogw,
     ),
@@ -247,7 +263,7 @@ def running(name: str, upstream_url: str, scratch: Path) -> Iterator[Running]:
     peer = KNOWN[name]
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    key = MASTER_KEY if name == "litellm-proxy" else f"fgw_{secrets.token_hex(16)}"
+    key = peer.key or secrets.token_hex(16)
     with peer.start(upstream_url, port, scratch, key) as child:
         try:
             child.await_200(f"{url}{peer.ready}", START_S)
