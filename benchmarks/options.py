@@ -73,7 +73,7 @@ def tell_facts(
 ) -> None:
     print()
     for name, fact in {**facts, **machine}.items():
-        print(f"  {name:66}{fact}")
+        print(f"  {name:66} {fact}")
     for problem in problems:
         print(f"  ! {problem}")
 

@@ -42,6 +42,7 @@ class Streams:
     chunks: int
     first_p50_ms: float
     first_p99_ms: float
+    first_max_ms: float
     gap_mean_ms: float
     gap_p99_ms: float
     gap_max_ms: float
@@ -185,6 +186,7 @@ async def run(url: str, keys: Sequence[str], connections: int, each: int, tokens
         chunks=load.chunks,
         first_p50_ms=_at(firsts_s, 0.5),
         first_p99_ms=_at(firsts_s, 0.99),
+        first_max_ms=_at(firsts_s, 1.0),
         gap_mean_ms=_at(sorted(load.means_s), 0.5),
         gap_p99_ms=_at(gaps_s, 0.99),
         gap_max_ms=_at(gaps_s, 1.0),
