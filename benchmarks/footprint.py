@@ -50,7 +50,7 @@ KNOWN = (
     (r"ray::RateLimiter", "owner: rate limiter", "what tenants have left"),
     (r"ray::CircuitBreaker", "owner: circuit breaker", "which deployments are well"),
     (r"ray::Cache", "owner: cache", "keys and stored answers"),
-    (r"ray::Batcher", "owner: batcher", "sends embedding texts, so it holds LiteLLM too"),
+    (r"ray::Batcher", "owner: batcher", "sends embedding texts; loads LiteLLM with the first"),
     (r"ray::Registry", "owner: registry", "configuration, and metrics of the whole system"),
     (r"ray::LocalModels", "embedded models", "loaded on first use"),
     (r"ray::IDLE", "idle Ray workers", "kept by Ray for the next actor"),
@@ -58,7 +58,7 @@ KNOWN = (
     (r"gcs_server", "Ray: GCS", "the cluster's directory"),
     (r"raylet/raylet|/raylet ", "Ray: raylet", "workers and object store of this node"),
     (r"log_monitor", "Ray: log monitor", "Python; reads workers' logs"),
-    (r"agent", "Ray: agents", "Python; runtime environments, and metrics of the node"),
+    (r"[Aa]gent", "Ray: agents", "Python; runtime environments, and metrics of the node"),
     (r"dashboard|monitor\.py", "Ray: monitors", "Python; job and node state"),
 )
 OTHER = "others"

@@ -66,8 +66,8 @@ NAMES = {
     "c3": "Forebay's relay lane, bare",
     "d": "Forebay, all concerns on",
     "d2": "Forebay, cache and dedup off",
-    "d3": "as d2, LiteLLM lane",
-    "dd": "as d, two replicas",
+    "d3": "Forebay, off, LiteLLM lane",
+    "dd": "Forebay, on, two replicas",
     "e": "LiteLLM Proxy",
     "e2": "LiteLLM Proxy, two workers",
     "f": "Portkey gateway",
@@ -131,6 +131,8 @@ class Report:
     turns: list[Turn] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    sent: int = 0
+    calls: int = 0
     problems: list[str] = field(default_factory=list)
 
     def of(self, system: str, concurrency: int) -> list[Turn]:
@@ -273,7 +275,8 @@ def play(
                 turn = take(report, plan, side, pair, number, concurrency)
                 sent += turn.sent if side.calls_upstream else 0
     calls = upstream.stats()["requests"]
-    report.facts[f"{pair[0]} and {pair[1]}: requests sent / upstream calls"] = f"{sent} / {calls}"
+    report.sent += sent
+    report.calls += calls
     if sent != calls:
         report.problems.append(
             f"{pair[0]} and {pair[1]}: {sent} requests were sent, the upstream answered {calls}"
@@ -393,7 +396,8 @@ def show(report: Report) -> None:
         print(f"  {name:5}{peers.KNOWN[peer].name}: {peers.KNOWN[peer].on}")
     for name, reason in report.missing.items():
         print(f"  {name:5}not measured: {reason}")
-    tell_facts(report.facts, report.machine, report.problems)
+    counts = {"all pairs: requests sent / upstream calls": f"{report.sent} / {report.calls}"}
+    tell_facts({**report.facts, **counts}, report.machine, report.problems)
 
 
 def show_row(words: str, turns: Sequence[Turn]) -> None:

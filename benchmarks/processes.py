@@ -92,6 +92,7 @@ class Child:
                 stderr=subprocess.STDOUT,
             )
         self._seen: dict[int, psutil.Process] = {}
+        self._spent: dict[int, tuple[str, float]] = {}
 
     @property
     def pid(self) -> int:
@@ -125,21 +126,13 @@ class Child:
         return [process for process in self._seen.values() if process.is_running()]
 
     def cpu_s(self, wanted: Callable[[str], bool] = lambda _: True) -> float:
-        """CPU seconds so far of the family's members whose command line is `wanted`."""
-        total = 0.0
-        for process in self.chosen(wanted):
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
-
-    def memory_mb(self) -> float:
-        """Memory of the family, shared pages counted once (PSS)."""
-        total = 0
+        """CPU seconds so far of the family's members whose command line is `wanted`; of those that
+        have ended, as far as they were seen."""
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
-        return total / 2**20
+                times = process.cpu_times()
+                self._spent[process.pid] = " ".join(process.cmdline()), times.user + times.system
+        return sum(spent_s for line, spent_s in self._spent.values() if wanted(line))
 
     def members(self) -> list[Member]:
         """The processes of the family that live now."""

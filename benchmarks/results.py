@@ -46,22 +46,19 @@ MACHINE_WORDS = ("cpu", "cores", "memory_gb", "kernel", "python", "ray", "litell
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One benchmark's part of RESULTS.md. `how` is its command, date and commit."""
+    """One benchmark's part of RESULTS.md. `how` is its command, date and commit; `goals` are what
+    was to be reached, what was measured, and the verdict."""
 
     name: str
     how: str
     report: str
-
-    def goals(self) -> list[tuple[str, str, str]]:
-        """What was to be reached, what was measured, and the verdict."""
-        found = (GOAL.match(line) for line in self.report.splitlines())
-        return [(one["goal"], one["told"], one["verdict"]) for one in found if one is not None]
+    goals: Sequence[tuple[str, ...]] = ()
 
 
 def document(machine_words: str, sections: Sequence[Section]) -> str:
     """RESULTS.md."""
     lines = [HEAD, "", WRITTEN, "", machine_words, ""]
-    goals = [(one.name, *goal) for one in sections for goal in one.goals()]
+    goals = [(one.name, *goal) for one in sections for goal in one.goals]
     if goals:
         lines += ["## Goals", "", "| | goal | measured | |", "|---|---|---|---|"]
         lines += [f"| {' | '.join(goal)} |" for goal in goals]
@@ -77,6 +74,11 @@ def sections_of(text: str, machine_words: str) -> dict[str, Section]:
     """The sections of a RESULTS.md that was written for this machine; of another's, none."""
     if WRITTEN not in text or machine_words not in text:
         return {}
+    goals: dict[str, list[tuple[str, ...]]] = {}
+    for line in text.splitlines():
+        cells = line.strip("| ").split(" | ")
+        if line.startswith("| ") and cells[0] in BENCHMARKS:
+            goals.setdefault(cells[0], []).append(tuple(cells[1:]))
     found = {}
     for part in text.split("\n## ")[1:]:
         head, _, rest = part.partition("\n")
@@ -84,18 +86,21 @@ def sections_of(text: str, machine_words: str) -> dict[str, Section]:
         if name in BENCHMARKS:
             how, _, report = rest.strip("\n").partition("\n\n")
             lines = [line.removeprefix("    ") for line in report.splitlines()]
-            found[name] = Section(name, how, "\n".join(lines))
+            found[name] = Section(name, how, "\n".join(lines), goals.get(name, []))
     return found
 
 
-def trimmed(report: str) -> str:
-    """A report without what is said once for all of them."""
-    lines = [
-        line
-        for line in report.splitlines()
-        if not re.match(rf"  ({'|'.join(MACHINE_WORDS)}) {{20,}}\S", line)
-    ]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+def section_of(name: str, how: str, report: str) -> Section:
+    """A report without the machine, and with its goals aside."""
+    goals, lines = [], []
+    for line in report.splitlines():
+        goal = GOAL.match(line)
+        if goal is not None:
+            goals.append((goal["goal"], goal["told"], goal["verdict"]))
+        elif not re.match(rf"  ({'|'.join(MACHINE_WORDS)}) {{20,}}\S", line):
+            lines.append(line)
+    left = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+    return Section(name, how, left, goals)
 
 
 def words_of_machine() -> str:
@@ -139,7 +144,7 @@ def ran(name: str, options: Sequence[str]) -> tuple[Section, bool]:
         report, code = "", f"nothing in {BENCHMARK_S:.0f} s"
     if code != "0":
         report += f"\n! ended with {code}"
-    return Section(name, how, trimmed(report)), code == "0"
+    return section_of(name, how, report), code == "0"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

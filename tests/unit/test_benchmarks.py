@@ -82,8 +82,9 @@ def test_samples_of_prometheus_text() -> None:
 def test_results_gather_the_goals_that_reports_tell(capsys: pytest.CaptureFixture[str]) -> None:
     tell_goal("requests/s, ours / theirs", [31.0, 33.0, 32.0], ">=", 30.0)
     tell_goal("added p50, ms", [], "<=", 0.6)
-    section = Section("passthrough", "`how`", capsys.readouterr().out)
-    assert section.goals() == [
+    section = results.section_of("passthrough", "`how`", f"rows\n{capsys.readouterr().out}")
+    assert section.report == "rows"
+    assert section.goals == [
         ("requests/s, ours / theirs >= 30", "32 (31-33)", "reached"),
         ("added p50, ms <= 0.6", "-", "not measured"),
     ]
@@ -93,8 +94,10 @@ def test_results_gather_the_goals_that_reports_tell(capsys: pytest.CaptureFixtur
 
 def test_results_keep_what_was_measured_before_on_the_same_machine() -> None:
     before = [
-        Section("cache", "`cache`, then", "rows\n\n  of it"),
-        Section("ledger", "`ledger`, then", "more"),
+        Section(
+            "cache", "`cache`, then", "rows\n\n  of it", [("hits/s >= 4", "5 (4-6)", "reached")]
+        ),
+        Section("ledger", "`ledger`, then", "more", []),
     ]
     page = results.document("2 cores", before)
     assert results.sections_of(page, "2 cores") == {one.name: one for one in before}
@@ -104,7 +107,8 @@ def test_results_keep_what_was_measured_before_on_the_same_machine() -> None:
 
 def test_a_report_is_told_without_the_machine() -> None:
     report = f"rows\n\n\n  cores{'':61}2\n  load_before{'':55}0.5\n"
-    assert results.trimmed(report) == f"rows\n\n  load_before{'':55}0.5"
+    told = results.section_of("cache", "`how`", report).report
+    assert told == f"rows\n\n  load_before{'':55}0.5"
 
 
 def test_what_runs_all_benchmarks_can_be_run() -> None:
