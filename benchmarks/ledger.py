@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "restart": lambda bench: restart(bench, report, stored),
     }
     with at(given.keep) as scratch:
-        report.facts["disk"] = f"{shutil.disk_usage(scratch).total // 2**30} GB at {scratch}"
+        report.facts["disk"] = f"{shutil.disk_usage(scratch).total // 2**30} GB"
         bench = Bench(scratch / "ledger.db", given.url)
         for name in PARTS:
             if name in wanted:

@@ -267,9 +267,9 @@ def play(
     direct = Running("a", upstream.url, tenant_keys())
     upstream.reset()
     sent = 0
-    looping = pair[0] in LOOPS
+    concurrencies = (MANY,) if LOOPS.keys() & set(pair) else (MANY, ONE)
     for number in range(plan.rounds):
-        for concurrency in (MANY,) if looping or pair[1] in LOOPS else (MANY, ONE):
+        for concurrency in concurrencies:
             sides = [one, other] if number % 2 else [other, one]
             for side in [direct, *sides] if concurrency == ONE else sides:
                 turn = take(report, plan, side, pair, number, concurrency)
