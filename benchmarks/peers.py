@@ -97,8 +97,9 @@ def _ran(command: Sequence[str], environ: Mapping[str, str] | None = None) -> No
         command, env={**os.environ, **(environ or {})}, capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        told = (done.stderr or done.stdout).strip().splitlines() or ["no word"]
-        raise NoPeer(f"{' '.join(command[:2])} ended with {done.returncode}: {told[-1]}")
+        told = " ".join((done.stderr or done.stdout).strip().splitlines()[:2])
+        name = Path(command[0]).name
+        raise NoPeer(f"{name} {command[1]} ended with {done.returncode}: {told[:300] or 'no word'}")
 
 
 # -- peers ----------------------------------------------------------------------------------
