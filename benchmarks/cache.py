@@ -22,11 +22,9 @@ Exit code 1 when one of these does not hold; missed goals are only told.
 
 from __future__ import annotations
 
-import json
 import secrets
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -34,19 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.options import finish, parser_of, wanted_of
-from benchmarks.passthrough import (
-    LEDGER_WAIT_S,
-    START_S,
-    at,
-    forebay_document,
-    ledger_rows,
-    owner_messages,
-    serving_cpu,
-    tenant_keys,
-)
-from benchmarks.processes import Child, free_port, get, machine
-from forebay.secrets import new_key
+from benchmarks.options import finish, parser_of, say, tell_facts, tell_goal, wanted_of
+from benchmarks.processes import Child, free_port, machine
+from benchmarks.system import LEDGER_WAIT_S, START_S, System, at, serving_cpu, tenant_keys
 from tests.support.loader import Load, Result, in_process
 from tests.support.upstream import Upstream
 
@@ -56,8 +44,8 @@ DISTINCT = 100
 """LiteLLM's in-memory cache holds 200 answers; it is asked for what it can have."""
 DISTINCT_MANY = 5_000
 TTL_S = 3600
+LIFETIME = {"cache_ttl": TTL_S}
 HITS_GOAL = 4_000.0
-REST_CPU, REST_WAIT_S = 0.25, 30.0
 NAMES = {"rig": "Serve no-op", "hits": "Forebay, hits", "peer": "LiteLLM Proxy, hits"}
 
 
@@ -98,64 +86,6 @@ class Plan:
     seconds: float
     warmup: int
     rounds: int
-
-
-class System:
-    """Owns one `forebay up` with 50 tenants. Leaving the context ends it."""
-
-    def __init__(
-        self, name: str, upstream: Upstream, scratch: Path, *, caching: bool, replicas: int = 1
-    ) -> None:
-        self.name = name
-        self.keys, self.admin = tenant_keys(), new_key()
-        self.sent = 0
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        home = scratch / name
-        home.mkdir()
-        secret = secrets.token_hex(32)
-        document = forebay_document(upstream.url, port, self.keys, self.admin, secret, caching)
-        document["gateway"]["cache_ttl"] = TTL_S
-        document["server"]["replicas"] = replicas
-        config = home / "forebay.yaml"
-        config.write_text(json.dumps(document))
-        environ = {
-            "FOREBAY_KEY_SECRET": secret,
-            "FOREBAY_DATA_DIR": str(home / "data"),
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        }
-        command = [sys.executable, "-m", "forebay", "up", "--config", str(config)]
-        self.child = Child(command, scratch / f"{name}.log", environ)
-        self.cpu_s = serving_cpu(self.child, "ServeReplica")
-
-    def __enter__(self) -> System:
-        try:
-            first = {"model": "sim", "messages": [{"role": "user", "content": "The first"}]}
-            url = f"{self.url}/v1/chat/completions"
-            self.child.await_200(url, START_S, key=self.keys[0], body=first)
-            self.sent += 1
-            await_rest(self.child)
-        except BaseException:
-            self.child.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.child.stop()
-
-    def hits(self) -> int:
-        """Rows of the ledger that say that an answer came from the cache."""
-        return int(json.loads(get(f"{self.url}/v1/usage", self.admin))["cache_hits"])
-
-
-def await_rest(child: Child) -> None:
-    """What comes after the first answer, such as imports, is over: little of a core is used."""
-    deadline_s = time.monotonic() + REST_WAIT_S
-    while time.monotonic() < deadline_s:
-        before_s = child.cpu_s()
-        time.sleep(1.0)
-        if child.cpu_s() - before_s < REST_CPU:
-            return
 
 
 # ------------------------------------------------------------------------------------ the parts
@@ -210,7 +140,7 @@ def measured(
 ) -> None:
     """One row. Every question of the load has been asked before, or none of them is stored."""
     before_s = cpu_s()
-    before = owner_messages(url) if system is not None else None
+    before = system.messages() if system is not None else None
     result = ask(
         report,
         plan,
@@ -233,15 +163,18 @@ def measured(
     )
     if system is not None and before is not None:
         system.sent += result.sent
-        spent = owner_messages(url)
+        spent = system.messages()
         spent.subtract(before)
         row.messages = spent.total() / max(result.sent, 1)
     report.rows.append(row)
+    say(told(row))
+
+
+def told(row: Row) -> str:
     messages = "" if row.messages is None else f"{row.messages:9.4f}"
-    print(
-        f"  {NAMES[name]:22}{distinct:7,}{concurrency:4}{row.requests_per_s:12,.0f}"
-        f"{row.p50_ms:9.2f}{row.p99_ms:9.2f}{row.cpu_s * 1e6:9.0f}{messages}",
-        flush=True,
+    return (
+        f"  {NAMES[row.system]:22}{row.distinct:7,}{row.concurrency:4}{row.requests_per_s:12,.0f}"
+        f"{row.p50_ms:9.2f}{row.p99_ms:9.2f}{row.cpu_s * 1e6:9.0f}{messages}"
     )
 
 
@@ -265,7 +198,7 @@ def rig(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
 
 def hits(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
     upstream.reset()
-    with System("hits", upstream, scratch, caching=True) as system:
+    with System("hits", upstream.url, scratch, caching=True, gateway=LIFETIME) as system:
         asked = 1
         loads = [(DISTINCT, c) for c in CONCURRENCIES] + [(DISTINCT_MANY, CONCURRENCIES[-1])]
         runs = {count: secrets.token_hex(6) for count, _ in loads}
@@ -296,8 +229,8 @@ def hits(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
                 run=runs[count],
                 system=system,
             )
-        rows = ledger_rows(system.url, system.admin, system.sent)
-        calls, found = upstream.stats()["requests"], system.hits()
+        rows, calls = system.rows(), upstream.stats()["requests"]
+        found = int(system.usage()["cache_hits"])
     report.facts["hits: requests sent / ledger rows / of these hits"] = (
         f"{system.sent} / {rows} / {found}"
     )
@@ -338,10 +271,11 @@ def misses(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> Non
                 side: stack.enter_context(
                     System(
                         f"{side}-{replicas}",
-                        upstream,
+                        upstream.url,
                         scratch,
                         caching=side == "on",
-                        replicas=replicas,
+                        gateway=LIFETIME,
+                        server={"replicas": replicas},
                     )
                 )
                 for side in ("on", "off")
@@ -354,13 +288,12 @@ def misses(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> Non
                     if turn == 0:
                         continue  # the first requests of a system are slow
                     rates[side].append(result.requests_per_s)
-                    print(
+                    say(
                         f"  misses, {of}, caching {side:4}{result.requests_per_s:11,.0f} "
-                        f"requests/s{result.p50_ms or 0:9.1f} ms p50",
-                        flush=True,
+                        f"requests/s{result.p50_ms or 0:9.1f} ms p50"
                     )
             sent = sum(system.sent for system in sides.values())
-            rows = sum(ledger_rows(one.url, one.admin, one.sent) for one in sides.values())
+            rows = sum(one.rows() for one in sides.values())
         calls = upstream.stats()["requests"]
         ratios = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
         report.rounds[f"misses, caching on / off, {of}"] = ratios
@@ -386,7 +319,10 @@ RUN: dict[str, Callable[[Report, Plan, Upstream, Path], None]] = {
 
 
 def show(report: Report) -> None:
-    print()
+    if report.rows:
+        print(HEADER)
+    for row in report.rows:
+        print(told(row))
     for over, under in (("hits", "peer"), ("hits", "rig")):
         cells = []
         for concurrency in CONCURRENCIES:
@@ -398,16 +334,11 @@ def show(report: Report) -> None:
             print(f"  {over} / {under:10}{''.join(cells)}   requests/s at {at_each}")
     rate = report.rate("hits", CONCURRENCIES[-1])
     if rate is not None:
-        verdict = "reached" if rate >= HITS_GOAL else "missed"
-        print(f"  goal {HITS_GOAL:,.0f} hits/s at {CONCURRENCIES[-1]}: {rate:,.0f}, {verdict}")
+        tell_goal(f"hits/s at {CONCURRENCIES[-1]}", [rate], ">=", HITS_GOAL)
     for name, values in report.rounds.items():
         each = " ".join(f"{value:.3f}" for value in values)
         print(f"  {name:44}{statistics.median(values):8.3f}   of {each}")
-    print()
-    for name, fact in {**report.facts, **report.machine}.items():
-        print(f"  {name:62}{fact}")
-    for problem in report.problems:
-        print(f"  ! {problem}")
+    tell_facts(report.facts, report.machine, report.problems)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -421,8 +352,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds=given.rounds or (2 if given.quick else 5),
     )
     report = Report(machine())
-    if set(wanted) - {"misses"}:
-        print(HEADER, flush=True)
     with at(given.keep) as scratch, Upstream(log=scratch / "upstream.jsonl", fast=True) as upstream:
         for name in wanted:
             RUN[name](report, plan, upstream, scratch)

@@ -43,18 +43,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.cache import await_rest
 from benchmarks.embedding_lane import DIMENSIONS
 from benchmarks.options import finish, parser_of, wanted_of
-from benchmarks.passthrough import (
+from benchmarks.processes import ROOT, Child, free_port, get, machine
+from benchmarks.system import (
     LEDGER_WAIT_S,
     START_S,
     at,
+    await_rest,
     forebay_document,
     ledger_rows,
     tenant_keys,
 )
-from benchmarks.processes import ROOT, Child, free_port, get, machine
 from forebay.secrets import new_key
 from tests.support.loader import Load, Result, in_process
 from tests.support.simulator.truth import vectors

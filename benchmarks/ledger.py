@@ -43,9 +43,9 @@ from typing import Any
 from actors.ledger.owner import Ledger
 from actors.ledger.policy import Entry
 from benchmarks import limits
-from benchmarks.options import finish, parser_of, wanted_of
-from benchmarks.passthrough import at, ledger_rows
+from benchmarks.options import finish, parser_of, say, tell_facts, tell_goal, wanted_of
 from benchmarks.processes import ROOT, machine
+from benchmarks.system import at
 from tests.support.failing_disk import Disk
 from tests.support.upstream import Upstream
 
@@ -222,20 +222,20 @@ async def gateway(report: Report, seconds: float, scratch: Path) -> None:
         upstream = stack.enter_context(Upstream(log=scratch / "upstream.jsonl", fast=True))
         sides = [
             stack.enter_context(
-                limits.System(f"ledger-{name}", 10, upstream, scratch, {"enable_llmops": kept})
+                limits.Limited(f"ledger-{name}", 10, upstream, scratch, {"enable_llmops": kept})
             )
             for name, kept in (("on", True), ("off", False))
         ]
         on, off = sides
         rates: dict[str, list[float]] = {system.name: [] for system in sides}
         for system in sides:
-            system.turn(limits.WARMING, system.keys, report)
+            system.turn(limits.WARMING, system.keys, report.problems)
         for number in range(plan.rounds):
             for system in sides if number % 2 else reversed(sides):
-                cost = system.turn(plan, system.keys, report)
+                cost = system.turn(plan, system.keys, report.problems)
                 rates[system.name].append(cost.result.requests_per_s)
-                limits.say(system.name, cost)
-        rows = ledger_rows(on.url, on.admin, on.sent)
+                limits.say_cost(system.name, cost)
+        rows = on.rows()
         if rows != on.sent:
             report.problems.append(f"{on.sent} requests were sent, the ledger has {rows} rows")
     pairs = zip(rates[on.name], rates[off.name], strict=True)
@@ -245,20 +245,13 @@ async def gateway(report: Report, seconds: float, scratch: Path) -> None:
 
 
 def show(report: Report) -> None:
-    print()
     for name, value in report.figures.items():
-        goal = GOALS.get(name)
-        verdict = ""
-        if goal is not None:
-            wanted, sign = goal
-            reached = value >= wanted if sign == ">=" else value <= wanted
-            verdict = f"   goal {sign} {wanted:g}: {'reached' if reached else 'missed'}"
-        print(f"  {name:58}{value:12,.2f}{verdict}")
-    print()
-    for name, fact in {**report.facts, **report.machine}.items():
-        print(f"  {name:62}{fact}")
-    for problem in report.problems:
-        print(f"  ! {problem}")
+        if name in GOALS:
+            wanted, sign = GOALS[name]
+            tell_goal(name, [value], sign, wanted)
+        else:
+            print(f"  {name:66}{value:,.2f}")
+    tell_facts(report.facts, report.machine, report.problems)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,11 +274,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "restart": lambda bench: restart(bench, report, stored),
     }
     with at(given.keep) as scratch:
-        report.facts["disk"] = f"{shutil.disk_usage(scratch).total // 2**30} GB at {scratch}"
+        report.facts["disk"] = f"{shutil.disk_usage(scratch).total // 2**30} GB"
         bench = Bench(scratch / "ledger.db", given.url)
         for name in PARTS:
             if name in wanted:
-                print(f"  {name}", flush=True)
+                say(f"  {name}")
                 asyncio.run(parts[name](bench))
     show(report)
     return finish(given.json, asdict(report), report.problems)

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import secrets
 import statistics
 import subprocess
 import sys
@@ -42,9 +41,16 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from actors.spawn import alone
-from benchmarks.options import finish, parser_of, wanted_of
-from benchmarks.passthrough import LEDGER_WAIT_S, START_S, at, ledger_rows, owner_messages
-from benchmarks.processes import ROOT, Child, free_port, machine
+from benchmarks.options import (
+    finish,
+    parser_of,
+    say,
+    tell_facts,
+    tell_goal,
+    wanted_of,
+)
+from benchmarks.processes import ROOT, machine
+from benchmarks.system import LEDGER_WAIT_S, System, at
 from forebay.secrets import hash_key, new_key
 from tests.support.loader import Load, Result, in_process
 from tests.support.upstream import Upstream
@@ -108,8 +114,8 @@ class Cost:
         return self.serving_s + self.owner_s
 
 
-class System:
-    """Owns one `forebay up` with tenants and keys. Leaving the context ends it.
+class Limited(System):
+    """A Forebay with so many tenants that share the default limits, and one that has none.
 
     `gateway` is what its configuration says otherwise than the other systems'.
     """
@@ -122,75 +128,31 @@ class System:
         scratch: Path,
         gateway: Mapping[str, Any] | None = None,
     ) -> None:
-        self.name = name
-        self._gateway = gateway or {}
-        self.admin, self.free = new_key(), new_key()
-        self.keys = [new_key() for _ in range(tenants)]
-        self.sent = 0
+        self.free = new_key()
         self._turn = 0
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        home = scratch / name
-        home.mkdir()
-        secret = secrets.token_hex(32)
-        config = home / "forebay.yaml"
-        config.write_text(json.dumps(self._document(upstream.url, port, secret)))
-        environ = {
-            "FOREBAY_KEY_SECRET": secret,
-            "FOREBAY_DATA_DIR": str(home / "data"),
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        }
-        command = [sys.executable, "-m", "forebay", "up", "--config", str(config)]
-        self.child = Child(command, scratch / f"{name}.log", environ)
+        keys = [new_key() for _ in range(tenants)]
+        shared = {"rate_limit_config": ALL_LIMITS, **(gateway or {})}
+        super().__init__(name, upstream.url, scratch, keys=keys, gateway=shared)
 
-    def _document(self, upstream_url: str, port: int, secret: str) -> dict[str, Any]:
+    def document(self, upstream_url: str, caching: bool) -> dict[str, Any]:
         """All tenants but one share the default limits, so that the document stays small."""
 
         def tenant(name: str, key: str, **more: Any) -> dict[str, Any]:
             return {
                 "id": name,
-                "keys": [{"id": "bench", "hash": hash_key(key, secret.encode())}],
+                "keys": [{"id": "bench", "hash": hash_key(key, self.secret.encode())}],
                 **more,
             }
 
-        sim = {
-            "model": "openai/sim",
-            "api_base": f"{upstream_url}/v1",
-            "api_key": "sk-upstream",
-            "input_cost_per_token": 1e-7,
-            "output_cost_per_token": 4e-7,
-        }
-        return {
-            "model_list": [{"model_name": "sim", "litellm_params": sim}],
-            "tenants": [
-                tenant("admin", self.admin, admin=True),
-                tenant("free", self.free, limits=NO_LIMITS),
-                *(tenant(f"tenant-{i:05d}", key) for i, key in enumerate(self.keys)),
-            ],
-            "gateway": {
-                "enable_caching": False,
-                "enable_request_deduplication": False,
-                "max_retries": 0,
-                "rate_limit_config": ALL_LIMITS,
-                **self._gateway,
-            },
-            "server": {"host": "127.0.0.1", "port": port, "replicas": 1},
-        }
-
-    def __enter__(self) -> System:
-        try:
-            first = {"model": "sim", "messages": [{"role": "user", "content": "The first"}]}
-            self.child.await_200(
-                f"{self.url}/v1/chat/completions", START_S, key=self.keys[0], body=first
-            )
-            self.sent += 1
-        except BaseException:
-            self.child.stop()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.child.stop()
+        document = super().document(upstream_url, caching)
+        price = {"input_cost_per_token": 1e-7, "output_cost_per_token": 4e-7}
+        document["model_list"][0]["litellm_params"].update(price)
+        document["tenants"] = [
+            tenant("admin", self.admin, admin=True),
+            tenant("free", self.free, limits=NO_LIMITS),
+            *(tenant(f"tenant-{i:05d}", key) for i, key in enumerate(self.keys)),
+        ]
+        return document
 
     def headers_of(self, key: str) -> dict[str, str]:
         """The headers of one answer."""
@@ -205,7 +167,7 @@ class System:
             return {name.lower(): value for name, value in response.headers.items()}
 
     def turn(
-        self, plan: Plan, keys: Sequence[str], report: Report, *, requests: int | None = None
+        self, plan: Plan, keys: Sequence[str], problems: list[str], *, requests: int | None = None
     ) -> Cost:
         """One turn of load with these keys, each time beginning at another one; at most so many."""
         shift = (self._turn * 2_000) % len(keys)
@@ -224,11 +186,9 @@ class System:
         )
         self.sent += result.sent
         if result.ok != result.requests:
-            report.problems.append(f"{self.name}: not all 200: {result.statuses} {result.errors}")
+            problems.append(f"{self.name}: not all 200: {result.statuses} {result.errors}")
         if result.wrong:
-            report.problems.append(
-                f"{self.name}: {result.wrong} answers of somebody else's question"
-            )
+            problems.append(f"{self.name}: {result.wrong} answers of somebody else's question")
         sent = max(result.sent, 1)
         return Cost(
             result,
@@ -243,7 +203,7 @@ class System:
 # ------------------------------------------------------------------------------------ the parts
 
 
-def on_off(report: Report, plan: Plan, system: System) -> None:
+def on_off(report: Report, plan: Plan, system: Limited) -> None:
     """Limits on and off in turn, for one hot tenant each, and what owners are told meanwhile."""
     limited, free = system.headers_of(system.keys[0]), system.headers_of(system.free)
     for name in ("x-ratelimit-limit-requests", "x-ratelimit-limit-tokens"):
@@ -251,7 +211,7 @@ def on_off(report: Report, plan: Plan, system: System) -> None:
             report.problems.append(
                 f"{name}: {limited.get(name)} with limits, {free.get(name)} without"
             )
-    system.turn(WARMING, [system.free, system.keys[0]], report)
+    system.turn(WARMING, [system.free, system.keys[0]], report.problems)
     rates: dict[str, list[float]] = {"on": [], "off": []}
     messages: Counter[str] = Counter()
     asked = 0
@@ -259,15 +219,15 @@ def on_off(report: Report, plan: Plan, system: System) -> None:
     short = replace(plan, seconds=plan.seconds / SHORT)
     for number in range(plan.rounds * SHORT):
         for side, key in sides if number % 2 else reversed(sides):
-            before = owner_messages(system.url)
-            cost = system.turn(short, [key], report)
+            before = system.messages()
+            cost = system.turn(short, [key], report.problems)
             rates[side].append(cost.result.requests_per_s)
             if side == "on":
-                spent = owner_messages(system.url)
+                spent = system.messages()
                 spent.subtract(before)
                 messages.update(spent)
                 asked += cost.result.sent
-            say(f"limits {side:3}", cost)
+            say_cost(f"limits {side:3}", cost)
     ratios = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
     report.rounds["limits on / off"] = ratios
     report.figures["requests/s, limits on / off"] = statistics.median(ratios)
@@ -278,23 +238,23 @@ def on_off(report: Report, plan: Plan, system: System) -> None:
     )
 
 
-def tenants(report: Report, plan: Plan, few: System, many: System) -> None:
+def tenants(report: Report, plan: Plan, few: Limited, many: Limited) -> None:
     """Ten tenants and ten thousand in turn, once each of them has been served: until then the
     limiter asks the ledger what each has used, which has a figure of its own."""
-    few.turn(WARMING, few.keys, report)
-    met = many.turn(Plan(MEET_S, 1, 0), many.keys, report, requests=len(many.keys))
+    few.turn(WARMING, few.keys, report.problems)
+    met = many.turn(Plan(MEET_S, 1, 0), many.keys, report.problems, requests=len(many.keys))
     report.facts["many: the first request of each, CPU of both, us"] = round(met.cpu_s * 1e6, 1)
     costs: dict[str, list[Cost]] = {"few": [], "many": []}
     asked: Counter[str] = Counter()
     for _ in range(plan.rounds):
         for side, system in (("few", few), ("many", many)):
-            before = owner_messages(system.url)
-            cost = system.turn(plan, system.keys, report)
+            before = system.messages()
+            cost = system.turn(plan, system.keys, report.problems)
             costs[side].append(cost)
-            spent = owner_messages(system.url)
+            spent = system.messages()
             spent.subtract(before)
             asked[side] += sum(n for name, n in spent.items() if name.startswith(LIMITER))
-            say(f"{len(system.keys):6} tenants", cost)
+            say_cost(f"{len(system.keys):6} tenants", cost)
     pairs = list(zip(costs["many"], costs["few"], strict=True))
     serving = [a.serving_s / b.serving_s for a, b in pairs if b.serving_s]
     both = [a.cpu_s / b.cpu_s for a, b in pairs if b.cpu_s]
@@ -389,19 +349,18 @@ def _tenants_of(owner: Any) -> float:
 # ----------------------------------------------------------------------------------- the report
 
 
-def say(side: str, cost: Cost) -> None:
+def say_cost(side: str, cost: Cost) -> None:
     result = cost.result
-    print(
+    say(
         f"  {side:15}{result.requests_per_s:10,.0f} requests/s{result.p50_ms or 0:9.1f} ms p50"
-        f"{cost.serving_s * 1e6:9.0f} us CPU serving{cost.owner_s * 1e6:8.1f} us CPU owner",
-        flush=True,
+        f"{cost.serving_s * 1e6:9.0f} us CPU serving{cost.owner_s * 1e6:8.1f} us CPU owner"
     )
 
 
-def check_counts(report: Report, systems: Sequence[System], upstream: Upstream) -> None:
+def check_counts(report: Report, systems: Sequence[Limited], upstream: Upstream) -> None:
     """What was sent, what the ledgers have and what the upstream answered are one number."""
     sent = sum(system.sent for system in systems)
-    rows = sum(ledger_rows(system.url, system.admin, system.sent) for system in systems)
+    rows = sum(system.rows() for system in systems)
     calls = upstream.stats()["requests"]
     report.facts["requests sent / ledger rows / upstream calls"] = f"{sent} / {rows} / {calls}"
     if len({sent, rows, calls}) != 1:
@@ -412,26 +371,19 @@ def check_counts(report: Report, systems: Sequence[System], upstream: Upstream) 
 
 
 def show(report: Report) -> None:
-    print()
     for name, value in report.figures.items():
-        goal = GOALS.get(name)
-        verdict = ""
-        if goal is not None:
-            wanted, sign = goal
-            reached = value >= wanted if sign == ">=" else value <= wanted
-            verdict = f"   goal {sign} {wanted}: {'reached' if reached else 'missed'}"
-        print(f"  {name:58}{value:8.3f}{verdict}")
+        if name in GOALS:
+            wanted, sign = GOALS[name]
+            tell_goal(name, [value], sign, wanted)
+        else:
+            print(f"  {name:58}{value:8.3f}")
     for name, values in report.rounds.items():
         print(f"  {name:58}" + " ".join(f"{value:.3f}" for value in values))
     if report.messages:
         print("\n  owner messages per request, limits on, at 64")
         for name, value in sorted(report.messages.items(), key=lambda item: -item[1]):
             print(f"    {name:40}{value:10.5f}")
-    print()
-    for name, fact in {**report.facts, **report.machine}.items():
-        print(f"  {name:62}{fact}")
-    for problem in report.problems:
-        print(f"  ! {problem}")
+    tell_facts(report.facts, report.machine, report.problems)
 
 
 def run(report: Report, plan: Plan, wanted: Sequence[str], scratch: Path) -> None:
@@ -441,12 +393,12 @@ def run(report: Report, plan: Plan, wanted: Sequence[str], scratch: Path) -> Non
         return
     with ExitStack() as stack:
         upstream = stack.enter_context(Upstream(log=scratch / "upstream.jsonl", fast=True))
-        few = stack.enter_context(System("few", FEW, upstream, scratch))
+        few = stack.enter_context(Limited("few", FEW, upstream, scratch))
         systems = [few]
         if {"on-off", "messages"} & set(wanted):
             on_off(report, plan, few)
         if "tenants" in wanted:
-            many = stack.enter_context(System("many", plan.many, upstream, scratch))
+            many = stack.enter_context(Limited("many", plan.many, upstream, scratch))
             systems.append(many)
             tenants(report, plan, few, many)
         check_counts(report, systems, upstream)

@@ -1,69 +1,120 @@
-"""How much a chat completion costs on its way through: Forebay, its parts, and LiteLLM Proxy.
+"""How much a chat completion costs on its way through: Forebay, its parts, and other gateways.
 
-    python -m benchmarks.passthrough            # about five minutes
-    python -m benchmarks.passthrough --quick    # about two
-    python -m benchmarks.passthrough --only a,c,d
+    python -m benchmarks.passthrough            # about twenty minutes
+    python -m benchmarks.passthrough --quick    # about eight
+    python -m benchmarks.passthrough --only d2,e
 
-Rows, one at a time against one simulated upstream, all on loopback:
+One simulated upstream, all on loopback, load from a process of its own:
   a   the simulator itself
   b   Ray Serve's no-op behind the HAProxy and profile that Forebay uses
   c   bare `litellm.acompletion` in a loop: one process, one core
-  d   Forebay over HTTP: 50 tenants with keys and finite limits, breaker, ledger, metrics,
-      caching and deduplication on
+  c2  Forebay's LiteLLM lane in a loop, likewise; c3 its relay
+  d   Forebay over HTTP: 50 tenants with keys and finite limits, breaker, ledger, metrics, caching
+      and deduplication on; no answer is stored yet, so all are misses
   d2  the same with caching and deduplication off
-  e   LiteLLM Proxy of the same version, one worker, in an environment of its own
+  d3  as d2, with `lane: litellm`
+  dd  as d, with two replicas
+  e   LiteLLM Proxy of the same version, one worker; e2 with two
+  f   Portkey's gateway, g ferrogw (Go), h vllm-router (Rust): what each does beside passing on is
+      printed
+
+What is compared runs beside each other and takes turns, N rounds in changing order, at concurrency
+64 and at 1, where the simulator itself has a turn of each round too. Figures are medians with their
+range. At 64 the rate is compared, at 1 the median latency over the simulator's own.
 
 The load is honest: every prompt is unique, keys go round, an answer must hold its own prompt's
-digest, and after each Forebay row the ledger has as many rows as requests were sent, as has the
-upstream's log. Exit code 1 when one of these does not hold.
+digest, all are 200; after each pair the upstream has counted what both were sent, and at the end of
+each Forebay its ledger has as many rows as it was sent requests. Exit code 1 when one of these does
+not hold; missed goals, and peers that cannot be had, are only told.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import secrets
+import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks import peers
-from benchmarks.options import finish, parser_of, wanted_of
-from benchmarks.processes import ROOT, Child, free_port, get, machine
-from forebay.secrets import hash_key, new_key
-from tests.support.loader import Load, Result, in_process
+from benchmarks.options import (
+    finish,
+    parser_of,
+    say,
+    spread,
+    tell_facts,
+    tell_goal,
+    wanted_of,
+)
+from benchmarks.processes import ROOT, Child, free_port, machine
+from benchmarks.system import START_S, System, at, serving_cpu, tenant_keys
+from tests.support.loader import Load, in_process
 from tests.support.upstream import Upstream
 
-CONCURRENCIES = (1, 8, 64)
-TENANTS = 50
-LEDGER_WAIT_S = 15.0
-START_S = 180.0
-IDLE_S = 5.0
+MANY, ONE = 64, 1
 NAMES = {
     "a": "simulator directly",
     "b": "Serve no-op, same HAProxy",
     "c": "bare litellm.acompletion",
+    "c2": "Forebay's LiteLLM lane, bare",
+    "c3": "Forebay's relay lane, bare",
     "d": "Forebay, all concerns on",
     "d2": "Forebay, cache and dedup off",
+    "d3": "Forebay, off, LiteLLM lane",
+    "dd": "Forebay, on, two replicas",
     "e": "LiteLLM Proxy",
+    "e2": "LiteLLM Proxy, two workers",
+    "f": "Portkey gateway",
+    "g": "ferrogw",
+    "h": "vllm-router",
 }
-GOALS = (("d", "e", 3.0), ("d", "c", 0.6))
+PEERS = {
+    "e": "litellm-proxy",
+    "e2": "litellm-proxy-2",
+    "f": "portkey",
+    "g": "ferrogw",
+    "h": "vllm-router",
+}
+LOOPS = {"c": "bare", "c2": "litellm", "c3": "relay"}
+PAIRS = (
+    ("dd", "e2"),
+    ("dd", "e"),
+    ("d", "e"),
+    ("d2", "e"),
+    ("d2", "f"),
+    ("d2", "b"),
+    ("d2", "g"),
+    ("d2", "h"),
+    ("d3", "c"),
+    ("c2", "c"),
+    ("c3", "c"),
+)
+"""In an order in which few of them have to be started twice."""
+RATE_GOALS = {
+    ("d2", "e"): 30.0,
+    ("d", "e"): 25.0,
+    ("dd", "e"): 15.0,
+    ("d2", "f"): 1.5,
+    ("d2", "b"): 0.4,
+}
+ADDED_MS_GOAL, ADDED_SHARE_GOAL = 0.6, 0.1
+LANE_CPU_GOAL, LANE_RATE_GOAL = 1.1, 0.75
+MESSAGES_GOALS = {"d2": 0.05, "dd": 0.5}
 
 
 @dataclass(slots=True)
-class Row:
-    """One system at one concurrency. `cpu_s` are those of its own serving process, where known."""
+class Turn:
+    """One load on one system. `round` counts the pair's; `cpu_s` is that of who served it."""
 
     system: str
+    pair: tuple[str, str]
+    round: int
     concurrency: int
     requests: int
     sent: int
@@ -72,380 +123,355 @@ class Row:
     p99_ms: float
     cpu_s: float | None = None
     messages: dict[str, float] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def per_core(self) -> float | None:
-        """Requests per CPU second of the serving process."""
-        return self.requests / self.cpu_s if self.cpu_s else None
 
 
 @dataclass(slots=True)
 class Report:
     machine: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    sent: int = 0
+    calls: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def row(self, system: str, concurrency: int) -> Row | None:
-        for row in self.rows:
-            if (row.system, row.concurrency) == (system, concurrency):
-                return row
-        return None
+    def of(self, system: str, concurrency: int) -> list[Turn]:
+        return [t for t in self.turns if (t.system, t.concurrency) == (system, concurrency)]
+
+    def per_round(
+        self, pair: tuple[str, str], concurrency: int, figure: Callable[[Turn], float]
+    ) -> list[dict[str, float]]:
+        """Of each round, the figure of each system that took part in it."""
+        rounds: dict[int, dict[str, float]] = {}
+        for turn in self.turns:
+            if (turn.pair, turn.concurrency) == (pair, concurrency):
+                rounds.setdefault(turn.round, {})[turn.system] = figure(turn)
+        return list(rounds.values())
+
+    def ratios(
+        self, pair: tuple[str, str], concurrency: int, figure: Callable[[Turn], float]
+    ) -> list[float]:
+        """The pair's figures, one over the other, round by round."""
+        over, under = pair
+        found = self.per_round(pair, concurrency, figure)
+        return [one[over] / one[under] for one in found if one.get(under) and over in one]
+
+    def added_ms(self, pair: tuple[str, str], system: str) -> list[float]:
+        """The median latency at concurrency 1 over the simulator's own, round by round."""
+        found = self.per_round(pair, ONE, lambda turn: turn.p50_ms)
+        return [one[system] - one["a"] for one in found if {system, "a"} <= one.keys()]
+
+    def all_added_ms(self, system: str) -> list[float]:
+        """The same over all its pairs."""
+        pairs = [pair for pair in PAIRS if system in pair]
+        return [added for pair in pairs for added in self.added_ms(pair, system)]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long and how often."""
+    """How long a turn is, how many rounds a pair has, and the first load of a system."""
 
     seconds: float
+    rounds: int
     warmup: int
-    concurrencies: Sequence[int] = CONCURRENCIES
 
 
-# -- rows -----------------------------------------------------------------------------------
+# -- what takes part ------------------------------------------------------------------------
 
 
-def over_http(
-    report: Report,
-    plan: Plan,
-    system: str,
-    url: str,
-    keys: Sequence[str],
-    *,
-    check: bool = True,
-    cpu_s: Callable[[], float] | None = None,
-    messages: Callable[[], Counter[str]] | None = None,
-) -> int:
-    """Load `url` at each concurrency, add the rows, and give back how many requests were sent."""
+@dataclass(slots=True)
+class Running:
+    """What answers: where, with which keys and headers. A `loop` is asked by nobody: it asks."""
+
+    name: str
+    url: str = ""
+    keys: Sequence[str] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    check: bool = True
+    cpu_s: Callable[[], float] | None = None
+    system: System | None = None
+    is_warm: bool = False
+
+    @property
+    def calls_upstream(self) -> bool:
+        return self.name != "b"
+
+
+FOREBAYS: dict[str, dict[str, Any]] = {
+    "d": {"caching": True},
+    "d2": {"caching": False},
+    "d3": {"caching": False, "server": {"lane": "litellm"}},
+    "dd": {"caching": True, "server": {"replicas": 2}},
+}
+
+
+@contextmanager
+def started(name: str, report: Report, upstream: Upstream, scratch: Path) -> Iterator[Running]:
+    """One of NAMES. Raises NoPeer for a peer that cannot be had."""
+    say(f"  starting {name}: {NAMES[name]}")
+    if name in PEERS:
+        with peers.running(PEERS[name], upstream.url, scratch) as peer:
+            yield Running(name, peer.url, peer.keys, peer.headers, cpu_s=peer.child.cpu_s)
+    elif name in FOREBAYS:
+        with System(name, upstream.url, scratch, **FOREBAYS[name]) as system:
+            report.facts[f"{name}: first 200 after forebay up, s"] = round(system.first_s, 1)
+            yield Running(name, system.url, system.keys, cpu_s=system.cpu_s, system=system)
+            told, wrong = system.audit()
+            report.facts[f"{name}: requests sent / ledger rows / counted"] = told
+            report.problems += wrong
+    elif name == "b":
+        port = free_port()
+        command = [sys.executable, "-m", "benchmarks.noop", "--port", str(port)]
+        url = f"http://127.0.0.1:{port}"
+        with Child(command, scratch / "noop.log") as child:
+            child.await_200(f"{url}/", START_S)
+            cpu_s = serving_cpu(child, "NoOp")
+            yield Running(name, url, tenant_keys(), check=False, cpu_s=cpu_s)
+    else:
+        yield Running(name, upstream.url, tenant_keys())
+
+
+class Stage:
+    """Owns what runs now: at most the two of a pair. Leaving the context ends all of it."""
+
+    def __init__(self, report: Report, upstream: Upstream, scratch: Path) -> None:
+        self._start = partial(started, report=report, upstream=upstream, scratch=scratch)
+        self._running: dict[str, tuple[Running, ExitStack]] = {}
+
+    def cast(self, names: Sequence[str]) -> list[Running]:
+        """Exactly these run; those of before that are still wanted go on. Raises NoPeer."""
+        for name in [name for name in self._running if name not in names]:
+            self._running.pop(name)[1].close()
+        for name in names:
+            if name not in self._running:
+                with ExitStack() as stack:
+                    running = stack.enter_context(self._start(name))
+                    self._running[name] = running, stack.pop_all()
+        return [self._running[name][0] for name in names]
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cast([])
+
+
+# -- turns ----------------------------------------------------------------------------------
+
+
+def play(
+    report: Report, plan: Plan, pair: tuple[str, str], stage: Stage, upstream: Upstream
+) -> None:
+    """All rounds of a pair; afterwards the upstream's count is compared with what was sent."""
+    one, other = stage.cast(pair)
+    direct = Running("a", upstream.url, tenant_keys())
+    upstream.reset()
     sent = 0
-    for concurrency in plan.concurrencies:
-        before_s = cpu_s() if cpu_s is not None else 0.0
-        before = messages() if messages is not None else Counter[str]()
-        load = Load(
-            f"{url}/v1/chat/completions",
+    concurrencies = (MANY,) if LOOPS.keys() & set(pair) else (MANY, ONE)
+    for number in range(plan.rounds):
+        for concurrency in concurrencies:
+            sides = [one, other] if number % 2 else [other, one]
+            for side in [direct, *sides] if concurrency == ONE else sides:
+                turn = take(report, plan, side, pair, number, concurrency)
+                sent += turn.sent if side.calls_upstream else 0
+    calls = upstream.stats()["requests"]
+    report.sent += sent
+    report.calls += calls
+    if sent != calls:
+        report.problems.append(
+            f"{pair[0]} and {pair[1]}: {sent} requests were sent, the upstream answered {calls}"
+        )
+
+
+def take(
+    report: Report, plan: Plan, side: Running, pair: tuple[str, str], number: int, concurrency: int
+) -> Turn:
+    """One turn, which goes into the report and onto the screen."""
+    if side.name in LOOPS:
+        turn = loop(report, plan, side, pair, number, concurrency)
+    else:
+        turn = load(report, plan, side, pair, number, concurrency)
+    report.turns.append(turn)
+    say(
+        f"  {'/'.join(pair):7}{number + 1:3}{turn.system:>4} at {concurrency:2}"
+        f"{turn.requests_per_s:12,.0f} requests/s{turn.p50_ms:9.2f} ms p50{turn.p99_ms:9.2f} ms p99"
+    )
+    return turn
+
+
+def load(
+    report: Report, plan: Plan, side: Running, pair: tuple[str, str], number: int, concurrency: int
+) -> Turn:
+    before_s = side.cpu_s() if side.cpu_s is not None else 0.0
+    before = side.system.messages() if side.system is not None else Counter[str]()
+    result = in_process(
+        Load(
+            f"{side.url}/v1/chat/completions",
             concurrency=concurrency,
             seconds=plan.seconds,
-            warmup=plan.warmup,
-            keys=list(keys),
-            check=check,
+            warmup=concurrency if side.is_warm else plan.warmup,
+            keys=list(side.keys),
+            check=side.check,
+            headers=side.headers,
         )
-        result = in_process(load)
-        row = _row(system, concurrency, result)
-        if cpu_s is not None:
-            # The warm-up's share is taken off: the figure is per measured request.
-            row.cpu_s = (cpu_s() - before_s) * result.requests / max(result.sent, 1)
-        if messages is not None:
-            spent = messages()
-            spent.subtract(before)
-            row.messages = {name: n / result.sent for name, n in spent.items() if n}
-        report.rows.append(row)
-        sent += result.sent
-        show_row(row)
-    return sent
-
-
-def _row(system: str, concurrency: int, result: Result) -> Row:
-    problems = []
-    if result.ok != result.requests:
-        problems.append(f"not all 200: {result.statuses} {result.errors}")
-    if result.wrong:
-        problems.append(f"{result.wrong} answers of somebody else's question")
-    return Row(
-        system,
+    )
+    side.is_warm = True
+    turn = Turn(
+        side.name,
+        pair,
+        number,
         concurrency,
         result.requests,
         result.sent,
         result.requests_per_s,
         result.p50_ms or 0.0,
         result.p99_ms or 0.0,
-        problems=problems,
     )
+    if side.cpu_s is not None:
+        # The warm-up's share is taken off: the figure is per measured request.
+        turn.cpu_s = (side.cpu_s() - before_s) * result.requests / max(result.sent, 1)
+    if side.system is not None:
+        side.system.sent += result.sent
+        spent = side.system.messages()
+        spent.subtract(before)
+        turn.messages = {name: n / result.sent for name, n in spent.items() if n > 0}
+    of = f"{side.name} at {concurrency}, round {number + 1}"
+    if result.ok != result.requests:
+        report.problems.append(f"{of}: not all 200: {result.statuses} {result.errors}")
+    if result.wrong:
+        report.problems.append(f"{of}: {result.wrong} answers of somebody else's question")
+    return turn
 
 
-def direct(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
-    over_http(report, plan, "a", upstream.url, tenant_keys())
-
-
-def noop(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "benchmarks.noop", "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with Child(command, scratch / "noop.log") as child:
-        child.await_200(f"{url}/", START_S)
-        cpu_s = serving_cpu(child, "NoOp")
-        over_http(report, plan, "b", url, tenant_keys(), check=False, cpu_s=cpu_s)
-
-
-def bare(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
-    for concurrency in plan.concurrencies:
-        command = [sys.executable, "-m", "benchmarks.bare_litellm"]
-        command += ["--url", f"{upstream.url}/v1", "-c", str(concurrency)]
-        command += ["-t", str(plan.seconds), "--warmup", str(min(plan.warmup, 100))]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"bare litellm failed: {done.stderr[-2000:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
-        row = Row(
-            "c",
-            concurrency,
-            found["requests"],
-            found["sent"],
-            found["requests_per_s"],
-            found["p50_ms"],
-            found["p99_ms"],
-            found["cpu_s"],
-        )
-        if found["failed"]:
-            row.problems.append(f"{found['failed']} failed")
-        report.rows.append(row)
-        show_row(row)
-
-
-def forebay_on(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
-    forebay(report, plan, upstream, scratch, "d", caching=True)
-
-
-def forebay_off(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
-    forebay(report, plan, upstream, scratch, "d2", caching=False)
-
-
-def forebay(
-    report: Report, plan: Plan, upstream: Upstream, scratch: Path, system: str, *, caching: bool
-) -> None:
-    keys = tenant_keys()
-    admin = new_key()
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    home = scratch / system
-    home.mkdir()
-    secret = secrets.token_hex(32)
-    config = home / "forebay.yaml"
-    document = forebay_document(upstream.url, port, keys, admin, secret, caching)
-    config.write_text(yaml.safe_dump(document))
-    environ = {
-        "FOREBAY_KEY_SECRET": secret,
-        "FOREBAY_DATA_DIR": str(home / "data"),
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    }
-    command = [sys.executable, "-m", "forebay", "up", "--config", str(config)]
-    first = {"model": "sim", "messages": [{"role": "user", "content": "The first question"}]}
-    upstream.reset()
-    with Child(command, scratch / f"{system}.log", environ) as child:
-        took_s = child.await_200(f"{url}/v1/chat/completions", START_S, key=keys[0], body=first)
-        report.facts[f"{system}: first 200 after forebay up, s"] = round(took_s, 1)
-        time.sleep(IDLE_S)
-        report.facts[f"{system}: idle memory of the whole system, MB"] = round(child.memory_mb())
-        sent = 1 + over_http(
-            report,
-            plan,
-            system,
-            url,
-            keys,
-            cpu_s=serving_cpu(child, "ServeReplica"),
-            messages=lambda: owner_messages(url),
-        )
-        rows = ledger_rows(url, admin, sent)
-        calls = upstream.stats()["requests"]
-        counted = requests_counted(url)
-    report.facts[f"{system}: requests sent / ledger rows / upstream calls / counted"] = (
-        f"{sent} / {rows} / {calls} / {counted}"
-    )
-    if len({sent, rows, calls, counted}) != 1:
-        report.problems.append(
-            f"{system}: {sent} requests were sent, the ledger has {rows} rows, the upstream "
-            f"answered {calls}, forebay_requests_total says {counted}"
-        )
-
-
-def litellm_proxy(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with peers.litellm_proxy(upstream.url, port, scratch) as child:
-        child.await_200(f"{url}/health/liveliness", START_S)
-        over_http(report, plan, "e", url, [peers.MASTER_KEY], cpu_s=child.cpu_s)
-
-
-ROWS: dict[str, Callable[[Report, Plan, Upstream, Path], None]] = {
-    "a": direct,
-    "b": noop,
-    "c": bare,
-    "d": forebay_on,
-    "d2": forebay_off,
-    "e": litellm_proxy,
-}
-
-
-# -- Forebay's own figures ------------------------------------------------------------------
-
-
-def forebay_document(
-    upstream_url: str,
-    port: int,
-    keys: Sequence[str],
-    admin: str,
-    secret: str,
-    caching: bool,
-) -> dict[str, Any]:
-    """The configuration: limits that are finite and that this load never reaches."""
-    limits = {
-        "requests_per_minute": 120_000,
-        "requests_per_hour": 7_200_000,
-        "burst_size": 4_000,
-        "concurrent_requests": 128,
-    }
-    tenants: list[dict[str, Any]] = [
-        {
-            "id": f"tenant-{i:02d}",
-            "keys": [{"id": "bench", "hash": hash_key(key, secret.encode())}],
-            "limits": limits,
-        }
-        for i, key in enumerate(keys)
-    ]
-    admin_key = {"id": "admin", "hash": hash_key(admin, secret.encode())}
-    tenants.append({"id": "admin", "keys": [admin_key], "admin": True})
-    sim = {"model": "openai/sim", "api_base": f"{upstream_url}/v1", "api_key": "sk-upstream"}
-    return {
-        "model_list": [{"model_name": "sim", "litellm_params": sim}],
-        "tenants": tenants,
-        "gateway": {
-            "enable_caching": caching,
-            "enable_request_deduplication": caching,
-            "max_retries": 0,
-        },
-        "server": {"host": "127.0.0.1", "port": port, "replicas": 1},
-    }
-
-
-def ledger_rows(url: str, admin_key: str, expected: int) -> int:
-    """Rows in the ledger, once they are as many as expected or LEDGER_WAIT_S has passed.
-
-    Adapt this when GET /v1/usage changes: `entries` is the count of rows, one an attempt.
-    """
-    deadline_s = time.monotonic() + LEDGER_WAIT_S
-    while True:
-        rows = int(json.loads(get(f"{url}/v1/usage", admin_key))["entries"])
-        if rows >= expected or time.monotonic() > deadline_s:
-            return rows
-        time.sleep(0.2)
-
-
-def owner_messages(url: str) -> Counter[str]:
-    """Messages to owners so far, by owner and method."""
-    found: Counter[str] = Counter()
-    for name, labels, value in samples(get(f"{url}/metrics").decode()):
-        if name == "forebay_owner_calls_total":
-            owner = labels["owner"]
-            method = labels.get("method")
-            found[f"{owner}.{method}" if method else owner] += int(value)
-    return found
-
-
-def requests_counted(url: str) -> int:
-    """Requests of all routes, tenants and outcomes, as `forebay_requests_total` has them."""
-    return sum(
-        int(value)
-        for name, _, value in samples(get(f"{url}/metrics").decode())
-        if name == "forebay_requests_total"
-    )
-
-
-def samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
-    """The samples of Prometheus text: name, labels, value."""
-    for line in text.splitlines():
-        found = re.fullmatch(r"([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)(?: \d+)?", line)
-        if found is not None:
-            labels = dict(re.findall(r'(\w+)="((?:[^"\\]|\\.)*)"', found[2] or ""))
-            yield found[1], labels, float(found[3])
-
-
-def serving_cpu(child: Child, title: str) -> Callable[[], float]:
-    """CPU seconds of the replica: the Ray worker whose title holds this word."""
-    return lambda: child.cpu_s(lambda line: title in line and line.startswith("ray::"))
-
-
-def tenant_keys() -> list[str]:
-    return [new_key() for _ in range(TENANTS)]
+def loop(
+    report: Report, plan: Plan, side: Running, pair: tuple[str, str], number: int, concurrency: int
+) -> Turn:
+    command = [sys.executable, "-m", "benchmarks.chat_lane", LOOPS[side.name]]
+    command += ["--url", f"{side.url}/v1", "-c", str(concurrency), "-t", str(plan.seconds)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{side.name} failed: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found.pop("failed"):
+        report.problems.append(f"{side.name}, round {number + 1}: not all calls were answered")
+    return Turn(side.name, pair, number, concurrency, **found)
 
 
 # -- the report -----------------------------------------------------------------------------
 
-HEADER = (
-    f"{'':34}{'c':>4}{'requests/s':>12}{'p50 ms':>9}{'p99 ms':>9}{'per CPU s':>11}{'msg/req':>9}"
-)
+
+def cpu_per_request(turn: Turn) -> float:
+    return (turn.cpu_s or 0.0) / max(turn.requests, 1)
 
 
-def show_row(row: Row) -> None:
-    per_core = f"{row.per_core:11,.0f}" if row.per_core is not None else f"{'':11}"
-    messages = f"{sum(row.messages.values()):9.4f}" if row.messages else f"{'':9}"
-    print(
-        f"{row.system:>3}  {NAMES[row.system]:29}{row.concurrency:4}{row.requests_per_s:12,.0f}"
-        f"{row.p50_ms:9.2f}{row.p99_ms:9.2f}{per_core}{messages}"
-        + "".join(f"\n     ! {problem}" for problem in row.problems),
-        flush=True,
-    )
+def per_cpu_second(turn: Turn) -> float:
+    return turn.requests / turn.cpu_s if turn.cpu_s else 0.0
+
+
+def rate(turn: Turn) -> float:
+    return turn.requests_per_s
 
 
 def show(report: Report) -> None:
-    print("\nratios of requests/s")
-    for over, under in (("d", "e"), ("d2", "e"), ("d", "c"), ("d2", "c"), ("d", "b"), ("d2", "b")):
-        cells = []
-        for concurrency in CONCURRENCIES:
-            first, second = report.row(over, concurrency), report.row(under, concurrency)
-            if first is not None and second is not None and second.requests_per_s:
-                cells.append(f"{first.requests_per_s / second.requests_per_s:8.2f}")
-        if cells:
-            print(f"  {over + '/' + under:8}{''.join(cells)}   at concurrency 1, 8, 64")
-    for over in ("d", "d2"):
-        first, second = report.row(over, 64), report.row("c", 64)
-        if first is not None and second is not None and first.per_core and second.per_core:
-            ratio = first.per_core / second.per_core
-            print(f"  {over}/c per CPU second of the serving process, at 64: {ratio:.2f}")
-    for over, under, goal in GOALS:
-        first, second = report.row(over, 64), report.row(under, 64)
-        if first is not None and second is not None and second.requests_per_s:
-            ratio = first.requests_per_s / second.requests_per_s
-            verdict = "reached" if ratio >= goal else "missed"
-            print(f"  goal {over} >= {goal} x {under} at 64: {ratio:.2f}, {verdict}")
-    for system in ("d", "d2"):
-        row = report.row(system, 64)
-        if row is not None and row.messages:
-            print(f"\nowner messages per request, {NAMES[system]}, at 64")
-            for name, value in sorted(row.messages.items(), key=lambda item: -item[1]):
-                print(f"  {name:40}{value:10.5f}")
+    print(
+        f"{'':35}{'c':>3}{'requests/s, median (range)':>28}{'p50 ms':>9}{'p99 ms':>9}"
+        f"{'per CPU s':>11}{'msg/req':>9}"
+    )
+    for name, words in NAMES.items():
+        for concurrency in (ONE, MANY):
+            turns = report.of(name, concurrency)
+            if turns:
+                show_row(f"{name:>3}  {words:30}{concurrency:3}", turns)
+    show_ratios(report)
+    show_goals(report)
+    for name in MESSAGES_GOALS:
+        turns = report.of(name, MANY)
+        if turns:
+            print(f"\nowner messages per request, {NAMES[name]}, at {MANY}, the last turn")
+            for message, value in sorted(turns[-1].messages.items(), key=lambda item: -item[1]):
+                print(f"  {message:40}{value:10.5f}")
+    print("\nwhat is on")
+    print("  d    keys, finite limits, breaker, ledger, metrics, caching, dedup; one replica")
+    for name, peer in PEERS.items():
+        print(f"  {name:5}{peers.KNOWN[peer].name}: {peers.KNOWN[peer].on}")
+    for name, reason in report.missing.items():
+        print(f"  {name:5}not measured: {reason}")
+    counts = {"all pairs: requests sent / upstream calls": f"{report.sent} / {report.calls}"}
+    tell_facts({**report.facts, **counts}, report.machine, report.problems)
+
+
+def show_row(words: str, turns: Sequence[Turn]) -> None:
+    told = spread([turn.requests_per_s for turn in turns], ",.0f")
+    p50_ms = statistics.median(turn.p50_ms for turn in turns)
+    p99_ms = statistics.median(turn.p99_ms for turn in turns)
+    each = [per_cpu_second(turn) for turn in turns if turn.cpu_s]
+    per_cpu = f"{statistics.median(each):11,.0f}" if each else f"{'':11}"
+    messages = f"{statistics.median(sum(turn.messages.values()) for turn in turns):9.4f}"
+    has_messages = any(turn.messages for turn in turns)
+    print(f"{words}{told:>28}{p50_ms:9.2f}{p99_ms:9.2f}{per_cpu}{messages if has_messages else ''}")
+
+
+def show_ratios(report: Report) -> None:
+    print(f"\nratios of requests/s at {MANY}, and of CPU per request of who serves; median (range)")
+    for pair in PAIRS:
+        rates = report.ratios(pair, MANY, rate)
+        if rates:
+            cpus = report.ratios(pair, MANY, cpu_per_request)
+            print(f"  {' / '.join(pair):9}{spread(rates):>24}{spread(cpus):>26}")
+    print("\nadded p50 at concurrency 1, ms; median (range)")
+    for name, words in NAMES.items():
+        added = report.all_added_ms(name)
+        if added:
+            print(f"  {words:32}{spread(added):>24}")
+
+
+def show_goals(report: Report) -> None:
     print()
-    for name, value in {**report.facts, **report.machine}.items():
-        print(f"  {name:66}{value}")
-    for problem in report.problems:
-        print(f"  ! {problem}")
+    for pair, goal in RATE_GOALS.items():
+        name = f"requests/s at {MANY}, {NAMES[pair[0]]} / {NAMES[pair[1]]}"
+        tell_goal(name, report.ratios(pair, MANY, rate), ">=", goal)
+    added = report.all_added_ms("d2")
+    tell_goal("added p50 at 1, cache and dedup off, ms", added, "<=", ADDED_MS_GOAL)
+    pair = ("d2", "e")
+    both = zip(*(report.added_ms(pair, name) for name in pair), strict=True)
+    shares = [ours / theirs for ours, theirs in both if theirs > 0]
+    tell_goal("added p50 at 1 / LiteLLM Proxy's", shares, "<=", ADDED_SHARE_GOAL)
+    lane = report.ratios(("c2", "c"), MANY, cpu_per_request)
+    tell_goal("CPU per call, LiteLLM lane / bare", lane, "<=", LANE_CPU_GOAL)
+    http = report.ratios(("d3", "c"), MANY, per_cpu_second)
+    tell_goal("requests per CPU s over HTTP, LiteLLM lane / bare", http, ">=", LANE_RATE_GOAL)
+    for name, goal in MESSAGES_GOALS.items():
+        messages = [sum(turn.messages.values()) for turn in report.of(name, MANY)]
+        tell_goal(f"owner messages per request at {MANY}, {NAMES[name]}", messages, "<=", goal)
 
 
-@contextmanager
-def at(path: Path | None) -> Iterator[Path]:
-    """A directory for logs and data: the one given, or a temporary one."""
-    if path is not None:
-        path.mkdir(parents=True, exist_ok=True)
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="passthrough-") as scratch:
-        yield Path(scratch)
+def run(report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, at: Path) -> None:
+    with Stage(report, upstream, at) as stage:
+        for pair in PAIRS:
+            if not set(pair) <= set(wanted) or set(pair) & report.missing.keys():
+                continue
+            try:
+                play(report, plan, pair, stage, upstream)
+            except peers.NoPeer as error:
+                name = next(name for name in pair if name in PEERS)
+                report.missing[name] = str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of("passthrough", __doc__, ROWS, "2 s a figure in place of 10 s")
+    parser = parser_of("passthrough", __doc__, NAMES, "2 rounds of 2 s in place of 5 of 4 s")
+    parser.add_argument("--rounds", type=int, help="turns of each side of a pair")
     given = parser.parse_args(argv)
-    wanted = wanted_of(parser, given.only, ROWS)
-    seconds = given.seconds or (2.0 if given.quick else 10.0)
-    plan = Plan(seconds, warmup=100 if given.quick else 500)
+    wanted = wanted_of(parser, given.only, NAMES)
+    plan = Plan(
+        given.seconds or (2.0 if given.quick else 4.0),
+        given.rounds or (2 if given.quick else 5),
+        warmup=100 if given.quick else 500,
+    )
     report = Report(machine())
-    print(HEADER, flush=True)
     with at(given.keep) as scratch, Upstream(log=scratch / "upstream.jsonl", fast=True) as upstream:
-        for name in wanted:
-            upstream.reset()
-            ROWS[name](report, plan, upstream, scratch)
+        run(report, plan, wanted, upstream, scratch)
     show(report)
-    problems = [*report.problems, *(problem for row in report.rows for problem in row.problems)]
-    return finish(given.json, asdict(report), problems)
+    return finish(given.json, asdict(report), report.problems)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import platform
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,50 @@ import psutil  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process of a family; `pss_mb` has pages that are shared counted in parts."""
+
+    pid: int
+    line: str
+    pss_mb: float
+    rss_mb: float
+
+
+class Peak:
+    """Watches the resident memory of processes, added up. While the context lasts a thread looks
+    every EVERY_S; `before_mb` and `after_mb` are what it was at the context's ends."""
+
+    EVERY_S = 0.1
+
+    def __init__(self, processes: Sequence[psutil.Process]) -> None:
+        self._processes = processes
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.before_mb = self.peak_mb = self.after_mb = 0.0
+
+    def _look(self) -> float:
+        total = 0
+        for process in self._processes:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total / 2**20
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.EVERY_S):
+            self.peak_mb = max(self.peak_mb, self._look())
+
+    def __enter__(self) -> Self:
+        self.before_mb = self.peak_mb = self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self.after_mb = self._look()
 
 
 class Child:
@@ -46,6 +92,7 @@ class Child:
                 stderr=subprocess.STDOUT,
             )
         self._seen: dict[int, psutil.Process] = {}
+        self._spent: dict[int, tuple[str, float]] = {}
 
     @property
     def pid(self) -> int:
@@ -79,22 +126,32 @@ class Child:
         return [process for process in self._seen.values() if process.is_running()]
 
     def cpu_s(self, wanted: Callable[[str], bool] = lambda _: True) -> float:
-        """CPU seconds so far of the family's members whose command line is `wanted`."""
-        total = 0.0
+        """CPU seconds so far of the family's members whose command line is `wanted`; of those that
+        have ended, as far as they were seen."""
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                self._spent[process.pid] = " ".join(process.cmdline()), times.user + times.system
+        return sum(spent_s for line, spent_s in self._spent.values() if wanted(line))
+
+    def members(self) -> list[Member]:
+        """The processes of the family that live now."""
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.Error):
+                memory = process.memory_full_info()
+                line = " ".join(process.cmdline()) or process.name()
+                found.append(Member(process.pid, line, memory.pss / 2**20, memory.rss / 2**20))
+        return found
+
+    def chosen(self, wanted: Callable[[str], bool] = lambda _: True) -> list[psutil.Process]:
+        """The family's members whose command line is `wanted`."""
+        found = []
         for process in self.family():
             with contextlib.suppress(psutil.Error):
                 if wanted(" ".join(process.cmdline())):
-                    times = process.cpu_times()
-                    total += times.user + times.system
-        return total
-
-    def memory_mb(self) -> float:
-        """Memory of the family, shared pages counted once (PSS)."""
-        total = 0
-        for process in self.family():
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
-        return total / 2**20
+                    found.append(process)
+        return found
 
     def stop(self) -> None:
         family = self.family()

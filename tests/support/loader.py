@@ -30,7 +30,7 @@ import time
 import uuid
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -60,7 +60,8 @@ class Load:
     are sent and checked but not measured. `body` holds `@UNIQUE@` where the prompt's own number
     goes; None: a small chat completion of `model`. `distinct`: request n asks what request n modulo
     `distinct` asked; `run` names the questions, so that two loads can ask the same ones. `rate`:
-    an open loop of so many requests a second; `dimensions` of the vectors that `check` expects."""
+    an open loop of so many requests a second; `dimensions` of the vectors that `check` expects;
+    `headers` go with every request."""
 
     url: str
     concurrency: int = 8
@@ -77,6 +78,7 @@ class Load:
     run: str = ""
     rate: float | None = None
     dimensions: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +126,12 @@ class _Run:
         self.plain_body = body.encode()
         length = len(body.replace(UNIQUE, mark).encode())
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        more = "".join(f"{name}: {value}\r\n" for name, value in load.headers.items())
         self.heads = [
             (
                 f"{load.method} {target} HTTP/1.1\r\nhost: {self.host}:{self.port}\r\n"
                 "user-agent: forebay-loader\r\ncontent-type: application/json\r\n"
+                + more
                 + (f"authorization: Bearer {key}\r\n" if key else "")
                 + (f"content-length: {length}\r\n" if length else "")
                 + "\r\n"

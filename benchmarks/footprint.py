@@ -1,0 +1,211 @@
+"""What Forebay takes to be there: time to import, time to the first answer, memory.
+
+    python -m benchmarks.footprint            # about a minute and a half
+    python -m benchmarks.footprint --quick    # about a minute
+
+  import  `import forebay` in a new interpreter, several times; its names are loaded when they are
+          first used, so also all of them at once
+  start   from `forebay up` to the first answer of a chat, upstream and LiteLLM included
+  memory  of each process of the system that was started last, at rest and under load: 64 callers
+          for some seconds, 50 tenants, all concerns on. Pages that processes share are counted in
+          parts (PSS), so the sum is what the machine gives
+
+It is honest: the ledger has as many rows as requests were sent, and each process is in the sum,
+also one that has no name here. Exit code 1 when that does not hold; missed goals are only told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.options import finish, parser_of, say, spread, tell_facts, tell_goal, wanted_of
+from benchmarks.processes import ROOT, Member, machine
+from benchmarks.system import System, at
+from tests.support.loader import Load, in_process
+from tests.support.upstream import Upstream
+
+PARTS = ("import", "start", "memory")
+CONCURRENCY = 64
+IMPORT_GOAL_S, START_GOAL_S = 0.3, 20.0
+HEAVY = ("aiohttp", "litellm", "numpy", "openai", "pyarrow", "pydantic", "ray", "starlette")
+IMPORTING = (
+    "import json, sys, time; begun = time.perf_counter(); {}; took = time.perf_counter() - begun; "
+    f"print(json.dumps([took, sorted(set({HEAVY!r}) & set(sys.modules))]))"
+)
+KNOWN = (
+    (r"ray::ServeReplica", "replica", "answers HTTP; LiteLLM is two thirds of it"),
+    (r"ray::ServeController", "Serve's controller", "starts and watches replicas and ingress"),
+    (r"ray::\S*Proxy", "Serve's ingress actor", "writes HAProxy's configuration"),
+    (r"haproxy", "HAProxy", "the port that callers see"),
+    (r"ray::Ledger", "owner: ledger", "entries on disk, exact sums"),
+    (r"ray::RateLimiter", "owner: rate limiter", "what tenants have left"),
+    (r"ray::CircuitBreaker", "owner: circuit breaker", "which deployments are well"),
+    (r"ray::Cache", "owner: cache", "keys and stored answers"),
+    (r"ray::Batcher", "owner: batcher", "sends embedding texts; loads LiteLLM with the first"),
+    (r"ray::Registry", "owner: registry", "configuration, and metrics of the whole system"),
+    (r"ray::LocalModels", "embedded models", "loaded on first use"),
+    (r"ray::IDLE", "idle Ray workers", "kept by Ray for the next actor"),
+    (r"-m forebay up", "forebay up", "the driver: starts the rest and waits"),
+    (r"gcs_server", "Ray: GCS", "the cluster's directory"),
+    (r"raylet/raylet|/raylet ", "Ray: raylet", "workers and object store of this node"),
+    (r"log_monitor", "Ray: log monitor", "Python; reads workers' logs"),
+    (r"[Aa]gent", "Ray: agents", "Python; runtime environments, and metrics of the node"),
+    (r"dashboard|monitor\.py", "Ray: monitors", "Python; job and node state"),
+)
+OTHER = "others"
+
+
+@dataclass(slots=True)
+class Share:
+    """Processes of one kind."""
+
+    name: str
+    why: str
+    processes: int = 0
+    idle_mb: float = 0.0
+    load_mb: float = 0.0
+
+
+@dataclass(slots=True)
+class Report:
+    machine: dict[str, Any]
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    shares: list[Share] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: float) -> None:
+        self.rounds.setdefault(name, []).append(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long the load is, how many imports, and how many starts."""
+
+    seconds: float
+    imports: int
+    starts: int
+
+
+IMPORT, START = "import forebay, s", "forebay up to the first answer, s"
+IMPORTS = {IMPORT: "import forebay", "all its public names, s": "from forebay import *"}
+
+
+def importing(report: Report, plan: Plan) -> None:
+    for name, statement in IMPORTS.items():
+        for _ in range(plan.imports):
+            took_s, loaded = imported(statement)
+            report.add(name, took_s)
+            report.facts[f"{statement}: heavy libraries it loads"] = ", ".join(loaded) or "none"
+
+
+def imported(statement: str) -> tuple[float, list[str]]:
+    """Seconds that it takes a new interpreter, and which of HEAVY are loaded then."""
+    command = [sys.executable, "-c", IMPORTING.replace("{}", statement, 1)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    took_s, loaded = json.loads(done.stdout)
+    return took_s, loaded
+
+
+def starting(
+    report: Report, plan: Plan, upstream: Upstream, scratch: Path, *, measured: bool
+) -> None:
+    for number in range(plan.starts):
+        with System("footprint", upstream.url, scratch, caching=True) as system:
+            report.add(START, system.first_s)
+            say(f"  first answer after {system.first_s:.1f} s")
+            if measured and number == plan.starts - 1:
+                memory(report, plan, system)
+            told, wrong = system.audit()
+            report.facts["requests sent / ledger rows / counted"] = told
+            report.problems += wrong
+
+
+def memory(report: Report, plan: Plan, system: System) -> None:
+    idle = system.child.members()
+    load = Load(
+        f"{system.url}/v1/chat/completions",
+        concurrency=CONCURRENCY,
+        seconds=plan.seconds,
+        keys=system.keys,
+        check=True,
+    )
+    with ThreadPoolExecutor(1) as thread:
+        under_way = thread.submit(in_process, load)
+        time.sleep(plan.seconds * 0.8)
+        loaded = system.child.members()
+        result = under_way.result()
+    system.sent += result.sent
+    if result.ok != result.requests or result.wrong:
+        report.problems.append(f"not all answers are right: {result.statuses} {result.errors}")
+    report.shares = shares_of(idle, loaded)
+    report.facts["requests under load"] = f"{result.sent:,}"
+    report.add("whole system at idle, MB", sum(member.pss_mb for member in idle))
+    report.add("whole system under load, MB", sum(member.pss_mb for member in loaded))
+
+
+def shares_of(idle: Sequence[Member], loaded: Sequence[Member]) -> list[Share]:
+    """What each kind of process has, the largest first; what nobody knows is OTHER."""
+    found: dict[str, Share] = {}
+
+    def share(member: Member) -> Share:
+        for pattern, name, why in KNOWN:
+            if re.search(pattern, member.line):
+                return found.setdefault(name, Share(name, why))
+        return found.setdefault(OTHER, Share(OTHER, member.line[:60]))
+
+    for member in idle:
+        share(member).idle_mb += member.pss_mb
+    for member in loaded:
+        one = share(member)
+        one.load_mb += member.pss_mb
+        one.processes += 1
+    return sorted(found.values(), key=lambda one: -one.load_mb)
+
+
+def show(report: Report) -> None:
+    print("median (range)")
+    for name, values in report.rounds.items():
+        print(f"  {name:52}{spread(values, ',.4g'):>36}")
+    if report.shares:
+        print(f"\n  {'':24}{'processes':>10}{'idle MB':>10}{'loaded MB':>10}")
+    for one in report.shares:
+        print(
+            f"  {one.name:24}{one.processes:10}{one.idle_mb:10.0f}{one.load_mb:10.0f}   {one.why}"
+        )
+    print()
+    tell_goal("import forebay, s", report.rounds.get(IMPORT, []), "<=", IMPORT_GOAL_S)
+    tell_goal("forebay up to the first answer, s", report.rounds.get(START, []), "<=", START_GOAL_S)
+    tell_facts(report.facts, report.machine, report.problems)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of("footprint", __doc__, PARTS, "one start in place of three, 3 s of load")
+    given = parser.parse_args(argv)
+    wanted = wanted_of(parser, given.only, PARTS)
+    plan = Plan(
+        given.seconds or (3.0 if given.quick else 10.0),
+        imports=3 if given.quick else 7,
+        starts=1 if given.quick else 3,
+    )
+    report = Report(machine())
+    if "import" in wanted:
+        importing(report, plan)
+    if {"start", "memory"} & set(wanted):
+        with at(given.keep) as scratch, Upstream(fast=True) as upstream:
+            starting(report, plan, upstream, scratch, measured="memory" in wanted)
+    show(report)
+    return finish(given.json, asdict(report), report.problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
