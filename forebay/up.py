@@ -82,7 +82,7 @@ class Up:
             serving.result()
             if stop.is_set():
                 return
-            self._say("Ray Serve is up, starting the gateway")
+            self._say("Ray Serve is up")
             self._await_ready(threads.submit(self._deploy), stop)
         self.took_s = time.monotonic() - begun_s
 
@@ -153,8 +153,11 @@ class Up:
         app = importlib.import_module(APP_MODULE)
         if app.APP not in serve.status().applications:
             self._undo.append(("draining the gateway", lambda: serve.delete(app.APP)))
+        fleet = app.fleet_of(self._config)
+        self._say(f"starting the gateway: {fleet.why}")
+        gateway = app.application(self._config, self.namespace, fleet)
         try:
-            serve.run(app.application(self._config, self.namespace), name=app.APP, route_prefix="/")
+            serve.run(gateway, name=app.APP, route_prefix="/")
         except RuntimeError as error:
             raise GatewayError(f"the gateway did not start: {_why(app.APP) or error}") from None
 
