@@ -55,7 +55,12 @@ PROFILE: dict[str, str] = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ingress:middlewares",
 }
 
-SIDE_PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+SIDE_PORTS = {
+    "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
+    "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
+    # Of Serve's own proxy, which HAProxy falls back to. Two systems on one machine would share it.
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+}
 PORTS_TRIED = 200
 
 

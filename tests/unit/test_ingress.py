@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from typing import Any
 
-from deployments.ingress import NO_WATCH, ControlHeaders
+from deployments.ingress import NO_WATCH, SIDE_PORTS, ControlHeaders, prepare
 from deployments.request_ids import ID_BYTES, IDS_DRAWN, RequestIds
 
 Headers = list[tuple[bytes, bytes]]
@@ -40,6 +42,31 @@ async def test_a_request_without_an_id_gets_one() -> None:
 
     assert name == b"x-request-id"
     assert len(given) == len("req_") + 2 * ID_BYTES
+
+
+def test_a_neighbours_side_ports_are_left_alone() -> None:
+    theirs: dict[str, str] = {}
+    prepare(theirs)
+    with contextlib.ExitStack() as neighbour:
+        for name in SIDE_PORTS:
+            bound = neighbour.enter_context(socket.socket())
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound.bind(("127.0.0.1", int(theirs[name])))
+        ours: dict[str, str] = {}
+        prepare(ours)
+
+    assert all(ours[name] != theirs[name] for name in SIDE_PORTS)
+    assert int(ours["RAY_SERVE_HAPROXY_STATS_PORT"]) > 8404
+
+
+def test_what_the_user_has_set_stays() -> None:
+    environ = {"RAY_SERVE_HAPROXY_MAXCONN": "7", "RAY_SERVE_HAPROXY_STATS_PORT": "9"}
+    prepare(environ)
+
+    assert (environ["RAY_SERVE_HAPROXY_MAXCONN"], environ["RAY_SERVE_HAPROXY_STATS_PORT"]) == (
+        "7",
+        "9",
+    )
 
 
 def test_ids_are_drawn_by_the_hundred_and_never_given_twice() -> None:
