@@ -55,11 +55,13 @@ PROFILE: dict[str, str] = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ingress:middlewares",
 }
 
+# HAProxy turns to the fallback proxy while no replica is well: two systems on one machine must not
+# share it, or they answer each other's requests.
 SIDE_PORTS = {
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
-    # Of Serve's own proxy, which HAProxy falls back to. Two systems on one machine would share it.
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500,
 }
 PORTS_TRIED = 200
 

@@ -1,12 +1,13 @@
-"""What Serve gets to see of a request, and under which id."""
+"""What Serve gets to see of a request, under which id, and on which ports."""
 
 from __future__ import annotations
 
-import contextlib
 import socket
+from contextlib import ExitStack, suppress
 from typing import Any
 
-from deployments.ingress import NO_WATCH, SIDE_PORTS, ControlHeaders, prepare
+from deployments import ingress
+from deployments.ingress import NO_WATCH, ControlHeaders
 from deployments.request_ids import ID_BYTES, IDS_DRAWN, RequestIds
 
 Headers = list[tuple[bytes, bytes]]
@@ -44,31 +45,6 @@ async def test_a_request_without_an_id_gets_one() -> None:
     assert len(given) == len("req_") + 2 * ID_BYTES
 
 
-def test_a_neighbours_side_ports_are_left_alone() -> None:
-    theirs: dict[str, str] = {}
-    prepare(theirs)
-    with contextlib.ExitStack() as neighbour:
-        for name in SIDE_PORTS:
-            bound = neighbour.enter_context(socket.socket())
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            bound.bind(("127.0.0.1", int(theirs[name])))
-        ours: dict[str, str] = {}
-        prepare(ours)
-
-    assert all(ours[name] != theirs[name] for name in SIDE_PORTS)
-    assert int(ours["RAY_SERVE_HAPROXY_STATS_PORT"]) > 8404
-
-
-def test_what_the_user_has_set_stays() -> None:
-    environ = {"RAY_SERVE_HAPROXY_MAXCONN": "7", "RAY_SERVE_HAPROXY_STATS_PORT": "9"}
-    prepare(environ)
-
-    assert (environ["RAY_SERVE_HAPROXY_MAXCONN"], environ["RAY_SERVE_HAPROXY_STATS_PORT"]) == (
-        "7",
-        "9",
-    )
-
-
 def test_ids_are_drawn_by_the_hundred_and_never_given_twice() -> None:
     draws: list[int] = []
 
@@ -84,3 +60,25 @@ def test_ids_are_drawn_by_the_hundred_and_never_given_twice() -> None:
 
     assert len(set(given)) == 2 * IDS_DRAWN
     assert draws == [IDS_DRAWN * ID_BYTES] * 2
+
+
+def test_a_neighbours_side_ports_are_left_to_it() -> None:
+    with ExitStack() as neighbour:
+        for port in ingress.SIDE_PORTS.values():
+            probe = neighbour.enter_context(socket.socket())
+            with suppress(OSError):  # somebody else's, which is a neighbour's as well
+                probe.bind(("127.0.0.1", port))
+        told = {"RAY_SERVE_HAPROXY_BINARY_PATH": "haproxy"}
+        ingress.prepare(told)
+
+    ours = {name: int(told[name]) for name in ingress.SIDE_PORTS}
+    assert len(set(ours.values())) == len(ours)
+    assert not set(ours.values()) & set(ingress.SIDE_PORTS.values())
+
+
+def test_what_the_user_has_set_stays() -> None:
+    theirs = {"RAY_SERVE_HAPROXY_MAXCONN": "7", "RAY_SERVE_HAPROXY_STATS_PORT": "9"}
+    environ = dict(theirs)
+    ingress.prepare(environ)
+
+    assert {name: environ[name] for name in theirs} == theirs
