@@ -165,6 +165,9 @@ def _rest(figures: Figures, name: str, child: Child, url: str, seconds: float) -
     spent = Counter(owner_messages(url))
     spent.subtract(messages)
     figures.facts[f"{name}: messages_per_s at rest"] = round(spent.total() / (2 * seconds), 2)
+    for kind, count in spent.most_common():
+        if count > 1:
+            figures.facts[f"{name}:   {kind}"] = round(count / (2 * seconds), 2)
     for pid, (kind, cpu_s, mb) in after.items():
         weight = figures.weights[name].setdefault(kind, Weight())
         weight.rest_mb += mb

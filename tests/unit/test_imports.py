@@ -8,6 +8,7 @@ import sys
 from forebay.system import Boot, owners
 from tests.support.owners import HEAVY
 
+SERVING = ("starlette", "pyarrow")
 LIGHT = ("pydantic", "yaml", "numpy", "asyncio")
 
 
@@ -17,7 +18,7 @@ def imported_by(*modules: str) -> set[str]:
     told = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    return {name.partition(".")[0] for name in told.split()} & {*HEAVY, *LIGHT, "ray"}
+    return {name.partition(".")[0] for name in told.split()} & {*HEAVY, *SERVING, *LIGHT, "ray"}
 
 
 def test_forebay_imports_nothing_until_it_is_used() -> None:
@@ -28,4 +29,4 @@ def test_owners_import_no_client_no_server_and_no_tables() -> None:
     classes = {cls.__module__ for cls, _ in owners(Boot()).values()}
     beside = {"forebay.cache_tier", "forebay.ledger_place", "actors.spawn"}
 
-    assert imported_by(*sorted(classes | beside)) & set(HEAVY) == set()
+    assert imported_by(*sorted(classes | beside)) & {*HEAVY, *SERVING} == set()
