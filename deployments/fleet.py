@@ -15,7 +15,8 @@ from forebay.config import Replicas, SystemConfig
 
 CPU_SHARE = 0.1  # calls wait for providers; two cores must carry every process of the system
 CORES_PER_REPLICA = 1.25
-"""One for itself; beside it, at full load, an eighth for HAProxy and as much for owners and Ray."""
+"""One for itself; beside it, at full load, HAProxy takes a tenth of one, the ledger's owner an
+eighth, the other owners a twentieth."""
 REPLICAS_MAX = 512  # of `auto`, whatever a cluster says that it may grow to
 
 
