@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
+from deployments.fleet import CPU_SHARE, Fleet, fleet_of
 from deployments.gateway import Gateway
 from deployments.local_models import LocalChat, LocalEmbed
 from forebay import config as configuration
@@ -29,7 +30,6 @@ ONGOING_MAX = 1000
 QUIET = LoggingConfig(enable_access_log=False, log_level="WARNING")
 """Serve makes its line for the access log of each request before it is thrown away, unless nobody
 listens to its level."""
-CPU_SHARE = 0.1  # calls wait for providers; two cores must carry every process of the system
 DRAIN_S = 330.0  # longer than the longest stream
 
 
@@ -52,17 +52,18 @@ def build(args: Args) -> Application:
     return application(configuration.load(path, os.environ), args.namespace)
 
 
-def application(config: SystemConfig, namespace: str) -> Application:
-    """The application for a configuration that is loaded already."""
+def application(config: SystemConfig, namespace: str, fleet: Fleet | None = None) -> Application:
+    """The application for a configuration that is loaded already; `fleet` is `fleet_of` it."""
     vault = Vault(Path(config.data_dir))
     occasion = f"deployed {uuid.uuid4().hex}"
     document = config.document(vault)
-    bound: Application = _gateway(config).bind(document, occasion, namespace, *_models(config))
+    gateway = _gateway(fleet or fleet_of(config))
+    bound: Application = gateway.bind(document, occasion, namespace, *_models(config))
     return bound
 
 
-def _gateway(config: SystemConfig) -> Any:
-    replicas = config.server.replicas
+def _gateway(fleet: Fleet) -> Any:
+    replicas = fleet.replicas
     options: dict[str, Any] = {"num_replicas": replicas.min}
     if replicas.max > replicas.min:
         options = {
@@ -78,7 +79,7 @@ def _gateway(config: SystemConfig) -> Any:
         max_constructor_retry_count=3,
         graceful_shutdown_timeout_s=DRAIN_S,
         graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": CPU_SHARE},
+        ray_actor_options={"num_cpus": fleet.cpus},
         logging_config=QUIET,
         **options,
     )(serve.ingress(None)(Gateway))
@@ -109,4 +110,4 @@ def _models(config: SystemConfig) -> list[Application]:
     ]
 
 
-__all__ = ["APP", "Args", "application", "build"]
+__all__ = ["APP", "Args", "application", "build", "fleet_of"]

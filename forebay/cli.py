@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--config", type=Path, help="forebay.yaml (default: FOREBAY_CONFIG)")
     up.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     up.add_argument("--port", type=int, help="port to listen on (default 8000)")
-    up.add_argument("--replicas", type=int, help="how many gateway processes")
+    up.add_argument(
+        "--replicas", metavar="N|auto", help="how many gateway processes; auto: as fit the machine"
+    )
     up.add_argument("--address", help="attach to this Ray instead of starting one")
     command("down", _down, "drain and stop the gateway that `forebay up` started here")
     command("status", _status, "what runs, and where", asks=True)

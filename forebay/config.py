@@ -24,9 +24,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SecretStr,
     SerializerFunctionWrapHandler,
+    Tag,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -750,7 +752,16 @@ class Replicas(Settings):
 
 def _both_ends(value: Any) -> Any:
     """`replicas: 2` means from 2 to 2."""
-    return {"min": value, "max": value} if isinstance(value, int | str) else value
+    if value == "auto" or not isinstance(value, int | str):
+        return value
+    if isinstance(value, str) and not value.isdigit():
+        refuse([Fault((), "must be a number, {min, max}, or auto")])
+    return {"min": value, "max": value}
+
+
+def _branch(value: Any) -> str:
+    """Which of the two forms of `replicas` is meant; `faults` leaves names with a bracket out."""
+    return "[auto]" if value == "auto" else "[range]"
 
 
 class ServerConfig(Settings):
@@ -758,7 +769,15 @@ class ServerConfig(Settings):
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    replicas: Annotated[Replicas, BeforeValidator(_both_ends)] = Replicas()
+    replicas: Annotated[
+        Annotated[Replicas, Tag("[range]")] | Annotated[Literal["auto"], Tag("[auto]")],
+        Discriminator(_branch),
+        BeforeValidator(_both_ends),
+    ] = Field(
+        default=Replicas(),
+        description="Processes that answer HTTP: a number, {min, max}, or auto for as many as the "
+        "cores of the Ray cluster carry.",
+    )
     lane: Literal["auto", "litellm", "relay"] = Field(
         default="auto",
         description="The way to providers. auto relays what LiteLLM would send unchanged, for "

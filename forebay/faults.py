@@ -154,10 +154,11 @@ def _part(schema: JsonSchema, path: Sequence[str | int]) -> JsonSchema:
 
 
 def _opened(part: JsonSchema, schema: JsonSchema) -> JsonSchema:
-    """A schema with its reference followed, and its null alternative dropped."""
+    """A schema with its reference followed, and its alternatives of one value (null) dropped."""
     if "$ref" in part:
         return _opened(schema["$defs"][part["$ref"].rpartition("/")[2]], schema)
-    real = [branch for branch in part.get("anyOf", ()) if branch.get("type") != "null"]
+    branches = part.get("anyOf") or part.get("oneOf") or ()
+    real = [b for b in branches if b.get("type") != "null" and "const" not in b]
     return _opened(real[0], schema) if len(real) == 1 else part
 
 

@@ -238,6 +238,11 @@ class Meter:
                 told["forebay_owner_calls", ref.name, method] = (count,)
         return told
 
+    @staticmethod
+    def messages_of(owner: str, method: str) -> tuple[Series, Series]:
+        """The counts that one message changes."""
+        return ("forebay_owner_messages", owner), ("forebay_owner_calls", owner, method)
+
     def _tenant(self, tenant: str) -> str:
         if tenant in self._tenants:
             return tenant

@@ -25,6 +25,7 @@ from forebay.routing import ModelTable
 
 READY_TIMEOUT_S = 180.0
 APP_MODULE = "deployments.app"
+POLL_S = 0.05
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 
 
@@ -70,7 +71,7 @@ class Up:
             GatewayError: something does not start; the message says what to do.
         """
         begun_s = time.monotonic()
-        with ThreadPoolExecutor(3) as threads:
+        with ThreadPoolExecutor(4) as threads:
             self._start_ray(threads)
             if stop.is_set():
                 return
@@ -79,11 +80,15 @@ class Up:
             serving = threads.submit(self._start_serve)
             owners.result()
             self._say("owners are up")
-            serving.result()
+            # Serve's controller comes first, then its proxies; a replica need not wait for those.
+            while not (_serve_runs() or serving.done()):
+                time.sleep(POLL_S)
             if stop.is_set():
                 return
-            self._say("Ray Serve is up, starting the gateway")
-            self._await_ready(threads.submit(self._deploy), stop)
+            deploying = threads.submit(self._deploy)
+            serving.result()
+            self._say("Ray Serve is up")
+            self._await_ready(deploying, stop)
         self.took_s = time.monotonic() - begun_s
 
     def _start_owners(self) -> None:
@@ -138,14 +143,13 @@ class Up:
     def _start_serve(self) -> None:
         from ray import serve
 
-        alone = not _serve_runs()
+        if not _serve_runs():
+            self._undo.append(("stopping Ray Serve", serve.shutdown))
         server = self._config.server
         serve.start(
             proxy_location="HeadOnly" if self._address is None else "EveryNode",
             http_options={"host": server.host, "port": server.port},
         )
-        if alone:
-            self._undo.append(("stopping Ray Serve", serve.shutdown))
 
     def _deploy(self) -> None:
         from ray import serve
@@ -153,8 +157,11 @@ class Up:
         app = importlib.import_module(APP_MODULE)
         if app.APP not in serve.status().applications:
             self._undo.append(("draining the gateway", lambda: serve.delete(app.APP)))
+        fleet = app.fleet_of(self._config)
+        self._say(f"starting the gateway: {fleet.why}")
+        gateway = app.application(self._config, self.namespace, fleet)
         try:
-            serve.run(app.application(self._config, self.namespace), name=app.APP, route_prefix="/")
+            serve.run(gateway, name=app.APP, route_prefix="/")
         except RuntimeError as error:
             raise GatewayError(f"the gateway did not start: {_why(app.APP) or error}") from None
 
@@ -171,7 +178,7 @@ class Up:
                     f"the gateway does not answer at {self.url} after {READY_TIMEOUT_S:.0f} s; "
                     "Ray's logs say why (`ray logs`, or /tmp/ray/session_latest/logs/serve)"
                 )
-            time.sleep(0.05)
+            time.sleep(POLL_S)
 
 
 def _answers(url: str) -> bool:

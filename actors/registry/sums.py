@@ -12,7 +12,7 @@ import asyncio
 import json
 import secrets
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -164,7 +164,8 @@ class SumsDesk:
     """Tells the owner how far this process's counts have come, and asks for the sums of all.
 
     Owns what the owner has acknowledged of them. `read` gives all of this process's counts; what
-    has changed is told each TELL_EVERY_S, and the last of it when this is closed.
+    has changed is told each TELL_EVERY_S, and the last of it when this is closed. A change of
+    `echoes` alone is no reason to tell anything: they are counts of this telling.
 
     Failure behaviour: with the owner away nothing is told and nothing lost, but the sums cannot be
     had. A process that is killed takes its last TELL_EVERY_S with it.
@@ -177,8 +178,10 @@ class SumsDesk:
         read: Callable[[], Figures],
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         nonce: str | None = None,
+        echoes: Collection[Series] = (),
     ) -> None:
         self._ref = ref
+        self._echoes = frozenset(echoes)
         self._name = f"{holder}-{nonce or secrets.token_hex(8)}"
         self._read = read
         self._pause = pause
@@ -216,8 +219,8 @@ class SumsDesk:
         return {"told": self._number - self._failures, "failures": self._failures}
 
     async def _tell(self) -> None:
-        figures = self._read()
-        if figures == self._told and self._silent_s < TELL_AGAIN_S:
+        news = _since(self._told, self._read()).keys() - self._echoes
+        if not news and self._silent_s < TELL_AGAIN_S:
             return
         try:
             await self._say(asked=False)

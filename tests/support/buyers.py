@@ -87,11 +87,11 @@ class Buyers:
         if way == EMBED:
             body: dict[str, Any] = {"model": "paid-embed", "input": [text], "dimensions": 8}
             answer = await client.post("/v1/embeddings", json=body, headers=headers)
-            return answer.status_code
+            return _told(answer)
         body = {"model": "paid", "messages": [{"role": "user", "content": text}], "max_tokens": 32}
         if way == CHAT:
             answer = await client.post("/v1/chat/completions", json=body, headers=headers)
-            return answer.status_code
+            return _told(answer)
         body["stream"] = True
         url = "/v1/chat/completions"
         async with client.stream("POST", url, json=body, headers=headers) as reply:
@@ -102,7 +102,13 @@ class Buyers:
             return "cut"
         if any(line.startswith('data: {"error"') for line in lines):
             return "error event"
-        return reply.status_code
+        return _told(reply)
+
+
+def _told(answer: httpx.Response) -> int | str:
+    """Its status, if the gateway gave it; HAProxy, whose replica is gone, names no request."""
+    by_gateway = "x-request-id" in answer.headers
+    return answer.status_code if by_gateway else f"{answer.status_code} of HAProxy"
 
 
 async def _until(reply: httpx.Response, leave: bool) -> Any:

@@ -15,6 +15,9 @@ from tests.support.upstream import Upstream
 NAMESPACE = "forebay"
 OWNERS = ["registry", "rate-limiter-0", "circuit-breaker", "cache", "batcher", "ledger"]
 IN_FLIGHT_MIN = 16
+HEAVY = ("litellm", "openai", "fastapi", "uvicorn", "pandas", "tiktoken")
+"""Packages that cost a process seconds to import, or tens of megabytes. Ray brings pyarrow and a
+part of starlette into every worker itself, to serialize what is theirs."""
 
 
 def handle_of(ray: Any, name: str) -> Any:

@@ -160,7 +160,8 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Iterator[Nodes]:
     data_dir = tmp_path_factory.mktemp("cluster")
-    config = {"model_list": support.groups(upstream.url), "server": {"port": support.free_port()}}
+    server = {"port": support.free_port(), "replicas": "auto"}
+    config = {"model_list": support.groups(upstream.url), "server": server}
     (data_dir / "forebay.yaml").write_text(yaml.safe_dump(config))
     made = Nodes(data_dir, support.environment(data_dir, SIM_KEY=SIM_KEY))
     try:

@@ -1,4 +1,6 @@
-"""`forebay up` with nothing configured: what a newcomer gets, and what is left when it stops."""
+"""`forebay up` without a configuration, its replicas left to the machine: what a newcomer gets, and
+what is left when it stops.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from tests.support import system as support
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> support.UpProcess:
     """A Forebay of its own, beside the session's, on ports of its own."""
     data_dir = tmp_path_factory.mktemp("newcomer")
-    return support.UpProcess(data_dir, "--port", str(support.free_port()))
+    return support.UpProcess(data_dir, "--port", str(support.free_port()), "--replicas", "auto")
 
 
 def test_it_starts_answers_and_stops_only_what_it_started(
@@ -54,6 +56,7 @@ def test_it_starts_answers_and_stops_only_what_it_started(
     assert httpx.get(f"{up.url}/health").status_code == 200
     progress = "".join(newcomer.errors)
     assert "starting Ray" in progress
+    assert f"for {psutil.cpu_count()} cores of the Ray cluster" in progress
     assert "draining the gateway" in progress
 
 

@@ -37,7 +37,7 @@ SETTLED_S = 60.0
 """How soon after the last death every call has its end in the ledger."""
 READ_AT_ONCE = 500
 ANSWERED = (200, 400, 429, 502, 503, 504)
-"""Statuses that only the gateway gives; 500 is HAProxy's word for a replica that died."""
+"""Statuses of requests that have an entry."""
 OBEYED_S = 1.0
 """How long a configuration, and a rating, need until every process goes by them."""
 FAULTY_ENTRIES = 100_000 if FULL else 5_000

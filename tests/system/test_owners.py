@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from actors.cache.owner import Cache
-from tests.support.owners import NAMESPACE, Load, alive_again, handle_of
+from tests.support.owners import HEAVY, NAMESPACE, OWNERS, Load, alive_again, handle_of
 from tests.support.upstream import Upstream
 
 pytestmark = pytest.mark.ray
@@ -43,6 +43,23 @@ async def test_configuration_versions_survive_the_registry(
     registry = await asyncio.to_thread(alive_again, ray_driver, "registry")
 
     assert ray_driver.get(registry.current.remote()) == before
+
+
+def test_owners_have_neither_litellm_nor_serve_in_their_processes(
+    ray_driver: Any, url: str
+) -> None:
+    """Only the Batcher calls providers, from its first embedding on."""
+
+    def modules(owner: Any) -> list[str]:
+        import sys
+
+        return list(sys.modules)
+
+    for name in OWNERS:
+        if name != "batcher":
+            owner = alive_again(ray_driver, name)
+            have = ray_driver.get(owner.__ray_call__.remote(modules), timeout=30)
+            assert (name, {*HEAVY, "ray.serve"} & set(have)) == (name, set())
 
 
 class OlderCache(Cache):

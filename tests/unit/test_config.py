@@ -162,11 +162,19 @@ class TestFields:
         assert (config.timeout, other.timeout, other.model_list) == (5, 9, config.model_list)
         refused(lambda: config.replace(timeout=999))
 
-    def test_replicas_are_a_number_or_a_range(self) -> None:
+    def test_replicas_are_a_number_or_a_range(self, file: Any) -> None:
         assert ServerConfig(replicas=3).replicas == Replicas(min=3, max=3)
         assert ServerConfig(replicas=Replicas(min=1, max=8)).replicas.max == 8
         assert "at least min" in str(refused(lambda: ServerConfig(replicas={"min": 3, "max": 1})))
-        refused(lambda: ServerConfig(replicas=0))
+        assert "replicas.min: must be at least 1, not 0" in str(
+            refused(lambda: load(file("server: {replicas: 0}"), {}))
+        )
+
+    def test_replicas_may_be_left_to_the_machine(self, file: Any) -> None:
+        assert ServerConfig(replicas="auto").replicas == "auto"
+        assert load(None, {"FOREBAY_SERVER_REPLICAS": "auto"}).server.replicas == "auto"
+        with pytest.raises(ConfigurationError, match=r"replicas: must be a number, .* or auto"):
+            load(file("server: {replicas: many}"), {})
 
     def test_the_cache_ttl_that_was_set_counts(self) -> None:
         assert GatewayConfig(cache_config=CacheConfig()).cache_ttl_s == 3600

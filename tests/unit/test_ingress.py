@@ -74,3 +74,11 @@ def test_a_neighbours_side_ports_are_left_to_it() -> None:
     ours = {name: int(told[name]) for name in ingress.SIDE_PORTS}
     assert len(set(ours.values())) == len(ours)
     assert not set(ours.values()) & set(ingress.SIDE_PORTS.values())
+
+
+def test_what_the_user_has_set_stays() -> None:
+    theirs = {"RAY_SERVE_HAPROXY_MAXCONN": "7", "RAY_SERVE_HAPROXY_STATS_PORT": "9"}
+    environ = dict(theirs)
+    ingress.prepare(environ)
+
+    assert {name: environ[name] for name in theirs} == theirs

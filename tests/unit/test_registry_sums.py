@@ -135,6 +135,28 @@ def registry(path: Path | None, time: FakeTime) -> Registry:
     return Registry(None if path is None else str(path), clock=time, lock_wait_s=0.0)
 
 
+async def test_a_word_is_no_reason_for_another_one() -> None:
+    """The words themselves are counted too, and go along with what else is told."""
+    time = FakeTime()
+    line = Line(registry(None, time))
+    others: Counter[str] = Counter(x=1)
+    words: Series = ("messages", "registry")
+
+    def read() -> dict[Series, tuple[int, ...]]:
+        return {words: (len(line.words),), **{("hits", k): (n,) for k, n in others.items()}}
+
+    desk = SumsDesk(line, "a", read, time.sleep, "x", echoes=[words])
+    await line.owner.current()
+    await desk.start()
+    await time.advance(5 * TELL_EVERY_S)
+    assert len(line.words) == 1
+    others["x"] = 2
+    await time.advance(5 * TELL_EVERY_S)
+    assert len(line.words) == 2
+    assert line.words[-1][3] == {words: (1,), ("hits", "x"): (2,)}
+    await desk.close()
+
+
 async def test_what_changed_is_told_each_second_and_nothing_else() -> None:
     time = FakeTime()
     owner = registry(None, time)
