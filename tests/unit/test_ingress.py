@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import ExitStack
 from typing import Any
 
-from deployments.ingress import NO_WATCH, ControlHeaders
+from deployments.ingress import NO_WATCH, SIDE_PORTS, ControlHeaders, prepare
 from deployments.request_ids import ID_BYTES, IDS_DRAWN, RequestIds
 
 Headers = list[tuple[bytes, bytes]]
@@ -57,3 +59,17 @@ def test_ids_are_drawn_by_the_hundred_and_never_given_twice() -> None:
 
     assert len(set(given)) == 2 * IDS_DRAWN
     assert draws == [IDS_DRAWN * ID_BYTES] * 2
+
+
+def test_a_neighbour_keeps_its_side_doors() -> None:
+    neighbour: dict[str, str] = {"RAY_SERVE_HAPROXY_BINARY_PATH": "haproxy"}
+    ours = dict(neighbour)
+    prepare(neighbour)
+    with ExitStack() as open_doors:
+        for name in SIDE_PORTS:
+            door = open_doors.enter_context(socket.socket())
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Serve does
+            door.bind(("127.0.0.1", int(neighbour[name])))
+        prepare(ours)
+
+    assert not {ours[name] for name in SIDE_PORTS} & {neighbour[name] for name in SIDE_PORTS}
