@@ -25,6 +25,7 @@ from actors.ref import Clock, OwnerRef, OwnerUnavailable
 
 ASK_TIMEOUT_S = 1.0  # then callers are told that limits cannot be checked
 LENT_WAIT_S = 0.7  # others give back within two of their ticks
+LATE_WAIT_S = 3.0  # a process that stands still misses its leases
 MONEY_WAIT_S = 10.0  # calls under way may leave some of what they reserved
 SEED_WAIT_S = 10.0  # the ledger's desk has answered by then, or said that it cannot
 PAUSE_S_MIN = 0.001
@@ -350,6 +351,8 @@ class Counter:
             self._end(waiter, OwnerUnavailable(self.ref.name, "it did not answer in time"))
         elif refusal is None:
             ready_s = self._ready_s(line, now)
+            if ready_s is None and not waiter.patient and self._prolong(waiter, LATE_WAIT_S, now):
+                return  # what was lent came when its life was over, and is asked for again
             self._end(waiter, _not_yet(line, RENEW_S if ready_s is None else ready_s - now))
         elif held.unseeded and _of_seed(refusal):
             if waiter.patient or not self._prolong(waiter, SEED_WAIT_S, now):

@@ -26,11 +26,15 @@ class Line(InlineRef):
     """A line to an owner that can be away, or at fault."""
 
     trouble: Exception | None = None
+    gate: asyncio.Event | None = None  # answers wait for it
 
     async def ask(self, method: str, /, *args: Any, timeout_s: float = 5.0) -> Any:
         if self.trouble is not None:
             raise self.trouble
-        return await super().ask(method, *args, timeout_s=timeout_s)
+        answer = await super().ask(method, *args, timeout_s=timeout_s)
+        if self.gate is not None:
+            await self.gate.wait()
+        return answer
 
 
 class World:
@@ -595,6 +599,18 @@ async def test_a_word_that_does_not_come_is_not_a_limit_that_is_used_up(
     await world.time.advance(0.2)
     with pytest.raises(OwnerUnavailable, match="ledger"):
         await call
+
+
+async def test_a_lease_that_comes_when_its_life_is_over_is_asked_for_again(world: World) -> None:
+    """A process that stood still for longer than leases live was not refused anything."""
+    desk = await world.desk()
+    world.line.gate = asyncio.Event()
+    call = asyncio.create_task(desk.count("acme", PER_SECOND))
+    await settle()
+    world.time.now += LENT_WAIT_S + 0.1  # nothing wakes up meanwhile
+    world.line.gate.set()
+    await world.time.advance(0.3)
+    assert isinstance(call.result(), Ticket)
 
 
 async def test_a_fault_of_the_ledger_closes_too(
