@@ -55,23 +55,29 @@ PROFILE: dict[str, str] = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ingress:middlewares",
 }
 
-# HAProxy turns to the fallback proxy while no replica is well: two systems on one machine must not
-# share it, or they answer each other's requests.
+# Serve binds them with SO_REUSEPORT: a neighbour on the same one would get our requests, or we its.
 SIDE_PORTS = {
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
     "RAY_SERVE_HAPROXY_METRICS_PORT": 9101,
-    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": 8500,  # answers while no replica does
     "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": 9500,
 }
 PORTS_TRIED = 200
 
 
-def prepare(environ: MutableMapping[str, str]) -> None:
-    """Set Serve's profile where the user has not set it. Call before `ray.serve` is imported."""
+def prepare(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """Set Serve's profile where the user has not set it. Call before `ray.serve` is imported.
+
+    What is returned holds the side doors' ports against neighbours until Serve has bound them;
+    nothing listens there before.
+    """
     for name, value in PROFILE.items():
         environ.setdefault(name, value)
+    held = []
     for name, port in SIDE_PORTS.items():
-        environ.setdefault(name, str(_free_port(port)))
+        if name not in environ:
+            held.append(_held_port(port))
+            environ[name] = str(held[-1].getsockname()[1])
     environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_connections_max()))
     environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", str(_threads(len(os.sched_getaffinity(0)))))
     if "RAY_SERVE_HAPROXY_BINARY_PATH" not in environ:
@@ -79,6 +85,7 @@ def prepare(environ: MutableMapping[str, str]) -> None:
 
         environ["FOREBAY_HAPROXY"] = str(get_haproxy_binary())
         environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(WRAPPER)
+    return held
 
 
 def _connections_max() -> int:
@@ -97,18 +104,20 @@ def _threads(cores: int) -> int:
     return min(cores, max(2, cores // 4))
 
 
-def _free_port(preferred: int) -> int:
-    """The preferred port of loopback, or the next one that no neighbour has.
+def _held_port(preferred: int) -> socket.socket:
+    """The preferred port of loopback, or the next one that no neighbour has, bound for Serve.
 
     Never one of the ephemeral range: Ray's own processes take theirs from there any moment.
     """
     for port in range(preferred, preferred + PORTS_TRIED):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        held = socket.socket()
+        try:
+            held.bind(("127.0.0.1", port))
+        except OSError:
+            held.close()
+            continue
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # now Serve may bind it too
+        return held
     raise ConfigurationError(f"no port from {preferred} on is free on 127.0.0.1")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import importlib
 import os
+import socket
 import threading
 import time
 import urllib.error
@@ -43,6 +44,7 @@ class Up:
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._say = say
         self._undo: list[tuple[str, Callable[[], Any]]] = []
+        self._doors: list[socket.socket] = []
         self.namespace = "forebay"
         self.url = f"http://{_reachable(config.server.host)}:{config.server.port}"
         self.models = ModelTable.build(config.gateway).names()
@@ -63,6 +65,8 @@ class Up:
                 all_of_them.callback(undo)
                 all_of_them.callback(self._say, words)
             self._undo.clear()
+        for door in self._doors:
+            door.close()
 
     def start(self, stop: threading.Event) -> None:
         """Start everything, returning early when `stop` is set.
@@ -105,7 +109,7 @@ class Up:
     def _start_ray(self, threads: ThreadPoolExecutor) -> None:
         ingress = importlib.import_module("deployments.ingress")
         if self._address is None:
-            ingress.prepare(os.environ)
+            self._doors = ingress.prepare(os.environ)
             # Ray listens beyond loopback, whatever it is told; so it asks for a token.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             # Its import takes as long as Ray's processes take to start; it fits in between.

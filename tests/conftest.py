@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from tests.support import system as support
 from tests.support.upstream import Upstream
 
 SIM_KEY = "sk-simulated-key-that-must-never-be-seen"
+
+
+def pytest_configure() -> None:
+    """Whoever ends a run by SIGTERM, as `scripts/test` does, leaves no system behind either."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

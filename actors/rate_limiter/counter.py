@@ -25,7 +25,9 @@ from actors.ref import Clock, OwnerRef, OwnerUnavailable
 
 ASK_TIMEOUT_S = 1.0  # then callers are told that limits cannot be checked
 LENT_WAIT_S = 0.7  # others give back within two of their ticks
+LATE_WAIT_S = 3.0  # a process that stands still misses its leases
 MONEY_WAIT_S = 10.0  # calls under way may leave some of what they reserved
+SEED_WAIT_S = 10.0  # the ledger's desk has answered by then, or said that it cannot
 PAUSE_S_MIN = 0.001
 WAITING_MAX = 10_000  # requests that wait at one counter, all tenants together
 SEEDS_MAX = 500  # tenants that the ledger is asked about at once
@@ -349,16 +351,25 @@ class Counter:
             self._end(waiter, OwnerUnavailable(self.ref.name, "it did not answer in time"))
         elif refusal is None:
             ready_s = self._ready_s(line, now)
+            if ready_s is None and not waiter.patient and self._prolong(waiter, LATE_WAIT_S, now):
+                return  # what was lent came when its life was over, and is asked for again
             self._end(waiter, _not_yet(line, RENEW_S if ready_s is None else ready_s - now))
-        elif not waiter.patient and _of_calls(refusal) and not held.unseeded:
-            until_s = waiter.joined_s + MONEY_WAIT_S
-            if until_s <= now:
-                self._end(waiter, line.refused(refusal, now))
-            else:
-                waiter.until_s = until_s
-                self._alarms.add(until_s, waiter)
-        else:
+        elif held.unseeded and _of_seed(refusal):
+            if waiter.patient or not self._prolong(waiter, SEED_WAIT_S, now):
+                self._end(waiter, OwnerUnavailable("ledger", "its word did not come in time"))
+        elif waiter.patient or not (
+            _of_calls(refusal) and self._prolong(waiter, MONEY_WAIT_S, now)
+        ):
             self._end(waiter, line.refused(refusal, now))
+
+    def _prolong(self, waiter: Waiter, wait_s: float, now: float) -> bool:
+        """Whether it still waits: until `wait_s` after it came."""
+        until_s = waiter.joined_s + wait_s
+        if until_s <= now:
+            return False
+        waiter.until_s = until_s
+        self._alarms.add(until_s, waiter)
+        return True
 
     def _serve(self, line: Line, now: float) -> None:
         """In the order they came, as far as it goes."""
@@ -480,6 +491,11 @@ def _need(held: Held, amount: Amount) -> Need:
 def _of_calls(refusal: Refusal) -> bool:
     """Whether calls that are under way may leave what is missing."""
     return refusal.lent and refusal.kind.startswith("usd")
+
+
+def _of_seed(refusal: Refusal) -> bool:
+    """Whether the ledger's word may be what is missing."""
+    return refusal.lent and (refusal.kind == "requests_per_hour" or _of_calls(refusal))
 
 
 def _not_yet(line: Line, in_s: float) -> Refusal:

@@ -101,9 +101,11 @@ class Tenants:
         assert self.up.process is not None
         with ThreadPoolExecutor(1) as thread:  # it waits for our child, which we have to reap
             down = thread.submit(self.forebay, "down", timeout_s=support.STOP_S)
-            self.up.process.wait(support.STOP_S)
+            code = self.up.process.wait(support.STOP_S)
             done = down.result()
         assert done.returncode == 0, done.stderr
+        assert self.url in done.stdout
+        assert code == 0, "it stopped as Ctrl-C stops it"
         self.up.start()
 
 

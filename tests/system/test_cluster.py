@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -61,7 +62,7 @@ class Nodes:
         head = re.sub(r" --autoscaling-config=\S+", "", head)
         head += f" --include-dashboard=true --dashboard-port={self.dashboard_port}"
         self._spawn(head)
-        self._await_nodes(1)
+        self._await_port()
         worker = self._adapted(config["worker_start_ray_commands"])
         self._spawn(worker + " --num-cpus=2")
         self._await_nodes(2)
@@ -118,12 +119,27 @@ class Nodes:
     def await_status(self, wanted: str) -> str:
         """Serve's report, once the application's status is `wanted`."""
         deadline = time.monotonic() + 120
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text()
+        with httpx.Client(headers={"authorization": f"Bearer {token}"}, timeout=30) as http:
+            while True:
+                told = http.get(f"http://127.0.0.1:{self.dashboard_port}/api/serve/applications/")
+                if told.is_success and wanted in [
+                    one["status"] for one in told.json()["applications"].values()
+                ]:
+                    break
+                assert time.monotonic() < deadline, told.text
+                time.sleep(0.1)
+        return self.serve("status").stdout
+
+    def _await_port(self) -> None:
+        """Until a worker may join."""
+        deadline = time.monotonic() + 60
         while True:
-            report = self.serve("status").stdout
-            if re.search(rf"^    status: {wanted}", report, re.MULTILINE):
-                return report
-            assert time.monotonic() < deadline, report
-            time.sleep(0.5)
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            assert time.monotonic() < deadline, (self.data_dir / "node-0.log").read_text()
+            time.sleep(0.1)
 
     def _await_nodes(self, count: int) -> None:
         code = (

@@ -1,5 +1,8 @@
 """`forebay up` without a configuration, its replicas left to the machine: what a newcomer gets, and
 what is left when it stops.
+
+That `forebay down` stops it as Ctrl-C does is seen where a system is started anew
+(`Tenants.restart`).
 """
 
 from __future__ import annotations
@@ -16,11 +19,10 @@ from forebay import running
 from tests.support import system as support
 
 
-@pytest.fixture(scope="module")
-def newcomer(tmp_path_factory: pytest.TempPathFactory) -> support.UpProcess:
+@pytest.fixture
+def newcomer(tmp_path: Path) -> support.UpProcess:
     """A Forebay of its own, beside the session's, on ports of its own."""
-    data_dir = tmp_path_factory.mktemp("newcomer")
-    return support.UpProcess(data_dir, "--port", str(support.free_port()), "--replicas", "auto")
+    return support.UpProcess(tmp_path, "--port", str(support.free_port()), "--replicas", "auto")
 
 
 def test_it_starts_answers_and_stops_only_what_it_started(
@@ -58,24 +60,6 @@ def test_it_starts_answers_and_stops_only_what_it_started(
     assert "starting Ray" in progress
     assert f"for {psutil.cpu_count()} cores of the Ray cluster" in progress
     assert "draining the gateway" in progress
-
-
-def test_down_stops_it_as_ctrl_c_does(newcomer: support.UpProcess) -> None:
-    with newcomer:
-        stopped = subprocess.run(
-            [*newcomer.arguments[:3], "down"],
-            env=newcomer.env,
-            cwd=support.ROOT,
-            capture_output=True,
-            text=True,
-            timeout=support.STOP_S,
-            check=False,
-        )
-        assert newcomer.process is not None
-        assert newcomer.process.wait(support.STOP_S) == 0
-
-    assert stopped.returncode == 0
-    assert newcomer.url in stopped.stdout
 
 
 def test_a_missing_model_file_says_what_to_install(tmp_path: Path) -> None:

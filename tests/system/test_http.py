@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import socket
 import time
@@ -12,9 +13,11 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 
 from tests.conftest import SIM_KEY
+from tests.support.system import UpProcess
 from tests.support.upstream import Upstream
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
@@ -323,26 +326,34 @@ def test_serves_control_headers_are_not_obeyed(http: httpx.Client, upstream: Ups
     assert response.status_code == 200
 
 
-def test_haproxys_side_doors_open_only_to_this_machine(up: Any) -> None:
-    """Ports 8404 and 9101 are bound to every interface by Serve's own template."""
-    import psutil
+def haproxies(up: UpProcess) -> list[psutil.Process]:
+    """This system's; others may run on this machine. One that was reloaded lives on for a while."""
+    assert up.process is not None
+    found = []
+    for process in psutil.Process(up.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # some live for a moment only
+            if process.name() == "haproxy":
+                found.append(process)
+    return found
 
+
+def test_haproxys_side_doors_open_only_to_this_machine(up: UpProcess, url: str) -> None:
+    """Its pages are bound to every interface by Serve's own template."""
     listening = {
         (c.laddr.ip, c.laddr.port)
-        for c in psutil.net_connections("tcp")
-        if c.status == psutil.CONN_LISTEN and c.laddr.port in (8404, 9101)
+        for haproxy in haproxies(up)
+        for c in haproxy.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN
     }
 
-    assert listening
+    assert {port for _, port in listening} > {int(url.rpartition(":")[2])}
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
 
 
 def test_a_client_that_goes_away_stops_the_upstream_and_leaves_no_work(
-    up: Any, url: str, upstream: Upstream
+    up: UpProcess, url: str, upstream: Upstream
 ) -> None:
     """HTTP libraries send a body in a packet of its own, which HAProxy's splicing cannot bear."""
-    import psutil
-
     upstream.script(latency=8.0)
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps(chat(messages=[{"role": "user", "content": "gone"}])).encode()
@@ -357,12 +368,12 @@ def test_a_client_that_goes_away_stops_the_upstream_and_leaves_no_work(
         upstream.wait_log(lambda log: len(log) == 1, 15.0)
     left_s = time.monotonic()
     (record,) = upstream.wait_log(lambda log: bool(log) and log[0].finished, 5.0)
-    proxies = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "haproxy"]
+    proxies = haproxies(up)
     before_s = sum(sum(p.cpu_times()[:2]) for p in proxies)
     time.sleep(1.0)
     spent_s = sum(sum(p.cpu_times()[:2]) for p in proxies) - before_s
 
     assert record.disconnected
-    assert record.end_mono_ns / 1e9 - left_s < 1.0
+    assert record.end_mono_ns / 1e9 - left_s < 4.0  # half of the latency
     assert proxies
     assert spent_s < 0.5

@@ -53,6 +53,7 @@ LIMITER = "rate-limiter-0"
 USD_PER_TOKEN = "0.00005"
 CALL_NANO = 50_000_000
 DAY_ENDS_S = 120
+HELD_S_MAX = 5.0  # what a killed process held is free by then
 
 
 def _moving() -> list[str]:
@@ -512,18 +513,23 @@ async def test_nothing_is_held_after_failures_disconnects_and_a_killed_task(
                 15.0,
             )
             os.kill(pid, signal.SIGKILL)
-            await asyncio.sleep(5.0)
-            state = await client.get(
-                "/api/v1/gateway/rate-limits?tenant=leaky", headers=system.headers(ADMIN)
-            )
+            killed_s = time.monotonic()
+            while True:
+                state = await client.get(
+                    "/api/v1/gateway/rate-limits?tenant=leaky", headers=system.headers(ADMIN)
+                )
+                in_use, reserved = found(state.json(), "in_use"), found(state.json(), "reserved")
+                after_s = time.monotonic() - killed_s
+                if (in_use == [0] and set(reserved) == {0}) or after_s > HELD_S_MAX:
+                    break
+                await asyncio.sleep(0.1)
             system.upstream.script(latency=0.5)
             again = await asyncio.gather(
                 *(chat(client, system, "leaky", model="leaky") for _ in range(32))
             )
-    in_use, reserved = found(state.json(), "in_use"), found(state.json(), "reserved")
     say(
-        f"{count} requests {dict(outcomes)} and a killed task: 5 s later in use {in_use}, "
-        f"reserved {reserved}, then 32 at once: {dict(statuses(again))}"
+        f"{count} requests {dict(outcomes)} and a killed task: {after_s:.1f} s later in use "
+        f"{in_use}, reserved {reserved}, then 32 at once: {dict(statuses(again))}"
     )
     assert in_use == [0], state.text
     assert set(reserved) == {0}, state.text

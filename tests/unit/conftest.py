@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from tests.support.postgres_server import PostgresServer, postgres_server
 # How long an example takes says how busy the machine is, and nothing of what is tested.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now lasts: Python's collector need not walk over it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

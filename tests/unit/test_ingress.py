@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
-from deployments import ingress
-from deployments.ingress import NO_WATCH, ControlHeaders
+from deployments.ingress import NO_WATCH, SIDE_PORTS, ControlHeaders, prepare
 from deployments.request_ids import ID_BYTES, IDS_DRAWN, RequestIds
 
 Headers = list[tuple[bytes, bytes]]
@@ -62,23 +61,26 @@ def test_ids_are_drawn_by_the_hundred_and_never_given_twice() -> None:
     assert draws == [IDS_DRAWN * ID_BYTES] * 2
 
 
-def test_a_neighbours_side_ports_are_left_to_it() -> None:
-    with ExitStack() as neighbour:
-        for port in ingress.SIDE_PORTS.values():
-            probe = neighbour.enter_context(socket.socket())
-            with suppress(OSError):  # somebody else's, which is a neighbour's as well
-                probe.bind(("127.0.0.1", port))
-        told = {"RAY_SERVE_HAPROXY_BINARY_PATH": "haproxy"}
-        ingress.prepare(told)
+def test_a_neighbour_keeps_its_side_doors() -> None:
+    told: dict[str, str] = {"RAY_SERVE_HAPROXY_BINARY_PATH": "haproxy"}
+    neighbour, ours = dict(told), dict(told)
+    with ExitStack() as open_doors:
+        for environ in (neighbour, ours):
+            for held in prepare(environ):
+                open_doors.enter_context(held)
+        for name in SIDE_PORTS:  # Serve has its own all the same
+            door = open_doors.enter_context(socket.socket())
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            door.bind(("127.0.0.1", int(ours[name])))
 
-    ours = {name: int(told[name]) for name in ingress.SIDE_PORTS}
-    assert len(set(ours.values())) == len(ours)
-    assert not set(ours.values()) & set(ingress.SIDE_PORTS.values())
+    assert not {ours[name] for name in SIDE_PORTS} & {neighbour[name] for name in SIDE_PORTS}
 
 
 def test_what_the_user_has_set_stays() -> None:
     theirs = {"RAY_SERVE_HAPROXY_MAXCONN": "7", "RAY_SERVE_HAPROXY_STATS_PORT": "9"}
     environ = dict(theirs)
-    ingress.prepare(environ)
+    with ExitStack() as open_doors:
+        for held in prepare(environ):
+            open_doors.enter_context(held)
 
     assert {name: environ[name] for name in theirs} == theirs

@@ -258,12 +258,12 @@ async def test_a_stream_that_nobody_ever_takes_settles_when_it_is_dropped(house:
 async def test_a_stream_that_nobody_takes_settles_at_its_deadline(house: Open) -> None:
     here = await house(rate_limit_config=LIMITS)
     await here.pipeline.answer(here.call("first"))  # the ledger is open, the limiter has asked it
-    call = here.call(timeout_s=0.1)
+    call = here.call(timeout_s=1.0)
     stream = await here.pipeline.stream(call)
     await anext(stream.chunks)
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(10.0):
         while here.system.limiter.stats()["slots_used"]:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
 
     (entry,) = await here.entries(call)
     assert (entry.status, entry.http_status) == ("posted", 504)
@@ -504,14 +504,15 @@ async def test_what_never_fits_the_budget_is_refused_with_no_time_to_come_back(
 
 
 async def test_a_refusal_says_what_and_when_and_the_figures(house: Open) -> None:
-    here = await house(rate_limit_config={**LIMITS, "burst_size": 1})
+    limits = {**LIMITS, "requests_per_minute": 6, "burst_size": 1}
+    here = await house(rate_limit_config=limits)
     await here.pipeline.answer(here.call())
-    with pytest.raises(RateLimitError, match="60 requests per minute") as caught:
+    with pytest.raises(RateLimitError, match="6 requests per minute") as caught:
         await here.pipeline.answer(here.call("again"))
 
     assert not isinstance(caught.value, QueueTimeout)
     assert caught.value.retry_after_s is not None
-    assert 0.9 < caught.value.retry_after_s < 1.3
+    assert 5 < caught.value.retry_after_s < 10.3
     assert caught.value.figures is not None
     assert caught.value.figures["requests"].remaining < 0.3
 

@@ -10,7 +10,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -41,6 +40,7 @@ from forebay.providers.local import InProcessModels
 from forebay.routing import Deployment
 
 KEY = "sk-do-not-show-this-4711"
+SOON_S = 5.0  # on a busy machine; whoever waited for the reply would wait for a minute
 MESSAGES = [{"role": "user", "content": "Hello there"}]
 TOOLS = [
     {
@@ -482,10 +482,9 @@ async def test_closing_a_stream_closes_the_upstream_connection(
         chunks = lane.chat_stream(claude, body(max_tokens=5), **call())
     first = await anext(chunks)
     assert first["choices"]
-    began_s = time.monotonic()
-    await chunks.aclose()
-    await asyncio.wait_for(remote.gone.wait(), 1.0)
-    assert time.monotonic() - began_s < 1.0
+    async with asyncio.timeout(SOON_S):
+        await chunks.aclose()
+        await remote.gone.wait()
     with pytest.raises(StopAsyncIteration):
         await anext(chunks)
     await chunks.aclose()
@@ -503,7 +502,7 @@ async def test_cancelling_who_waits_for_a_chunk_closes_the_connection(
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await asyncio.wait_for(remote.gone.wait(), 1.0)
+    await asyncio.wait_for(remote.gone.wait(), SOON_S)
 
 
 async def test_cancelling_a_call_closes_the_connection(
@@ -516,7 +515,7 @@ async def test_cancelling_a_call_closes_the_connection(
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await asyncio.wait_for(remote.gone.wait(), 1.0)
+    await asyncio.wait_for(remote.gone.wait(), SOON_S)
 
 
 async def test_a_stream_that_another_task_closes_is_over(
@@ -528,9 +527,9 @@ async def test_a_stream_that_another_task_closes_is_over(
     waiting = asyncio.ensure_future(anext(chunks))
     await asyncio.sleep(0.02)
     await chunks.aclose()
-    await asyncio.wait_for(remote.gone.wait(), 1.0)
+    await asyncio.wait_for(remote.gone.wait(), SOON_S)
     with pytest.raises((StopAsyncIteration, GatewayError)):
-        await asyncio.wait_for(waiting, 1.0)
+        await asyncio.wait_for(waiting, SOON_S)
 
 
 @pytest.mark.parametrize(
@@ -584,7 +583,7 @@ async def test_a_stream_that_stalls_ends_at_its_deadline(
     await anext(chunks)
     with pytest.raises(GatewayTimeout):
         await anext(chunks)
-    await asyncio.wait_for(remote.gone.wait(), 1.0)
+    await asyncio.wait_for(remote.gone.wait(), SOON_S)
 
 
 # --- failures ---------------------------------------------------------------------------------
@@ -592,10 +591,9 @@ async def test_a_stream_that_stalls_ends_at_its_deadline(
 
 async def test_a_slow_answer_is_given_up_in_time(remote: Remote, lane: LiteLLMProvider) -> None:
     remote.reply = slow_reply
-    began_s = time.monotonic()
-    with pytest.raises(GatewayTimeout) as caught:
-        await lane.chat(deployment(remote), body(), **call(timeout_s=0.2))
-    assert time.monotonic() - began_s < 1.0
+    async with asyncio.timeout(SOON_S):
+        with pytest.raises(GatewayTimeout) as caught:
+            await lane.chat(deployment(remote), body(), **call(timeout_s=0.2))
     assert verdict_of(caught.value) is Verdict.UNREACHABLE
     with pytest.raises(GatewayTimeout):
         await lane.chat(deployment(remote, timeout=0.2), body(), **call())

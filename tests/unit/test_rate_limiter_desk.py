@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.rate_limiter.counter import ASK_TIMEOUT_S, MONEY_WAIT_S
+from actors.rate_limiter.counter import ASK_TIMEOUT_S, LENT_WAIT_S, MONEY_WAIT_S, SEED_WAIT_S
 from actors.rate_limiter.desk import RateLimiterDesk
 from actors.rate_limiter.owner import RateLimiter
 from actors.rate_limiter.pace import Pace
@@ -26,11 +26,15 @@ class Line(InlineRef):
     """A line to an owner that can be away, or at fault."""
 
     trouble: Exception | None = None
+    gate: asyncio.Event | None = None  # answers wait for it
 
     async def ask(self, method: str, /, *args: Any, timeout_s: float = 5.0) -> Any:
         if self.trouble is not None:
             raise self.trouble
-        return await super().ask(method, *args, timeout_s=timeout_s)
+        answer = await super().ask(method, *args, timeout_s=timeout_s)
+        if self.gate is not None:
+            await self.gate.wait()
+        return answer
 
 
 class World:
@@ -559,6 +563,54 @@ async def test_without_the_ledger_money_is_not_lent(world: World) -> None:
     world.ledger.trouble = None
     await world.time.advance(0.2)
     assert isinstance(await world.now(desk.admit("acme", MONEY, Amount(0, 100))), Hold)
+
+
+HOURLY = Limits(600.0, 10, requests_per_hour=1_000)
+
+
+@pytest.mark.parametrize("limits", [HOURLY, MONEY])
+async def test_a_slow_word_of_the_ledger_is_waited_for(world: World, limits: Limits) -> None:
+    world.ledger.open.clear()
+    desk = await world.desk()
+    call = asyncio.create_task(desk.admit("acme", limits, Amount(0, 100)))
+    await world.time.advance(LENT_WAIT_S + 1.0)
+    assert not call.done()
+    world.ledger.open.set()
+    await world.time.advance(0.3)
+    assert isinstance(call.result(), Hold)
+
+
+@pytest.mark.parametrize("limits", [HOURLY, MONEY])
+@pytest.mark.parametrize(("wait_s", "given_s"), [(0.0, SEED_WAIT_S), (2.0, 2.0)])
+async def test_a_word_that_does_not_come_is_not_a_limit_that_is_used_up(
+    world: World, limits: Limits, wait_s: float, given_s: float
+) -> None:
+    world.ledger.open.clear()
+    desk, amount = await world.desk(), Amount(0, 100)
+
+    async def admit() -> None:
+        ticket = await desk.count("acme", limits, amount, wait_s=wait_s)
+        assert isinstance(ticket, Ticket), ticket
+        await desk.reserve(ticket, amount, wait_s=wait_s)
+
+    call = asyncio.create_task(admit())
+    await world.time.advance(given_s - 0.1)
+    assert not call.done()
+    await world.time.advance(0.2)
+    with pytest.raises(OwnerUnavailable, match="ledger"):
+        await call
+
+
+async def test_a_lease_that_comes_when_its_life_is_over_is_asked_for_again(world: World) -> None:
+    """A process that stood still for longer than leases live was not refused anything."""
+    desk = await world.desk()
+    world.line.gate = asyncio.Event()
+    call = asyncio.create_task(desk.count("acme", PER_SECOND))
+    await settle()
+    world.time.now += LENT_WAIT_S + 0.1  # nothing wakes up meanwhile
+    world.line.gate.set()
+    await world.time.advance(0.3)
+    assert isinstance(call.result(), Ticket)
 
 
 async def test_a_fault_of_the_ledger_closes_too(
