@@ -79,6 +79,19 @@ async def test_the_first_request_of_a_form_is_litellms(two: TwoLanes) -> None:
     assert two.lanes.relayed == 3
 
 
+async def test_calls_are_counted_by_the_lane_they_took(two: TwoLanes) -> None:
+    to = two.deployment("openai")
+    for _ in range(3):
+        await two.lanes.chat(to, asked(), **HOW)
+    two.upstream.reply = as_json({"odd": True})
+    with pytest.raises(ProviderError):  # LiteLLM reads it, and asks nobody
+        await two.lanes.chat(to, asked(), **HOW)
+    assert two.lanes.figures() == {
+        ("forebay_lane_calls", to.circuit, "litellm"): (1,),
+        ("forebay_lane_calls", to.circuit, "relay"): (3,),
+    }
+
+
 async def test_what_has_no_form_is_litellms(two: TwoLanes) -> None:
     to = two.deployment("openai", allowed_openai_params=["top_k"])
     assert not await relays(two, to, asked(top_k=3))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +26,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import httpx
 
 from actors.batcher.policy import Text, Vectors
+from actors.registry.sums import Numbers, Series
 from forebay import schemas
 from forebay.errors import ResponseValidationError
 from forebay.providers.base import STALL_S, Answer, Chunks, Resolve
-from forebay.providers.calls import NOT_HANDED_ON, Call
+from forebay.providers.calls import LOCAL, NOT_HANDED_ON, Call
 from forebay.providers.litellm import SAY_END, LiteLLMProvider, listed
 from forebay.providers.prices import PriceBound, PromptCaching, is_price
 from forebay.providers.relay.answers import mend_usage, read_answer, read_vectors
@@ -123,13 +125,22 @@ class Lanes:
         self._deployments_max = deployments_max
         self._forms_max = forms_max
         self._answer_bytes_max = answer_bytes_max
-        self.relayed = 0
+        self._calls: Counter[tuple[str, str]] = Counter()  # by circuit and lane
         self._litellm = litellm
         self._known: dict[str, _Known] = {}
         self._rules: dict[_Key, Rule | None] = {}
         self._numbers = 0
         self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pool]
         self._pools = weakref.WeakKeyDictionary()
+
+    @property
+    def relayed(self) -> int:
+        """Calls that went over the relay."""
+        return sum(count for (_, lane), count in self._calls.items() if lane == "relay")
+
+    def figures(self) -> dict[Series, Numbers]:
+        """How many calls went over which lane, for a `Meter`."""
+        return {("forebay_lane_calls", *taken): (n,) for taken, n in self._calls.items()}
 
     # ------------------------------------------------------------------------- the Provider
 
@@ -254,9 +265,10 @@ class Lanes:
         lane = self._litellm
         way = self._way(route, deployment, body, resolve)
         if not isinstance(way, _Way):
+            self._count(deployment)
             return await lane.answer(route, deployment, body, timeout_s, resolve, way)
         call = Call(lane.module, deployment, way.params, timeout_s)
-        response, data = await self._exchange(call, way)
+        response, data = await self._exchange(deployment, call, way)
         told = read_answer(route, data) if response.status == 200 else None
         if told is None:
             ear = self._handed_over(deployment, response, data)
@@ -282,9 +294,10 @@ class Lanes:
             lane = self._litellm
             way = self._way(route, deployment, asked, resolve)
             if not isinstance(way, _Way):
+                self._count(deployment)
                 return await lane.open(route, deployment, asked, timeout_s, resolve, way)
             call = Call(lane.module, deployment, way.params, timeout_s, "stream_timeout")
-            response = await self._opened(call, way)
+            response = await self._opened(deployment, call, way)
             if response.status == 200 and _content_type(response) == EVENTS:
                 events = Events(
                     response,
@@ -320,11 +333,12 @@ class Lanes:
             given["encoding_format"] = encoding
         way = self._way("embedding", deployment, given, resolve)
         if not isinstance(way, _Way):
+            self._count(deployment)
             return await lane.embed_once(
                 deployment, texts, params, timeout_s, resolve, encoding, doubted, way
             )
         call = Call(lane.module, deployment, way.params, timeout_s)
-        response, data = await self._exchange(call, way)
+        response, data = await self._exchange(deployment, call, way)
         told = read_vectors(data) if response.status == 200 else None
         if told is None:
             ear = self._handed_over(deployment, response, data)
@@ -410,28 +424,35 @@ class Lanes:
 
     # ------------------------------------------------------------------------------ the wire
 
-    async def _exchange(self, call: Call, way: _Way) -> tuple[Response, bytes]:
+    async def _exchange(
+        self, deployment: Deployment, call: Call, way: _Way
+    ) -> tuple[Response, bytes]:
         """One request and its whole answer, and the body of that."""
         outer = sys.exception()
         try:
-            response = await self._post(call, way)
+            response = await self._post(deployment, call, way)
             return response, await response.read(self._answer_bytes_max)
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise call.error(error, outer) from None
 
-    async def _opened(self, call: Call, way: _Way) -> Response:
+    async def _opened(self, deployment: Deployment, call: Call, way: _Way) -> Response:
         """One request, and the beginning of its answer."""
         outer = sys.exception()
         try:
-            response = await self._post(call, way)
+            response = await self._post(deployment, call, way)
             response.unhurried()
             return response
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise call.error(error, outer) from None
 
-    async def _post(self, call: Call, way: _Way) -> Response:
-        self.relayed += 1
+    async def _post(self, deployment: Deployment, call: Call, way: _Way) -> Response:
+        self._calls[deployment.circuit, "relay"] += 1
         return await self._pool().post(way.rule.target, way.data, call.limit_s)
+
+    def _count(self, deployment: Deployment) -> None:
+        """A call that is not the relay's."""
+        lane = "embedded" if deployment.provider == LOCAL else "litellm"
+        self._calls[deployment.circuit, lane] += 1
 
     def _pool(self) -> Pool:
         loop = asyncio.get_running_loop()
