@@ -40,19 +40,17 @@ class Errand(Generic[T]):
 
     def run(self) -> bool:
         """Begin. Whether it is over already; if not, `done` is called when it is."""
-        self._go()
-        return self._steps is None
+        return self._steps is None or self._step(self._steps)
 
     def close(self) -> None:
         steps, self._steps = self._steps, None
         if steps is not None:
             steps.close()
 
-    def _go(self) -> None:
-        if self._steps is None:
-            return
+    def _step(self, steps: Generator[Any, None, T]) -> bool:
+        """Go on to the next wait; whether there was none."""
         try:
-            waits_for = self._steps.send(None)
+            waits_for = steps.send(None)
         except StopIteration as ended:
             self._steps = None
             self.result = ended.value
@@ -65,12 +63,12 @@ class Errand(Generic[T]):
             else:
                 waits_for._asyncio_future_blocking = False  # as a task would say
                 waits_for.add_done_callback(self._go_on)
+            return False
+        return True
 
     def _go_on(self, _: object = None) -> None:
-        if self._steps is not None:
-            self._go()
-            if self._steps is None:
-                self._done()
+        if self._steps is not None and self._step(self._steps):
+            self._done()
 
 
 class Lookout:
