@@ -79,6 +79,24 @@ async def test_the_first_request_of_a_form_is_litellms(two: TwoLanes) -> None:
     assert two.lanes.relayed == 3
 
 
+async def test_a_crowd_waits_for_one_lesson(two: TwoLanes) -> None:
+    to = two.deployment("openai")
+    calls = [two.lanes.chat(to, asked(), **HOW) for _ in range(20)]
+    answers = await asyncio.gather(*calls)
+    assert len(answers) == len(two.upstream.received) == 20
+    assert two.lanes.relayed == 19
+
+
+async def test_a_lesson_that_fails_is_somebody_elses(two: TwoLanes) -> None:
+    to = two.deployment("openai")
+    refused = asked(verbosity="low")  # LiteLLM sends nothing
+    calls = [two.lanes.chat(to, refused, **HOW) for _ in range(5)]
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(one) for one in found} == {InvalidRequest}
+    assert two.lanes._lessons.under_way == 0
+    assert await relays(two, to, asked())
+
+
 async def test_calls_are_counted_by_the_lane_they_took(two: TwoLanes) -> None:
     to = two.deployment("openai")
     for _ in range(3):
@@ -204,7 +222,7 @@ async def test_what_is_known_has_a_bound(two: TwoLanes) -> None:
     for number in range(8):
         to = two.deployment("openai", f"openai/gpt-{number % 4}")
         assert await relays(two, to, asked(stop=str(number)))
-        assert len(two.lanes._rules) <= 3
+        assert len(two.lanes._lessons) <= 3
         assert len(two.lanes._known) <= 2
 
 

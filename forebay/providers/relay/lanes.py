@@ -18,9 +18,9 @@ import asyncio
 import sys
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
@@ -37,9 +37,10 @@ from forebay.providers.relay.answers import mend_usage, read_answer, read_vector
 from forebay.providers.relay.connection import Response
 from forebay.providers.relay.ear import Ear
 from forebay.providers.relay.events import Events
-from forebay.providers.relay.forms import Form, form_of
+from forebay.providers.relay.forms import form_of
+from forebay.providers.relay.lessons import FORMS_MAX, LESSON_S, Lesson, Lessons
 from forebay.providers.relay.pool import Pool
-from forebay.providers.relay.rules import PATHS, Rule, asked_of, rule_of
+from forebay.providers.relay.rules import PATHS, Rule
 from forebay.providers.remaining import room_in
 from forebay.providers.streams import LiteLLMChunks, Opened
 from forebay.providers.vectors import decoded
@@ -57,8 +58,7 @@ AUTO = frozenset(
 """Providers over which a test holds both lanes side by side."""
 
 DEPLOYMENTS_MAX = 1_000
-FORMS_MAX = 10_000
-"""Deployments and forms of requests that are known; above it all of them are forgotten."""
+"""Deployments that are known; above it all of them are forgotten."""
 ANSWER_BYTES_MAX = 256 << 20
 
 LOST = frozenset({401, 403, 404})
@@ -98,9 +98,6 @@ class _Way:
     params: dict[str, Any]
 
 
-_Key = tuple[int, str, Form]
-
-
 class Lanes:
     """The provider of a system: LiteLLM's lane, and the relay beside it.
 
@@ -123,12 +120,11 @@ class Lanes:
     ) -> None:
         self.lane: LaneName = lane
         self._deployments_max = deployments_max
-        self._forms_max = forms_max
         self._answer_bytes_max = answer_bytes_max
         self._calls: Counter[tuple[str, str]] = Counter()  # by circuit and lane
         self._litellm = litellm
         self._known: dict[str, _Known] = {}
-        self._rules: dict[_Key, Rule | None] = {}
+        self._lessons = Lessons(forms_max)
         self._numbers = 0
         self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pool]
         self._pools = weakref.WeakKeyDictionary()
@@ -264,9 +260,11 @@ class Lanes:
     ) -> Answer:
         lane = self._litellm
         way = self._way(route, deployment, body, resolve)
+        if isinstance(way, asyncio.Future):
+            way = await self._way_after(way, route, deployment, body, resolve)
         if not isinstance(way, _Way):
-            self._count(deployment)
-            return await lane.answer(route, deployment, body, timeout_s, resolve, way)
+            with self._taught(deployment, way):
+                return await lane.answer(route, deployment, body, timeout_s, resolve, way)
         call = Call(lane.module, deployment, way.params, timeout_s)
         response, data = await self._exchange(deployment, call, way)
         told = read_answer(route, data) if response.status == 200 else None
@@ -293,9 +291,11 @@ class Lanes:
         async def begin() -> Opened:
             lane = self._litellm
             way = self._way(route, deployment, asked, resolve)
+            if isinstance(way, asyncio.Future):
+                way = await self._way_after(way, route, deployment, asked, resolve)
             if not isinstance(way, _Way):
-                self._count(deployment)
-                return await lane.open(route, deployment, asked, timeout_s, resolve, way)
+                with self._taught(deployment, way):
+                    return await lane.open(route, deployment, asked, timeout_s, resolve, way)
             call = Call(lane.module, deployment, way.params, timeout_s, "stream_timeout")
             response = await self._opened(deployment, call, way)
             if response.status == 200 and _content_type(response) == EVENTS:
@@ -332,11 +332,13 @@ class Lanes:
         if encoding is not None:
             given["encoding_format"] = encoding
         way = self._way("embedding", deployment, given, resolve)
+        if isinstance(way, asyncio.Future):
+            way = await self._way_after(way, "embedding", deployment, given, resolve)
         if not isinstance(way, _Way):
-            self._count(deployment)
-            return await lane.embed_once(
-                deployment, texts, params, timeout_s, resolve, encoding, doubted, way
-            )
+            with self._taught(deployment, way):
+                return await lane.embed_once(
+                    deployment, texts, params, timeout_s, resolve, encoding, doubted, way
+                )
         call = Call(lane.module, deployment, way.params, timeout_s)
         response, data = await self._exchange(deployment, call, way)
         told = read_vectors(data) if response.status == 200 else None
@@ -363,8 +365,11 @@ class Lanes:
         deployment: Deployment,
         body: Mapping[str, Any],
         resolve: Resolve,
-    ) -> _Way | Ear | None:
+        *,
+        may_wait: bool = True,
+    ) -> _Way | Ear | Lesson | None:
         """How to relay a request; an ear for LiteLLM's lane to learn it with, or None: LiteLLM's.
+        A future where another request has that ear: it is done when there is more to say.
 
         Raises:
             ConfigurationError: a secret is missing.
@@ -374,12 +379,11 @@ class Lanes:
         if known is None or form is None:
             return None
         key = known.number, route, form
-        if key not in self._rules:
-            asked = asked_of(body)
-            return None if asked is None else Ear(learn=partial(self._learn, key, asked, known))
-        rule = self._rules[key]
+        found = self._lessons.find(key, body, known.params, may_wait=may_wait)
+        if not isinstance(found, Rule):
+            return found
         try:
-            return None if rule is None else _Way(rule, rule.worded(body), known.params)
+            return _Way(found, found.worded(body), known.params)
         except TypeError:  # a number or a text that JSON's writer refuses
             return None
 
@@ -401,10 +405,30 @@ class Lanes:
             self._known[deployment.id] = known
         return known if known.is_steady else None
 
-    def _learn(self, key: _Key, asked: Mapping[str, bytes], known: _Known, ear: Ear) -> None:
-        if len(self._rules) >= self._forms_max:
-            self._rules.clear()
-        self._rules[key] = rule_of(key[1], asked, known.params, ear)
+    async def _way_after(
+        self,
+        lesson: Lesson,
+        route: str,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        resolve: Resolve,
+    ) -> _Way | Ear | None:
+        """As `_way`, when somebody else's lesson is over, or has taken LESSON_S."""
+        await asyncio.wait((lesson,), timeout=LESSON_S)
+        way = self._way(route, deployment, body, resolve, may_wait=False)
+        assert not isinstance(way, asyncio.Future)
+        return way
+
+    @contextmanager
+    def _taught(self, deployment: Deployment, ear: Ear | None) -> Iterator[None]:
+        """A call of LiteLLM's lane, and the lesson that it may be to others."""
+        lane = "embedded" if deployment.provider == LOCAL else "litellm"
+        self._calls[deployment.circuit, lane] += 1
+        try:
+            yield
+        finally:
+            if ear is not None:
+                ear.over()
 
     def _handed_over(
         self, deployment: Deployment, response: Response, content: bytes | _Rest
@@ -448,11 +472,6 @@ class Lanes:
     async def _post(self, deployment: Deployment, call: Call, way: _Way) -> Response:
         self._calls[deployment.circuit, "relay"] += 1
         return await self._pool().post(way.rule.target, way.data, call.limit_s)
-
-    def _count(self, deployment: Deployment) -> None:
-        """A call that is not the relay's."""
-        lane = "embedded" if deployment.provider == LOCAL else "litellm"
-        self._calls[deployment.circuit, lane] += 1
 
     def _pool(self) -> Pool:
         loop = asyncio.get_running_loop()
