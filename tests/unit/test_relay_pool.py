@@ -8,8 +8,14 @@ import socket
 import ssl
 import zlib
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from forebay.errors import ProviderError
 from forebay.providers.relay.connection import (
@@ -40,8 +46,8 @@ class Provider:
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
 
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+    async def start(self, tls: ssl.SSLContext | None = None) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=tls)
 
     async def stop(self) -> None:
         assert self._server is not None
@@ -343,6 +349,48 @@ async def test_nobody_there_is_told_as_such(pool: Pool) -> None:
         target = Target.of(Origin("127.0.0.1", taken.getsockname()[1], None), b"/", {})
         with pytest.raises(ConnectError):
             await pool.post(target, b"", LIMIT_S)
+
+
+def certified(directory: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's side of TLS for `localhost`, and that of a client who trusts it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    form = serialization.PrivateFormat.PKCS8
+    both = directory / "both.pem"
+    both.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, form, plain)
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(both)
+    return server, ssl.create_default_context(cafile=str(both))
+
+
+async def test_a_safe_connection_is_kept_like_others(pool: Pool, tmp_path: Path) -> None:
+    server, client = certified(tmp_path)
+    provider = Provider()
+    await provider.start(server)
+    origin = provider.origin._replace(host="localhost", tls=client)
+    big = b"HTTP/1.1 200 OK\r\ncontent-length: 900000\r\n\r\n" + bytes(900_000)
+    for size in (2, 900_000):
+        provider.answers.append(big)
+        response = await pool.post(Target.of(origin, b"/", {}), bytes(size), LIMIT_S)
+        assert len(await response.read(1 << 20)) == 900_000
+    assert provider.connections == 1
+    stranger = origin._replace(tls=ssl.create_default_context())
+    with pytest.raises(ConnectError, match="verify failed"):
+        await pool.post(Target.of(stranger, b"/", {}), b"", LIMIT_S)
+    pool.close()
+    await provider.stop()
 
 
 async def test_an_unsafe_connection_is_told_as_none(pool: Pool) -> None:

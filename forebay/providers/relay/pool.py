@@ -159,6 +159,9 @@ class Pool:
             raise
         finally:
             self._opening -= 1
+        if not connection.is_open:
+            self._tell_next()
+            raise ConnectError(f"{origin.host}:{origin.port}: closed as soon as it was open")
         self._origin_of[connection] = origin
         return connection
 
