@@ -78,6 +78,11 @@ FAMILIES = (
         "Provider calls by what the breaker learnt from them.",
         ("deployment", "outcome"),
     ),
+    Family(
+        "forebay_lane_calls",
+        "Calls on their way to a provider: over the relay, over litellm, or to an embedded model.",
+        ("deployment", "lane"),
+    ),
     Family("forebay_rate_limited", "Refusals.", ("tenant", "kind")),
     Family(
         "forebay_validation_findings",

@@ -318,6 +318,7 @@ class System:
         self.router = Router(self.rng, clock, self._usual_price)
         self.validation = ValidationManager()
         self.meter.add(self.validation.figures)
+        self.meter.add(self._lanes.figures)
         self.feedback = FeedbackLoop(self._ledger, told=self._rated)
         self.feedback.forget = lambda key: self.cache.invalidate(None, None, key)
         self.kv_cache = KVCacheManager(

@@ -11,14 +11,15 @@ import logging
 import math
 import re
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl
 
 import orjson
 from starlette.types import Receive, Scope, Send
 
 from deployments.http.auth import TenantIdentity
+from deployments.http.errands import ClientGone, unless_gone
 from deployments.http.service import HttpCall, Priority, Route, Service
 from forebay.body import too_large
 from forebay.call import checked_key
@@ -32,6 +33,7 @@ from forebay.errors import (
 )
 from forebay.schemas import BODY_BYTES_MAX, parse_json
 
+T = TypeVar("T")
 Header = tuple[bytes, bytes]
 Handler = Callable[["Exchange"], Awaitable[None]]
 
@@ -48,10 +50,6 @@ _KEY_LIKE = re.compile(
     | \b (?:sk|pk|rk|gsk|xai|key|fb|AIza) [-_]? [\w-]{12,}
     """
 )
-
-
-class ClientGone(Exception):
-    """The client hung up; there is nobody to answer."""
 
 
 class Exchange:
@@ -162,10 +160,12 @@ class Exchange:
         given = self.headers.get(b"x-correlation-id", b"")
         return given.decode() if _ID.fullmatch(given) else self.request_id
 
-    async def gone(self) -> None:
-        """Return when the client has hung up. Only after the body has been read."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    async def unless_gone(
+        self, work: Coroutine[Any, Any, T], close: Callable[[T], Awaitable[None]] | None = None
+    ) -> T:
+        """The result of `work`, or ClientGone as soon as nobody waits for it any more. Only after
+        the body has been read. `close` is for a result that comes nevertheless."""
+        return await unless_gone(self._receive, work, close)
 
     async def _body(self) -> bytes:
         headers = self.headers

@@ -6,8 +6,7 @@ Rule 2: vectors are written as bytes, never as Python lists.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +16,6 @@ import pybase64
 
 from deployments.http.exchange import (
     JSON,
-    ClientGone,
     Exchange,
     Header,
     ascii_value,
@@ -105,34 +103,18 @@ async def answered(exchange: Exchange, call: HttpCall) -> Reply | StreamReply:
     if reply is not None:
         return reply
     answer = service.chat if call.route == "chat" else service.completion
-    return await unless_gone(exchange, answer(call))
+    return await exchange.unless_gone(answer(call), _let_go)
 
 
 async def embedded(exchange: Exchange, call: HttpCall) -> Reply:
     """The answer to a call for embeddings, as long as somebody waits for it."""
-    reply = await unless_gone(exchange, exchange.service.embedding(call))
-    assert isinstance(reply, Reply), "embeddings are never streamed"
-    return reply
+    return await exchange.unless_gone(exchange.service.embedding(call))
 
 
-async def unless_gone(
-    exchange: Exchange, work: Awaitable[Reply | StreamReply]
-) -> Reply | StreamReply:
-    """The result of `work`, or ClientGone as soon as nobody waits for it any more."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(exchange.gone())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
-    finally:
-        leaving.cancel()
-        if not working.done():
-            working.cancel()
-            late = (await asyncio.gather(working, return_exceptions=True))[0]
-            if isinstance(late, StreamReply):  # it came in the very moment
-                await close(late.chunks)
+async def _let_go(late: Reply | StreamReply) -> None:
+    """Nobody waits for an answer that comes now."""
+    if isinstance(late, StreamReply):
+        await close(late.chunks)
 
 
 # --- answers ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from deployments.http.errands import ClientGone, Errand
 from deployments.http.exchange import Exchange, Header, internal_error, log_failure
 from forebay.errors import GatewayError
 
@@ -64,100 +65,130 @@ async def send_stream(
 
     `done` is the last frame, after a failure too; b"" where a stream has none.
     """
-    pump = _Pump(exchange, chunks, encode, fail)
-    reading = asyncio.create_task(pump.run())
-    leaving = asyncio.create_task(exchange.gone())
-    leaving.add_done_callback(pump.abandon)
-    try:
+    writer = _Writer(exchange, linger_s)
+
+    async def tell() -> None:
         await exchange.start(200, [*HEADERS, *headers])
-        while await pump.ready():
-            await exchange.write(pump.take(), more=True)
-            await pump.linger(linger_s)
-        if not pump.abandoned:
-            await exchange.write(pump.take() + done, more=False)
-    except OSError:
-        pass  # The client hung up while we wrote; what remains is to close the chunks.
+        try:
+            async for chunk in chunks:
+                writer.add(encode(chunk))
+                if writer.is_full:
+                    await writer.room()
+        except GatewayError as error:
+            writer.add(fail(error))
+        except ClientGone:
+            raise
+        except Exception as error:  # noqa: BLE001 - logged, and told to the client as an event
+            log_failure(exchange, error)
+            writer.add(fail(internal_error(exchange)))
+        await close(chunks)
+        await writer.end(done)
+
+    try:
+        await exchange.unless_gone(tell())
+    except (ClientGone, OSError):
+        pass  # What remains is to close the chunks.
     finally:
-        leaving.cancel()
-        reading.cancel()
-        await asyncio.gather(reading, leaving, return_exceptions=True)
+        writer.close()
+        await close(chunks)
 
 
-class _Pump:
-    """Reads chunks into frames, ahead of the writer by at most PENDING_BYTES_MAX.
+class _Writer:
+    """Frames on their way to the client: written as soon as nothing more comes at once, and no
+    sooner than `linger_s` after the write before.
 
-    Reading has a task of its own, because a chunk that is awaited cannot be put back when it is
-    time to write.
+    Owns a timer, and the write that is under way. Bounded by PENDING_BYTES_MAX, if who adds waits
+    for room where it is full.
+
+    Failure behaviour: a write that fails means that the client is gone: the next who comes is told.
     """
 
-    def __init__(
-        self,
-        exchange: Exchange,
-        chunks: AsyncIterator[dict[str, Any]],
-        encode: Encode,
-        fail: Fail,
-    ) -> None:
-        self._exchange = exchange
-        self._chunks = chunks
-        self._encode = encode
-        self._fail = fail
-        self._frames = bytearray()
-        self._changed = asyncio.Event()
-        self._over = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
-        self.abandoned = False
+    def __init__(self, exchange: Exchange, linger_s: float) -> None:
+        self._write = exchange.write
+        self._linger_s = linger_s
+        self._loop = asyncio.get_running_loop()
+        self._frames: list[bytes] = []
+        self._size = 0
+        self._next_s = 0.0
+        self._timer: asyncio.Handle | None = None
+        self._errand: Errand[None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._broken = False
 
-    async def run(self) -> None:
-        """Read to the end. An error becomes the last frame."""
-        try:
-            async for chunk in self._chunks:
-                self._add(self._encode(chunk))
-                await self._room.wait()
-        except GatewayError as error:
-            self._add(self._fail(error))
-        except Exception as error:  # noqa: BLE001 - logged, and told to the client as an event
-            log_failure(self._exchange, error)
-            self._add(self._fail(internal_error(self._exchange)))
-        finally:
+    @property
+    def is_full(self) -> bool:
+        return self._size > PENDING_BYTES_MAX
+
+    def add(self, data: bytes) -> None:
+        """Have a frame written.
+
+        Raises:
+            ClientGone: one could not be.
+        """
+        if self._broken:
+            raise ClientGone
+        if not data:
+            return
+        self._frames.append(data)
+        self._size += len(data)
+        if self._timer is None and self._errand is None:
+            self._set_timer()
+
+    async def room(self) -> None:
+        """Wait until what is held has been written."""
+        if self._errand is None:
+            self._flush()
+        while self._errand is not None:
+            self._waiter = self._loop.create_future()
             try:
-                await close(self._chunks)
+                await self._waiter
             finally:
-                self._end()
+                self._waiter = None
 
-    def abandon(self, leaving: asyncio.Task[None]) -> None:
-        """The client is gone."""
-        if not leaving.cancelled():
-            self.abandoned = True
-            self._end()
+    async def end(self, done: bytes) -> None:
+        """Write what is left, and `done`."""
+        while self._errand is not None:
+            await self.room()
+        self.close()
+        if self._broken:
+            raise ClientGone
+        await self._write(self._taken() + done, more=False)
 
-    async def ready(self) -> bool:
-        """Wait for frames; False when none are to be written any more but the last."""
-        await self._changed.wait()
-        return not self._over.is_set()
+    def close(self) -> None:
+        """Write nothing more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._errand is not None:
+            self._errand.close()
+            self._errand = None
 
-    def take(self) -> bytes:
-        frames = bytes(self._frames)
-        self._frames.clear()
-        self._changed.clear()
-        self._room.set()
-        return frames
+    def _set_timer(self) -> None:
+        if self._loop.time() >= self._next_s:
+            self._timer = self._loop.call_soon(self._flush)
+        else:
+            self._timer = self._loop.call_at(self._next_s, self._flush)
 
-    async def linger(self, seconds: float) -> None:
-        """Let frames gather, unless the stream is over."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._over.wait()
-        except TimeoutError:
-            pass
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._next_s = self._loop.time() + self._linger_s
+        self._errand = Errand(self._write(self._taken(), more=True), self._written)
+        if self._errand.run():
+            self._written()
 
-    def _add(self, data: bytes) -> None:
-        self._frames += data
+    def _written(self) -> None:
+        errand, self._errand = self._errand, None
+        self._broken = errand is not None and errand.error is not None
         if self._frames:
-            self._changed.set()
-        if len(self._frames) > PENDING_BYTES_MAX:
-            self._room.clear()
+            self._set_timer()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
-    def _end(self) -> None:
-        self._over.set()
-        self._changed.set()
+    def _taken(self) -> bytes:
+        frames = self._frames
+        data = frames[0] if len(frames) == 1 else b"".join(frames)
+        frames.clear()
+        self._size = 0
+        return data

@@ -130,21 +130,59 @@ async def test_nothing_is_left_running_after_a_stream() -> None:
 async def test_a_client_that_reads_slowly_holds_the_provider_back() -> None:
     big = chunk("x" * PENDING_BYTES_MAX)
     read: list[int] = []
+    takes = asyncio.Event()
 
     async def produce() -> Any:
         for number in range(9):
             read.append(number)
             yield big
 
-    stream = Streamed([], linger_s=FOR_EVER)
-    stream.chunks = produce()
-    running = stream.start()
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def slowly(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await takes.wait()
+            await send(message)
+
+        exchange = Exchange(
+            ScriptedService(), scope, receive, slowly, arrived_s=0.0, new_id=lambda: "r"
+        )
+        await exchange.json_body()
+        await send_stream(exchange, [], produce(), frame, linger_s=0.0)
+
+    running = asyncio.create_task(Client(app).post("/", {}))
     await settle()
     stalled = len(read)
-    stream.client.leave.set()
-    await running
+    takes.set()
+    answered = await running
 
     assert stalled < 4
+    assert answered.events == [*[big] * 9, "[DONE]"]
+
+
+async def test_a_client_that_cannot_be_written_to_stops_the_provider() -> None:
+    stream = Streamed(
+        [chunk("a"), chunk("b"), asyncio.Event(), chunk("c"), asyncio.Event()], linger_s=0.0
+    )
+    waits = stream.chunks._script[2]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def broken(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                raise OSError("nobody there")
+            await send(message)
+
+        exchange = Exchange(
+            ScriptedService(), scope, receive, broken, arrived_s=0.0, new_id=lambda: "r"
+        )
+        await exchange.json_body()
+        await send_stream(exchange, [], stream.chunks, frame, linger_s=0.0)
+
+    running = asyncio.create_task(Client(app).post("/", {}))
+    await settle()
+    waits.set()
+    await running
+
+    assert stream.chunks.closed.is_set()
 
 
 async def test_a_failure_in_mid_stream_is_an_event_and_then_done() -> None:

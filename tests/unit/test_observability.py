@@ -34,6 +34,7 @@ def busy_meter() -> Meter:
     ref = InlineRef("cache", object())
     meter = Meter(lambda: [ref])
     meter.add(prompt_cache(lambda: {"cached_tokens": 9, "written_tokens": 4, "saved_usd": 0.5}))
+    meter.add(lambda: {("forebay_lane_calls", "openai/x", "relay"): (7,)})
     meter.add(lambda: {("forebay_validation_findings", "json", "error"): (3,)})
     ref.sent["lookup"] += 1
     count_more(meter)

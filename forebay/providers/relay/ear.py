@@ -18,21 +18,23 @@ EAR: ContextVar[Ear | None] = ContextVar("forebay_ear", default=None)
 
 class Ear:
     """One LiteLLM call's requests. With an `answer` it is asked in the provider's place; without,
-    `learn` is told of each request before it leaves.
+    `learn` is told of each request before it leaves. `over` is to be called when the call is.
 
     `heard` counts the requests, and `request` is the last of them: whether it goes over a proxy,
     and with which SSL settings, is beside it.
     """
 
-    __slots__ = ("answer", "heard", "learn", "proxied", "request", "ssl")
+    __slots__ = ("answer", "heard", "learn", "over", "proxied", "request", "ssl")
 
     def __init__(
         self,
         answer: httpx.Response | None = None,
         learn: Callable[[Ear], None] | None = None,
+        over: Callable[[], None] = lambda: None,
     ) -> None:
         self.answer = answer
         self.learn = learn
+        self.over = over
         self.heard = 0
         self.request: httpx.Request | None = None
         self.proxied = False

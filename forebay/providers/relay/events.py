@@ -10,16 +10,14 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
 from forebay.errors import GatewayError, ProviderConnectionError
 from forebay.providers.relay.answers import OWN_ENDS, mend_usage
+from forebay.providers.relay.connection import Response
 from forebay.providers.wire import Reader
-
-if TYPE_CHECKING:
-    import aiohttp
 
 _NO_USAGE = re.compile(rb',\s*"usage"\s*:\s*null')
 
@@ -65,20 +63,21 @@ class Events:
 
     def __init__(
         self,
-        response: aiohttp.ClientResponse,
+        response: Response,
+        path: str,
         provider: str,
         error: Callable[[BaseException], GatewayError],
         ending: Callable[[str], str],
         says_end: bool,
     ) -> None:
-        """`ending` is OpenAI's word for a reason to end; `says_end`: the provider always has one,
-        and an answer without it was broken off."""
+        """`path` is that of the route that was asked; `ending` is OpenAI's word for a reason to
+        end; `says_end`: the provider always has one, and an answer without it was broken off."""
         self._response = response
         self._provider = provider
         self._error = error
         self._ending = ending
         self._says_end = says_end
-        self._reader = Reader(provider, response.url.path, error, taken=self._take)
+        self._reader = Reader(provider, path, error, taken=self._take)
         self._chunks: deque[RawChunk] = deque()
         self._ended = False
         self._over = False
@@ -97,7 +96,7 @@ class Events:
                         ProviderConnectionError(f"{self._provider} broke off its answer")
                     )
                 raise StopAsyncIteration
-            piece = await self._response.content.readany()
+            piece = await self._response.piece()
             if piece:
                 reader.read(piece)
                 self._over = reader.done
@@ -107,9 +106,9 @@ class Events:
         return chunks.popleft()
 
     async def aclose(self) -> None:
-        """Let go of the connection: it is closed, unless all that was sent has been read."""
+        """Let go of the connection: it is closed, unless all has been said."""
         if self._over:
-            self._response.release()
+            self._response.leave()
         else:
             self._response.close()
 

@@ -17,33 +17,36 @@ from __future__ import annotations
 import asyncio
 import sys
 import weakref
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
 from actors.batcher.policy import Text, Vectors
+from actors.registry.sums import Numbers, Series
 from forebay import schemas
-from forebay.errors import ProviderError, ResponseValidationError
+from forebay.errors import ResponseValidationError
 from forebay.providers.base import STALL_S, Answer, Chunks, Resolve
-from forebay.providers.calls import NOT_HANDED_ON, Call
+from forebay.providers.calls import LOCAL, NOT_HANDED_ON, Call
 from forebay.providers.litellm import SAY_END, LiteLLMProvider, listed
 from forebay.providers.prices import PriceBound, PromptCaching, is_price
 from forebay.providers.relay.answers import mend_usage, read_answer, read_vectors
+from forebay.providers.relay.connection import Response
 from forebay.providers.relay.ear import Ear
 from forebay.providers.relay.events import Events
-from forebay.providers.relay.forms import Form, form_of
-from forebay.providers.relay.rules import Rule, asked_of, rule_of
+from forebay.providers.relay.forms import form_of
+from forebay.providers.relay.lessons import FORMS_MAX, LESSON_S, Lesson, Lessons
+from forebay.providers.relay.pool import Pool
+from forebay.providers.relay.rules import PATHS, Rule
 from forebay.providers.remaining import room_in
 from forebay.providers.streams import LiteLLMChunks, Opened
 from forebay.providers.vectors import decoded
 from forebay.providers.wire import EVENTS
 
 if TYPE_CHECKING:
-    import aiohttp
-
     from forebay.routing import Deployment
 
 LaneName = Literal["auto", "litellm", "relay"]
@@ -55,13 +58,8 @@ AUTO = frozenset(
 """Providers over which a test holds both lanes side by side."""
 
 DEPLOYMENTS_MAX = 1_000
-FORMS_MAX = 10_000
-"""Deployments and forms of requests that are known; above it all of them are forgotten."""
-CONNECTIONS_MAX = 4_096
-KEEPALIVE_S = 60.0
+"""Deployments that are known; above it all of them are forgotten."""
 ANSWER_BYTES_MAX = 256 << 20
-READ_BYTES = 256 * 1024  # of an answer that nobody has taken yet; then the provider waits
-DNS_S = 300
 
 LOST = frozenset({401, 403, 404})
 """Answers after which LiteLLM is asked anew where a provider is, and with which key."""
@@ -75,7 +73,9 @@ _PARAMS = NOT_HANDED_ON | frozenset(
 end, mocks, hooks) LiteLLM may do something else each time."""
 _BODY = schemas.parameters("chat") | schemas.parameters("completion")
 
-_OF_THE_WIRE = frozenset({"content-encoding", "content-length", "transfer-encoding", "connection"})
+_OF_THE_WIRE = frozenset(
+    {b"content-encoding", b"content-length", b"transfer-encoding", b"connection"}
+)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -98,15 +98,12 @@ class _Way:
     params: dict[str, Any]
 
 
-_Key = tuple[int, str, Form]
-
-
 class Lanes:
     """The provider of a system: LiteLLM's lane, and the relay beside it.
 
-    Owns what LiteLLM has shown (bounded by DEPLOYMENTS_MAX and FORMS_MAX) and one session of
-    connections per event loop (CONNECTIONS_MAX, then calls wait, within their deadlines). `lane` is
-    the configuration's; a deployment's own, in its `litellm_params`, goes before it.
+    Owns what LiteLLM has shown (bounded by DEPLOYMENTS_MAX and FORMS_MAX) and one pool of
+    connections per event loop. `lane` is the configuration's; a deployment's own, in its
+    `litellm_params`, goes before it.
 
     Failure behaviour: LiteLLM's lane's. What is known of a deployment is forgotten when its
     parameters change, and when the provider says that it is not there, or not for us.
@@ -123,16 +120,23 @@ class Lanes:
     ) -> None:
         self.lane: LaneName = lane
         self._deployments_max = deployments_max
-        self._forms_max = forms_max
         self._answer_bytes_max = answer_bytes_max
-        self.relayed = 0
+        self._calls: Counter[tuple[str, str]] = Counter()  # by circuit and lane
         self._litellm = litellm
         self._known: dict[str, _Known] = {}
-        self._rules: dict[_Key, Rule | None] = {}
+        self._lessons = Lessons(forms_max)
         self._numbers = 0
-        self._sessions: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, aiohttp.ClientSession
-        ] = weakref.WeakKeyDictionary()
+        self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pool]
+        self._pools = weakref.WeakKeyDictionary()
+
+    @property
+    def relayed(self) -> int:
+        """Calls that went over the relay."""
+        return sum(count for (_, lane), count in self._calls.items() if lane == "relay")
+
+    def figures(self) -> dict[Series, Numbers]:
+        """How many calls went over which lane, for a `Meter`."""
+        return {("forebay_lane_calls", *taken): (n,) for taken, n in self._calls.items()}
 
     # ------------------------------------------------------------------------- the Provider
 
@@ -142,9 +146,9 @@ class Lanes:
 
     async def close(self) -> None:
         """Close this loop's connections, and what LiteLLM's lane has."""
-        session = self._sessions.pop(asyncio.get_running_loop(), None)
-        if session is not None:
-            await session.close()
+        pool = self._pools.pop(asyncio.get_running_loop(), None)
+        if pool is not None:
+            pool.close()
         await self._litellm.close()
 
     def price(
@@ -256,13 +260,16 @@ class Lanes:
     ) -> Answer:
         lane = self._litellm
         way = self._way(route, deployment, body, resolve)
+        if isinstance(way, asyncio.Future):
+            way = await self._way_after(way, route, deployment, body, resolve)
         if not isinstance(way, _Way):
-            return await lane.answer(route, deployment, body, timeout_s, resolve, way)
+            with self._taught(deployment, way):
+                return await lane.answer(route, deployment, body, timeout_s, resolve, way)
         call = Call(lane.module, deployment, way.params, timeout_s)
-        status, headers, data = await self._exchange(call, way)
-        told = read_answer(route, data) if status == 200 else None
+        response, data = await self._exchange(deployment, call, way)
+        told = read_answer(route, data) if response.status == 200 else None
         if told is None:
-            ear = self._handed_over(deployment, status, headers, data)
+            ear = self._handed_over(deployment, response, data)
             return await lane.answer(route, deployment, body, timeout_s, resolve, ear)
         usage, model = told["usage"], told["model"]
         json = None if mend_usage(usage) else data
@@ -284,20 +291,24 @@ class Lanes:
         async def begin() -> Opened:
             lane = self._litellm
             way = self._way(route, deployment, asked, resolve)
+            if isinstance(way, asyncio.Future):
+                way = await self._way_after(way, route, deployment, asked, resolve)
             if not isinstance(way, _Way):
-                return await lane.open(route, deployment, asked, timeout_s, resolve, way)
+                with self._taught(deployment, way):
+                    return await lane.open(route, deployment, asked, timeout_s, resolve, way)
             call = Call(lane.module, deployment, way.params, timeout_s, "stream_timeout")
-            response = await self._opened(call, way)
-            if response.status == 200 and response.content_type == EVENTS:
+            response = await self._opened(deployment, call, way)
+            if response.status == 200 and _content_type(response) == EVENTS:
                 events = Events(
                     response,
+                    PATHS[route],
                     deployment.provider,
                     call.error,
                     lane.ending,
                     deployment.provider in SAY_END,
                 )
                 return Opened(events, None, call.error, stall_s=call.limit_s)
-            ear = self._handed_over(deployment, response.status, response.headers, _Rest(response))
+            ear = self._handed_over(deployment, response, _Rest(response))
             try:
                 return await lane.open(route, deployment, asked, timeout_s, resolve, ear)
             except BaseException:
@@ -321,15 +332,18 @@ class Lanes:
         if encoding is not None:
             given["encoding_format"] = encoding
         way = self._way("embedding", deployment, given, resolve)
+        if isinstance(way, asyncio.Future):
+            way = await self._way_after(way, "embedding", deployment, given, resolve)
         if not isinstance(way, _Way):
-            return await lane.embed_once(
-                deployment, texts, params, timeout_s, resolve, encoding, doubted, way
-            )
+            with self._taught(deployment, way):
+                return await lane.embed_once(
+                    deployment, texts, params, timeout_s, resolve, encoding, doubted, way
+                )
         call = Call(lane.module, deployment, way.params, timeout_s)
-        status, headers, data = await self._exchange(call, way)
-        told = read_vectors(data) if status == 200 else None
+        response, data = await self._exchange(deployment, call, way)
+        told = read_vectors(data) if response.status == 200 else None
         if told is None:
-            ear = self._handed_over(deployment, status, headers, data)
+            ear = self._handed_over(deployment, response, data)
             return await lane.embed_once(
                 deployment, texts, params, timeout_s, resolve, encoding, doubted, ear
             )
@@ -340,7 +354,7 @@ class Lanes:
             failure = call.error(error)
             failure.paid = paid  # type: ignore[attr-defined]
             raise failure from None
-        room = room_in(headers)
+        room = room_in(response.headers)
         return Vectors(array, paid.prompt_tokens, paid.cost_nano, paid.model, estimated, room)
 
     # ------------------------------------------------------------------------- what is known
@@ -351,8 +365,11 @@ class Lanes:
         deployment: Deployment,
         body: Mapping[str, Any],
         resolve: Resolve,
-    ) -> _Way | Ear | None:
+        *,
+        may_wait: bool = True,
+    ) -> _Way | Ear | Lesson | None:
         """How to relay a request; an ear for LiteLLM's lane to learn it with, or None: LiteLLM's.
+        A future where another request has that ear: it is done when there is more to say.
 
         Raises:
             ConfigurationError: a secret is missing.
@@ -362,12 +379,11 @@ class Lanes:
         if known is None or form is None:
             return None
         key = known.number, route, form
-        if key not in self._rules:
-            asked = asked_of(body)
-            return None if asked is None else Ear(learn=partial(self._learn, key, asked, known))
-        rule = self._rules[key]
+        found = self._lessons.find(key, body, known.params, may_wait=may_wait)
+        if not isinstance(found, Rule):
+            return found
         try:
-            return None if rule is None else _Way(rule, rule.worded(body), known.params)
+            return _Way(found, found.worded(body), known.params)
         except TypeError:  # a number or a text that JSON's writer refuses
             return None
 
@@ -389,108 +405,98 @@ class Lanes:
             self._known[deployment.id] = known
         return known if known.is_steady else None
 
-    def _learn(self, key: _Key, asked: Mapping[str, bytes], known: _Known, ear: Ear) -> None:
-        if len(self._rules) >= self._forms_max:
-            self._rules.clear()
-        self._rules[key] = rule_of(key[1], asked, known.params, ear)
+    async def _way_after(
+        self,
+        lesson: Lesson,
+        route: str,
+        deployment: Deployment,
+        body: Mapping[str, Any],
+        resolve: Resolve,
+    ) -> _Way | Ear | None:
+        """As `_way`, when somebody else's lesson is over, or has taken LESSON_S."""
+        await asyncio.wait((lesson,), timeout=LESSON_S)
+        way = self._way(route, deployment, body, resolve, may_wait=False)
+        assert not isinstance(way, asyncio.Future)
+        return way
+
+    @contextmanager
+    def _taught(self, deployment: Deployment, ear: Ear | None) -> Iterator[None]:
+        """A call of LiteLLM's lane, and the lesson that it may be to others."""
+        lane = "embedded" if deployment.provider == LOCAL else "litellm"
+        self._calls[deployment.circuit, lane] += 1
+        try:
+            yield
+        finally:
+            if ear is not None:
+                ear.over()
 
     def _handed_over(
-        self,
-        deployment: Deployment,
-        status: int,
-        headers: Mapping[str, str],
-        content: bytes | _Rest,
+        self, deployment: Deployment, response: Response, content: bytes | _Rest
     ) -> Ear | None:
         """An ear that holds an answer which is LiteLLM's to read. None for one that sends us
         elsewhere: LiteLLM is to ask there."""
+        status = response.status
         if status in LOST or 300 <= status < 400:
             self._known.pop(deployment.id, None)
         if 300 <= status < 400:
             return None
         # What is compressed has been unpacked by now.
-        kept = [(n, v) for n, v in headers.items() if n.lower() not in _OF_THE_WIRE]
+        kept = [(n, v) for n, v in response.fields if n.lower() not in _OF_THE_WIRE]
         if isinstance(content, bytes):
             return Ear(httpx.Response(status, headers=kept, content=content))
         return Ear(httpx.Response(status, headers=kept, stream=content))
 
     # ------------------------------------------------------------------------------ the wire
 
-    async def _exchange(self, call: Call, way: _Way) -> tuple[int, Mapping[str, str], bytes]:
-        """One request and its whole answer: status, headers, body."""
+    async def _exchange(
+        self, deployment: Deployment, call: Call, way: _Way
+    ) -> tuple[Response, bytes]:
+        """One request and its whole answer, and the body of that."""
         outer = sys.exception()
         try:
-            async with asyncio.timeout(call.limit_s):
-                response = await self._post(way)
-                body = await _whole(response, self._answer_bytes_max)
-                return response.status, response.headers, body
+            response = await self._post(deployment, call, way)
+            return response, await response.read(self._answer_bytes_max)
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise call.error(error, outer) from None
 
-    async def _opened(self, call: Call, way: _Way) -> aiohttp.ClientResponse:
+    async def _opened(self, deployment: Deployment, call: Call, way: _Way) -> Response:
         """One request, and the beginning of its answer."""
         outer = sys.exception()
         try:
-            async with asyncio.timeout(call.limit_s):
-                return await self._post(way)
+            response = await self._post(deployment, call, way)
+            response.unhurried()
+            return response
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise call.error(error, outer) from None
 
-    async def _post(self, way: _Way) -> aiohttp.ClientResponse:
-        rule = way.rule
-        self.relayed += 1
-        return await self._session().post(
-            rule.url, data=way.data, headers=rule.headers, ssl=rule.ssl, allow_redirects=False
-        )
+    async def _post(self, deployment: Deployment, call: Call, way: _Way) -> Response:
+        self._calls[deployment.circuit, "relay"] += 1
+        return await self._pool().post(way.rule.target, way.data, call.limit_s)
 
-    def _session(self) -> aiohttp.ClientSession:
+    def _pool(self) -> Pool:
         loop = asyncio.get_running_loop()
-        session = self._sessions.get(loop)
-        if session is None:
-            session = self._sessions[loop] = _new_session()
-        return session
+        pool = self._pools.get(loop)
+        if pool is None:
+            pool = self._pools[loop] = Pool()
+        return pool
 
 
 class _Rest(httpx.AsyncByteStream):
     """What is left of a response, for LiteLLM to read."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: Response) -> None:
         self._response = response
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for piece in self._response.content.iter_any():
+        while piece := await self._response.piece():
             yield piece
 
     async def aclose(self) -> None:
         self._response.close()
 
 
-def _new_session() -> aiohttp.ClientSession:
-    import aiohttp  # takes a while to import
-
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=CONNECTIONS_MAX, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=DNS_S
-        ),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # the caller has a clock
-        cookie_jar=aiohttp.DummyCookieJar(),
-        read_bufsize=READ_BYTES,
-    )
-
-
-async def _whole(response: aiohttp.ClientResponse, bytes_max: int) -> bytes:
-    """A response's body, unpacked."""
-    content = response.content
-    first = await content.readany()
-    if content.at_eof():
-        return first
-    pieces, size = [first], len(first)
-    while piece := await content.readany():
-        pieces.append(piece)
-        size += len(piece)
-        if size > bytes_max:
-            response.close()
-            raise ProviderError(f"the answer has more than {bytes_max} bytes")
-    return b"".join(pieces)
+def _content_type(response: Response) -> str:
+    return response.header(b"content-type").partition(b";")[0].strip().decode("latin-1")
 
 
 def _is_steady(params: Mapping[str, Any]) -> bool:
