@@ -165,7 +165,7 @@ class LedgerDesk:
         # Calls under way that the ledger has not been told of, oldest first.
         self._unannounced: dict[str, OpenEntry] = {}
         self._announcer: asyncio.TimerHandle | None = None
-        self._buffer: list[Entry] = []
+        self._buffer: list[tuple[Any, ...]] = []
         self._opened = 0
         self._recorded = 0
         self._acknowledged = 0
@@ -662,24 +662,26 @@ class LedgerDesk:
             entry.cache_key if response_id else "",
             cached_tokens,
         )
+        values = final.values()
         if self._spool is not None:
-            self._spool.keep(final.values(), entry.place)
-        self._send(final)
+            self._spool.keep(values, entry.place)
+        self._send(values)
         return final
 
     def _keep(self, entry: Entry, place: Place | None = None) -> None:
         """`place` is where the spool has it, if it does."""
+        values = entry.values()
         if self._spool is not None:
             if place is not None:
                 self._spool.tallied(place)
             elif entry.status == "open":
                 self._spool.pass_over()
             else:
-                self._spool.keep(entry.values())
-        self._send(entry)
+                self._spool.keep(values)
+        self._send(values)
 
-    def _send(self, entry: Entry) -> None:
-        self._buffer.append(entry)
+    def _send(self, values: tuple[Any, ...]) -> None:
+        self._buffer.append(values)
         self._recorded += 1
         if self._loop is None:
             return
