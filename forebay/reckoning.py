@@ -28,6 +28,8 @@ DEPLOYMENTS_REMEMBERED_MAX = 10_000
 class Reckoner:
     """Owns what was learnt of the lengths of answers. Bounded by `Guess`.
 
+    `prepared`: a call need not wait for a library's import any more; see `prepare`.
+
     Failure behaviour: none of its own; without a tokenizer the bytes of a prompt count.
     """
 
@@ -36,6 +38,7 @@ class Reckoner:
         self._provider = provider
         self._candidates = candidates
         self._guess = Guess()
+        self.prepared = False
 
     async def of(self, call: Call, group: Group, limits: Limits) -> Bound:
         """The bound of a request under its tenant's limits.
@@ -53,6 +56,7 @@ class Reckoner:
         Calls that were allowed one after another would leave together after it.
         """
         await self._provider.warm()
+        self.prepared = True
 
     def of_attempt(self, call: Call, group: Group) -> Bound:
         """What to expect of a request, where no limit of its tenant demands a bound."""
@@ -139,7 +143,8 @@ class Quotas:
         limits = self._of(deployment)
         if limits is None:
             return None
-        await self._reckoner.prepare()
+        if not self._reckoner.prepared:
+            await self._reckoner.prepare()
         amount = Amount()
         if limits.tokens_per_minute is not None:
             amount = bounds.fits(bound or self._reckoner.of_attempt(call, group), limits)
@@ -152,7 +157,8 @@ class Quotas:
         limits = self._of(deployment)
         if limits is None:
             return None
-        await self._reckoner.prepare()
+        if not self._reckoner.prepared:
+            await self._reckoner.prepare()
         amount = Amount()
         if limits.tokens_per_minute is not None:
             tokens = self._reckoner.of_texts(deployment, texts)

@@ -188,11 +188,12 @@ class CircuitBreakerDesk:
             self._retries.earn(given.deployment)
         generation = self.standing(given.deployment).generation if proven else given.generation
         earns = not (alone or proven)
-        outcome = Outcome(
-            given.deployment, generation, verdict, 1, retry_after_s, given.probe, earns
-        )
-        self._outbox.add(outcome, now)
-        if verdict not in ANSWERED or given.probe is not None:
+        deployment, probe = given.deployment, given.probe
+        unlike = probe is not None or retry_after_s is not None
+        if unlike or not self._outbox.again(deployment, generation, verdict, earns, now):
+            outcome = Outcome(deployment, generation, verdict, 1, retry_after_s, probe, earns)
+            self._outbox.add(outcome, now)
+        if verdict not in ANSWERED or probe is not None:
             self._due.set()
         elif self._sender is not None and self._timer is None:
             self._timer = asyncio.create_task(self._send_later())

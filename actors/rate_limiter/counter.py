@@ -393,16 +393,19 @@ class Counter:
 
     def _freed(self, tenant: str) -> None:
         """Something came back: whoever waits first has it, or the owner is told."""
-        for lines in (self._to_count, self._to_go_on):
-            line = lines.get(tenant)
-            if line is not None:
-                self._serve(line, self._clock())
-                if line.waiters:
-                    self.till.wants(line.held)
+        if self.waiting:
+            for lines in (self._to_count, self._to_go_on):
+                line = lines.get(tenant)
+                if line is not None:
+                    self._serve(line, self._clock())
+                    if line.waiters:
+                        self.till.wants(line.held)
         self._replan()
 
     def _replan(self) -> None:
         """Wake up if there is something to say before the moment that was planned."""
+        if self._planned_s == float("-inf"):
+            return  # it is awake
         for due_s in (self.till.next_due_s(), self._alarms.next_s()):
             if due_s is not None and due_s < self._planned_s:
                 self._wake.set()
