@@ -58,6 +58,7 @@ class Books:
         self._count_hits = count_hits
         self._prices = prices
         self._strict = strict
+        self._listed = False
         self._wall = wall
 
     @property
@@ -81,8 +82,9 @@ class Books:
         if not self.enabled:
             return None
         most_nano = self._most(call, deployment, bound)
-        if most_nano is None and self._prices is not None:
+        if most_nano is None and self._prices is not None and not self._listed:
             await self._prices().warm()  # LiteLLM's list comes with it; the call needs it anyway
+            self._listed = True
             most_nano = self._most(call, deployment, bound)
         try:
             entry = self._desk.open(

@@ -218,9 +218,11 @@ class Meter:
 
     def _count(self, series: Series, by: int = 1) -> None:
         counts = self._counts
-        if series not in counts and len(counts) + len(self._spreads) >= SERIES_MAX:
+        known = counts.get(series)
+        if known is None and len(counts) + len(self._spreads) >= SERIES_MAX:
             series = (series[0], *[OTHER] * (len(series) - 1))
-        counts[series] = counts.get(series, 0) + by
+            known = counts.get(series)
+        counts[series] = (known or 0) + by
 
     def _observe(self, series: Series, bounds: tuple[float, ...], seconds: float) -> None:
         numbers = self._spreads.get(series)

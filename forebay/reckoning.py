@@ -136,6 +136,10 @@ class Quotas:
         self._version = version
         self._limits: dict[str, Limits | None] = {}
 
+    def limit(self, deployment: Deployment) -> bool:
+        """Whether the deployment has limits of its own."""
+        return deployment.rpm is not None or deployment.tpm is not None
+
     async def take_call(
         self, deployment: Deployment, call: Call, group: Group, bound: Bound | None
     ) -> Hold | Refusal | None:
@@ -166,7 +170,7 @@ class Quotas:
         return await self._limiter.admit(deployment.limited_as, limits, amount)
 
     def _of(self, deployment: Deployment) -> Limits | None:
-        if deployment.rpm is None and deployment.tpm is None:
+        if not self.limit(deployment):
             return None
         name = deployment.limited_as
         if name not in self._limits:

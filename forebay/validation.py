@@ -118,6 +118,8 @@ class Judgement:
 
     def require(self, model: str | None) -> list[str]:
         """The warnings. Raises ResponseValidationError (502) where the level does not let it by."""
+        if not self.findings:
+            return []
         fatal = self.fatal
         if fatal:
             message = "The provider's answer is not valid: " + "; ".join(fatal) + "."
@@ -282,9 +284,10 @@ class ValidationManager:
     ) -> None:
         """Count a judgement, and tell it to who listens."""
         self._judged += 1
-        self._invalid += judgement.broken
-        for one in judgement.findings:
-            self._found[one.rule, one.broken] += 1
+        if judgement.findings:
+            self._invalid += judgement.broken
+            for one in judgement.findings:
+                self._found[one.rule, one.broken] += 1
         if self.listener is None:
             return
         details = (tenant, str(body.get("model") or ""), str(body.get("id") or ""), request_id)

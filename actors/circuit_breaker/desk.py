@@ -139,6 +139,13 @@ class CircuitBreakerDesk:
         until = max(view.until if view else now, blocked_until or now)
         return Standing(said.state, said.generation, max(0.0, until - now), said.reason)
 
+    def admit_at_once(self, deployment: str) -> Pass | None:
+        """Leave for one call, which is to end in `judge`; None where `admit` has more to say."""
+        standing = self.standing(deployment)
+        if standing.state in LETS_THROUGH and standing.callable:
+            return Pass(deployment, standing.generation)
+        return None
+
     async def admit(self, deployment: str) -> Pass | Refusal:
         """Leave for one call, which is to end in `judge`. Waits only to ask for a due probe."""
         standing = self.standing(deployment)
