@@ -21,7 +21,7 @@ from actors.rate_limiter.terms import (
 )
 from actors.rate_limiter.till import SEED_PAUSE_S, Message, Till
 from actors.rate_limiter.waiting import Alarms, End, Line, Waiter
-from actors.ref import Clock, OwnerRef, OwnerUnavailable
+from actors.ref import Clock, OwnerRef, OwnerUnavailable, Packed
 
 ASK_TIMEOUT_S = 1.0  # then callers are told that limits cannot be checked
 LENT_WAIT_S = 0.7  # others give back within two of their ticks
@@ -280,7 +280,7 @@ class Counter:
             "lease",
             self._holder,
             message.seq,
-            message.asks,
+            Packed(message.asks),
             self.layout,
             message.owner,
             timeout_s=ASK_TIMEOUT_S,
