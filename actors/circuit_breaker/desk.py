@@ -37,7 +37,7 @@ from actors.circuit_breaker.retries import Retries
 from actors.ref import Clock, OwnerRef, OwnerUnavailable
 from actors.watch import Backoff, Sleep, WatchClient
 
-SUCCESS_PAUSE_S = 0.25  # answers wait this long for company; anything else goes on the next tick
+SUCCESS_PAUSE_S = 0.5  # answers wait this long for company; anything else goes on the next tick
 THROTTLES_MAX = 10_000  # throttles seen here; beyond that only the owner's word counts
 PROBE_PAUSE_S = 1.0  # when to come back while a probe is out and nobody knows how it ends
 LOCAL_AFTER_S = 10.0  # an owner that is away for longer is done without
@@ -65,7 +65,7 @@ class CircuitBreakerDesk:
     kept for ten seconds, and a probe that is due is refused; once the owner has been away for
     `LOCAL_AFTER_S`, this process probes by itself, one call at a time. Retries are then a share of
     this process's own calls. When the owner returns without its memory, the desk tells it what was
-    not closed. A desk that dies loses the good outcomes of its last 250 ms, and its probe's lease
+    not closed. A desk that dies loses the good outcomes of its last 500 ms, and its probe's lease
     ends by itself.
     """
 

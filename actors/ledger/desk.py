@@ -34,8 +34,8 @@ ENTRIES_BUFFERED_MAX = 50_000
 """Most calls under way plus entries not acknowledged; some 25 MB."""
 ENTRIES_PER_MESSAGE_MAX = 500
 COMMITS_KEPT = 10_000
-"""Most acknowledgements whose commit is remembered; over sixteen minutes at SEND_AFTER_S."""
-SEND_AFTER_S = 0.1
+"""Most acknowledgements whose commit is remembered; over forty minutes at SEND_AFTER_S."""
+SEND_AFTER_S = 0.25
 ANNOUNCE_AFTER_S = 1.0
 """A call that is under way for so long is announced to the ledger, which then knows of it even if
 the whole node is lost, spool and all. At the latest after twice as long."""
