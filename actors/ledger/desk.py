@@ -322,22 +322,24 @@ class LedgerDesk:
         """
         if entry.settled:
             return None
-        prompt, completion = _bounded(prompt_tokens), _bounded(completion_tokens)
-        sane = prompt == prompt_tokens and completion == completion_tokens
-        cost = cost_nano or 0
+        cost, unpriced = cost_nano or 0, cost_nano is None
+        sane = 0 <= prompt_tokens <= TOKENS_MAX and 0 <= completion_tokens <= TOKENS_MAX
+        if not (sane and 0 <= cost <= COST_NANO_MAX):
+            prompt_tokens, completion_tokens = _bounded(prompt_tokens), _bounded(completion_tokens)
+            cost, estimated = min(max(cost, 0), COST_NANO_MAX), True
         return self._settle(
             entry,
             "posted",
-            prompt,
-            completion,
-            min(max(cost, 0), COST_NANO_MAX),
-            cost_nano is None,
-            estimated or not sane or not 0 <= cost <= COST_NANO_MAX,
+            prompt_tokens,
+            completion_tokens,
+            cost,
+            unpriced,
+            estimated,
             error,
             http_status,
             tool_calls,
             response_id,
-            min(max(cached_tokens, 0), prompt),
+            min(max(cached_tokens, 0), prompt_tokens),
         )
 
     def void(self, entry: OpenEntry, error: str, http_status: int = 0) -> Entry | None:
