@@ -18,7 +18,8 @@ import hmac
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from forebay import prefixes
@@ -164,6 +165,9 @@ class Worth:
             "unpriced": self.unpriced,
             "hinted": self.hinted,
         }
+
+
+_numbers_of: Callable[[Worth], tuple[int, ...]] = attrgetter(*(one.name for one in fields(Worth)))
 
 
 def told(figures: Figures, tenant: str | None = None) -> dict[str, Any]:
@@ -356,7 +360,7 @@ class KVCacheManager:
         models = {f"model {name}": worth for name, worth in self._models.copy().items()}
         tenants = {f"tenant {name}": worth for name, worth in self._tenants.copy().items()}
         worths = {ALL: self._all, **models, **tenants}
-        return {name: astuple(worth) for name, worth in worths.items()}
+        return {name: _numbers_of(worth) for name, worth in worths.items()}
 
     def get_cache_stats(self, tenant_id: str | None = None) -> dict[str, Any]:
         """What providers' prefix caches were worth to all processes' calls, or a tenant's.
@@ -374,6 +378,10 @@ class KVCacheManager:
     def stats(self) -> dict[str, Any]:
         """As `get_cache_stats`, of this process alone."""
         return self.told(None)
+
+    def totals(self) -> dict[str, Any]:
+        """Of all calls of this process together, as in `stats`."""
+        return self._all.told()
 
     def told(self, figures: Figures | None, tenant_id: str | None = None) -> dict[str, Any]:
         """`get_cache_stats` over these figures; None: this process's."""
