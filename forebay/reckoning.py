@@ -8,6 +8,7 @@ Rule 2: the bound of a tenant holds for every deployment that the request may en
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from actors.batcher.policy import Text
@@ -23,10 +24,24 @@ from forebay.routing import Deployment, Group
 
 NOT_LIMITED = Limits()
 DEPLOYMENTS_REMEMBERED_MAX = 10_000
+GROUPS_REMEMBERED_MAX = 1_000
+
+
+@dataclass(slots=True, eq=False)
+class _Ends:
+    """Every deployment that a group's requests may end up at; `price` is what none of them exceeds,
+    once it is known."""
+
+    group: Group
+    deployments: tuple[Deployment, ...]
+    models: list[str]
+    tighter: Callable[[str], int]
+    price: PriceBound | None = None
 
 
 class Reckoner:
-    """Owns what was learnt of the lengths of answers. Bounded by `Guess`.
+    """Owns what was learnt of the lengths of answers, bounded by `Guess`, and where the requests of
+    GROUPS_REMEMBERED_MAX groups may end up.
 
     `prepared`: a call need not wait for a library's import any more; see `prepare`.
 
@@ -38,6 +53,7 @@ class Reckoner:
         self._provider = provider
         self._candidates = candidates
         self._guess = Guess()
+        self._known: dict[str, _Ends] = {}
         self.prepared = False
 
     async def of(self, call: Call, group: Group, limits: Limits) -> Bound:
@@ -47,7 +63,9 @@ class Reckoner:
             RequestTooLarge, BudgetExceeded: it can never fit.
             PermissionDenied: money is limited, and what the model costs is not known.
         """
-        price = await self._price(group) if limits.nano_most is not None else None
+        price = None
+        if limits.nano_most is not None:
+            price = self._ends(group).price or await self._price(group)
         return self._bound(call, group, limits, price)
 
     async def prepare(self) -> None:
@@ -78,7 +96,7 @@ class Reckoner:
             self._guess.learn(call.tenant, group.pattern, int(tokens), cut, choices=choices)
 
     def _bound(self, call: Call, group: Group, limits: Limits, price: PriceBound | None) -> Bound:
-        candidates = self._all(group)
+        ends = self._ends(group)
         first = max(bounds.first_guess(call.body, d.model) for d in group.deployments)
         return bounds.bound(
             call.route,
@@ -86,12 +104,20 @@ class Reckoner:
             limits,
             self._guess.guess(call.tenant, group.pattern, first),
             price,
-            models=[deployment.model for deployment in candidates],
-            tighter=self._tighter(candidates),
+            models=ends.models,
+            tighter=ends.tighter,
         )
 
-    def _all(self, group: Group) -> list[Deployment]:
-        return [*group.deployments, *self._candidates(group.name)]
+    def _ends(self, group: Group) -> _Ends:
+        """Where the group's requests may end up, found once for each configuration's group."""
+        ends = self._known.get(group.name)
+        if ends is None or ends.group is not group:
+            if len(self._known) >= GROUPS_REMEMBERED_MAX:
+                self._known.clear()
+            all_ = (*group.deployments, *self._candidates(group.name))
+            models = [deployment.model for deployment in all_]
+            ends = self._known[group.name] = _Ends(group, all_, models, self._tighter(all_))
+        return ends
 
     def _tighter(self, deployments: Sequence[Deployment]) -> Callable[[str], int]:
         by_model = {deployment.model: deployment for deployment in deployments}
@@ -104,7 +130,8 @@ class Reckoner:
         return tokens
 
     async def _price(self, group: Group) -> PriceBound:
-        candidates = self._all(group)
+        ends = self._ends(group)
+        candidates = ends.deployments
         prices = [self._provider.price_bound(deployment) for deployment in candidates]
         if None in prices:
             await self._provider.warm()  # LiteLLM's list comes with it
@@ -120,6 +147,7 @@ class Reckoner:
             )
         found = dearest(prices)
         assert found is not None, "a group has deployments"
+        ends.price = found
         return found
 
 
