@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from actors.circuit_breaker.policy import LETS_THROUGH, Pass, Refusal, Verdict
 from forebay.errors import (
@@ -103,8 +101,7 @@ def refused_by(error: GatewayError) -> Why | Literal["spent"] | None:
     return "throttled" if is_throttle else None
 
 
-@dataclass(frozen=True, slots=True)
-class Try:
+class Try(NamedTuple):
     """One attempt to make: where, after how many seconds, and why it is not the first."""
 
     deployment: Deployment
@@ -140,7 +137,7 @@ class Plan:
         self._group_index = -1
         self._deployments: list[Deployment] = []
         self._made = 0  # attempts made in this group
-        self._tries: Counter[str] = Counter()  # and of each deployment
+        self._tries: dict[str, int] = {}  # and of each deployment
         self._earliest_s: dict[str, float] = {}  # deployment id → the pause its provider asked for
         self._beats: dict[str, float] = {}  # deployment id → the chance that all failed there share
         self._refused: set[str] = set()  # not to be tried again for this request
@@ -162,10 +159,10 @@ class Plan:
             is_retry = self._made > 0
             if not is_retry or self.retries < self._max_retries:
                 for deployment in self._candidates():
-                    pause_s = self._pause_s(deployment)
+                    pause_s = self._pause_s(deployment) if is_retry else 0.0
                     if pause_s == 0 or pause_s < left_s:
                         self._made += 1
-                        self._tries[deployment.id] += 1
+                        self._tries[deployment.id] = self._tries.get(deployment.id, 0) + 1
                         self.retries += is_retry
                         return Try(deployment, pause_s, is_retry, self._group_index > 0)
             if not self._next_group():
@@ -225,7 +222,9 @@ class Plan:
     def _candidates(self) -> list[Deployment]:
         """Those of the group that may be tried: the least tried first, then the soonest."""
         there = [d for d in self._deployments if d.id not in self._refused]
-        there.sort(key=lambda d: (self._tries[d.id], self._earliest_s.get(d.id, 0.0)))
+        if self._made or self._earliest_s:  # else their order says it all
+            tries, earliest_s = self._tries, self._earliest_s
+            there.sort(key=lambda d: (tries.get(d.id, 0), earliest_s.get(d.id, 0.0)))
         return there
 
     def _take_back(self) -> None:
@@ -243,7 +242,7 @@ class Plan:
         return True
 
     def _pause_s(self, deployment: Deployment) -> float:
-        tries = self._tries[deployment.id]
+        tries = self._tries.get(deployment.id, 0)
         if tries == 0:
             return 0.0
         ceiling_s = min(PAUSE_MAX_S, self._retry_delay_s * 2.0 ** (tries - 1))

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from actors.batcher.policy import Paid, Spare
 from actors.ledger.desk import LedgerDesk, OpenEntry
@@ -22,6 +22,7 @@ from forebay.routing import Deployment
 
 if TYPE_CHECKING:
     from forebay.providers.base import Provider
+    from forebay.providers.prices import PriceBound
 
 CLIENT_CLOSED = 499  # nginx's status for a caller who went away; no answer carries it
 HEDGING = "forebay/hedging"  # who pays for second copies; no tenant can be called so
@@ -29,7 +30,19 @@ NOBODY = "forebay/nobody"  # whose requests have no good key; no tenant can be c
 UNUSED = "another copy of this call was answered first"
 CLIENT_LEFT = "the caller went away"
 
+TARIFFS_MAX = 1_000  # names that are filled into patterns are callers' choice; full = begin anew
+
 log = logging.getLogger(__name__)
+
+
+class _Tariff(NamedTuple):
+    """What a deployment charges at most, None where nobody knows, and a name for its prices."""
+
+    bound: PriceBound | None = None
+    version: str = ""
+
+
+_UNKNOWN = _Tariff()
 
 
 class Books:
@@ -38,7 +51,8 @@ class Books:
     With `enabled` off nothing is written, and a limiter that asks hears that nothing was used
     before and that all is used since. `count_hits` says of a tenant whether answers from the cache
     count as its requests. `prices` tells what a call may cost at most; without it nobody knows.
-    `strict`: a call is made only when the ledger's store has its intent.
+    `strict`: a call is made only when the ledger's store has its intent. It is made anew with each
+    configuration, and remembers the prices of TARIFFS_MAX deployments.
 
     Failure behaviour: the desk's. `full` says that no further paid call may start.
     """
@@ -58,6 +72,8 @@ class Books:
         self._count_hits = count_hits
         self._prices = prices
         self._strict = strict
+        self._listed = False
+        self._tariffs: dict[str, _Tariff] = {}
         self._wall = wall
 
     @property
@@ -80,10 +96,11 @@ class Books:
         """
         if not self.enabled:
             return None
-        most_nano = self._most(call, deployment, bound)
-        if most_nano is None and self._prices is not None:
+        tariff = self._tariff(deployment)
+        if tariff.bound is None and self._prices is not None and not self._listed:
             await self._prices().warm()  # LiteLLM's list comes with it; the call needs it anyway
-            most_nano = self._most(call, deployment, bound)
+            self._listed = True
+            tariff = self._tariff(deployment)
         try:
             entry = self._desk.open(
                 request_id=call.request_id,
@@ -93,8 +110,8 @@ class Books:
                 deployment=deployment.id,
                 attempt=facts.attempts,
                 stream=stream,
-                most_nano=most_nano,
-                price_version=self._version(deployment),
+                most_nano=_most(call, deployment, bound, tariff.bound),
+                price_version=tariff.version,
             )
         except LedgerFull as error:
             facts.attempts -= 1
@@ -115,18 +132,20 @@ class Books:
             self._desk.void(entry, CLIENT_LEFT, CLIENT_CLOSED)
             raise
 
-    def _version(self, deployment: Deployment) -> str:
-        return "" if self._prices is None else self._prices().price_version(deployment)
-
-    def _most(self, call: Call, deployment: Deployment, bound: Bound | None) -> int | None:
-        """What an attempt may cost at most, in nano-USD, None if no price is known."""
-        if bound is not None and bound.nano is not None:
-            return bound.nano
-        price = None if self._prices is None else self._prices().price_bound(deployment)
-        if price is None:
-            return None
-        clamp = None if bound is None else bound.clamp
-        return bounds.most_nano(call.route, call.body, price, clamp, deployment.model)
+    def _tariff(self, deployment: Deployment) -> _Tariff:
+        """The deployment's prices; they do not change while this configuration is in force."""
+        known = self._tariffs.get(deployment.id)
+        if known is not None:
+            return known
+        if self._prices is None:
+            return _UNKNOWN
+        prices = self._prices()
+        told = _Tariff(prices.price_bound(deployment), prices.price_version(deployment))
+        if told.bound is not None or self._listed:  # LiteLLM's list may be still to come
+            if len(self._tariffs) >= TARIFFS_MAX:
+                self._tariffs.clear()
+            self._tariffs[deployment.id] = told
+        return told
 
     def post_call(
         self,
@@ -211,7 +230,7 @@ class Books:
                 deployment=deployment.id,
                 attempt=facts.attempts + 1,  # it is no request; those are counted by their first
                 most_nano=spare.cost_nano,
-                price_version=self._version(deployment),
+                price_version=self._tariff(deployment).version,
             )
         except LedgerFull:
             log.warning("a second copy of %s is in no ledger: %s", call.request_id, spare)
@@ -346,6 +365,18 @@ def _seed(spent: Spent, count_hits: bool) -> Seed:
         spent.month_nano,
         tuple(sorted(requests.items())),
     )
+
+
+def _most(
+    call: Call, deployment: Deployment, bound: Bound | None, price: PriceBound | None
+) -> int | None:
+    """What an attempt may cost at most, in nano-USD, None if no price is known."""
+    if bound is not None and bound.nano is not None:
+        return bound.nano
+    if price is None:
+        return None
+    clamp = None if bound is None else bound.clamp
+    return bounds.most_nano(call.route, call.body, price, clamp, deployment.model)
 
 
 def _is_lost(error: GatewayError) -> bool:

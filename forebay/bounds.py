@@ -16,10 +16,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actors.rate_limiter.terms import Amount, Limits
 from forebay.errors import BudgetExceeded, RequestTooLarge
@@ -60,6 +61,7 @@ FIRST_GUESS_REASONING = 8192
 LEAST_GUESS = 256
 GUESS_MOST = 131_072
 GUESSES_MAX = 10_000
+NAMES_MAX = 1_000  # of models that were looked at
 GUESS_WINDOW = 64
 GUESS_QUANTILE = 0.95
 
@@ -119,6 +121,7 @@ def first_guess(body: Mapping[str, Any], model: str = "") -> int:
     return FIRST_GUESS
 
 
+@lru_cache(maxsize=NAMES_MAX)
 def reasons(model: str) -> bool:
     """Whether this is one of OpenAI's models that take `max_completion_tokens` only, by name."""
     return _REASONS.search(model) is not None
@@ -164,10 +167,11 @@ class Guess:
 class _Lengths:
     """The lengths of the last answers, and the guess that comes of them."""
 
-    __slots__ = ("_last", "guess")
+    __slots__ = ("_last", "_sorted", "guess")
 
     def __init__(self) -> None:
-        self._last: deque[int] = deque(maxlen=GUESS_WINDOW)
+        self._last: deque[int] = deque()
+        self._sorted: list[int] = []
         self.guess = 0
 
     @property
@@ -176,16 +180,18 @@ class _Lengths:
         return len(self._last) >= 1 / (1 - GUESS_QUANTILE)
 
     def add(self, tokens: int) -> None:
+        if len(self._last) == GUESS_WINDOW:
+            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
         self._last.append(tokens)
+        insort(self._sorted, tokens)
         rank = math.ceil(GUESS_QUANTILE * len(self._last)) - 1
-        self.guess = min(GUESS_MOST, max(LEAST_GUESS, 2 * sorted(self._last)[rank]))
+        self.guess = min(GUESS_MOST, max(LEAST_GUESS, 2 * self._sorted[rank]))
 
 
 # ------------------------------------------------------------------------------------ the bound
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(NamedTuple):
     """The most that a request may use.
 
     `completion` is the most of one choice, `tokens` all of the request. `nano` is what that costs
@@ -281,7 +287,7 @@ def lowered(bound: Bound, nano_left: int) -> Bound | None:
         return None
     tokens = bound.prompt + each * bound.choices
     nano = bound.rate.nano(bound.prompt, each * bound.choices)
-    return replace(bound, completion=each, clamp=each, tokens=tokens, nano=nano)
+    return bound._replace(completion=each, clamp=each, tokens=tokens, nano=nano)
 
 
 def clamped(
@@ -373,9 +379,10 @@ class _Prompt:
                         self._field(name, value)
         else:
             self._texts(body["prompt" if route == "completion" else "input"])
-        for name in body.keys() - _NO_TOKENS:
-            if body[name] is not None:
-                self._parameter(name, body[name])
+        if not body.keys() <= _NO_TOKENS:
+            for name in body.keys() - _NO_TOKENS:
+                if body[name] is not None:
+                    self._parameter(name, body[name])
         if not _DEARER.isdisjoint(body):
             self.is_plain = False
         return self

@@ -52,21 +52,18 @@ class Calls:
             GatewayError: the provider's, the Batcher's, or `GatewayTimeout`.
         """
         system, call, deployment = self._system, request.call, attempt.deployment
-        body = self._body(request, deployment)
         timeout_s = request.left_s(system.clock)
+        embeds = call.route == "embedding"
+        if system.bounds.prepared and not embeds:
+            return await self._generate(request, deployment, timeout_s)  # which keeps the time
         # The Batcher's own clock goes first, so that it, and not we, judges a call that hangs.
-        grace_s = BATCHER_GRACE_S if call.route == "embedding" else 0.0
+        grace_s = BATCHER_GRACE_S if embeds else 0.0
         try:
             async with asyncio.timeout(timeout_s + grace_s):
-                if call.route == "chat":
-                    return await system.provider.chat(
-                        deployment, body, timeout_s=timeout_s, resolve=system.resolve
-                    )
-                if call.route == "completion":
-                    return await system.provider.completion(
-                        deployment, body, timeout_s=timeout_s, resolve=system.resolve
-                    )
-                return await self._embed(request, attempt, timeout_s)
+                if embeds:
+                    return await self._embed(request, attempt, timeout_s)
+                await system.bounds.prepare()
+                return await self._generate(request, deployment, timeout_s)
         except TimeoutError as error:
             if isinstance(error, GatewayError):
                 raise
@@ -97,6 +94,12 @@ class Calls:
         if not (request.call.may_wait and told.enable_queuing):
             return begun_s
         return min(request.deadline_s, begun_s + told.queue_timeout)
+
+    async def _generate(self, request: Request, deployment: Deployment, timeout_s: float) -> Answer:
+        system, chat = self._system, request.call.route == "chat"
+        ask = system.provider.chat if chat else system.provider.completion
+        body = self._body(request, deployment)
+        return await ask(deployment, body, timeout_s=timeout_s, resolve=system.resolve)
 
     def _body(self, request: Request, deployment: Deployment) -> dict[str, Any]:
         """What is sent: the caller's own body, with hints for the provider's cache.

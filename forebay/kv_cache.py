@@ -18,7 +18,8 @@ import hmac
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from forebay import prefixes
@@ -166,6 +167,9 @@ class Worth:
         }
 
 
+_numbers_of: Callable[[Worth], tuple[int, ...]] = attrgetter(*(one.name for one in fields(Worth)))
+
+
 def told(figures: Figures, tenant: str | None = None) -> dict[str, Any]:
     """Figures in words: those of one tenant; or of all, `by_model` and `by_tenant` among them."""
     whole = figures.get(ALL if tenant is None else f"tenant {tenant}", ())
@@ -218,9 +222,9 @@ class KVCacheManager:
         self._changed = changed
         self._known_max = known_max
         self._known: OrderedDict[tuple[str, str, bytes], KVCacheEntry] = OrderedDict()
-        self._worths: dict[str, Worth] = {ALL: Worth()}
-        self._models: set[str] = set()
-        self._tenants: set[str] = set()
+        self._all = Worth()
+        self._models: dict[str, Worth] = {}
+        self._tenants: dict[str, Worth] = {}
         self._savings: dict[str, tuple[int, int]] = {}
         self._ways: dict[str, tuple[Kind | None, int]] = {}
         self._refused: set[str] = set()
@@ -339,12 +343,13 @@ class KVCacheManager:
         saved = self._saved(deployment, usage, cached, written) if cached or written else 0
         for worth in self._worths_of(tenant, deployment.group):
             worth.calls += 1
-            worth.calls_cached += cached > 0
             worth.prompt_tokens += prompt_tokens
-            worth.cached_tokens += cached
-            worth.written_tokens += written
-            worth.saved_nano += saved or 0
-            worth.unpriced += saved is None
+            if cached or written:
+                worth.calls_cached += cached > 0
+                worth.cached_tokens += cached
+                worth.written_tokens += written
+                worth.saved_nano += saved or 0
+                worth.unpriced += saved is None
         self._changed()
         return CacheUse(cached, written, saved)
 
@@ -352,7 +357,10 @@ class KVCacheManager:
 
     def figures(self) -> Figures:
         """This process's figures since it began, as numbers; they can be added up."""
-        return {name: astuple(worth) for name, worth in list(self._worths.items())}
+        models = {f"model {name}": worth for name, worth in self._models.copy().items()}
+        tenants = {f"tenant {name}": worth for name, worth in self._tenants.copy().items()}
+        worths = {ALL: self._all, **models, **tenants}
+        return {name: _numbers_of(worth) for name, worth in worths.items()}
 
     def get_cache_stats(self, tenant_id: str | None = None) -> dict[str, Any]:
         """What providers' prefix caches were worth to all processes' calls, or a tenant's.
@@ -370,6 +378,10 @@ class KVCacheManager:
     def stats(self) -> dict[str, Any]:
         """As `get_cache_stats`, of this process alone."""
         return self.told(None)
+
+    def totals(self) -> dict[str, Any]:
+        """Of all calls of this process together, as in `stats`."""
+        return self._all.told()
 
     def told(self, figures: Figures | None, tenant_id: str | None = None) -> dict[str, Any]:
         """`get_cache_stats` over these figures; None: this process's."""
@@ -512,13 +524,11 @@ class KVCacheManager:
 
     def _worths_of(self, tenant: str, group: str) -> tuple[Worth, Worth, Worth]:
         """All figures that something of a tenant and a group is a part of."""
-        worths = self._worths
-        model = f"model {_bounded(group, self._models, MODELS_MAX)}"
-        whose = f"tenant {_bounded(tenant, self._tenants, TENANTS_MAX)}"
-        for name in (model, whose):
-            if name not in worths:
-                worths[name] = Worth()
-        return worths[ALL], worths[model], worths[whose]
+        return (
+            self._all,
+            _worth_of(group, self._models, MODELS_MAX),
+            _worth_of(tenant, self._tenants, TENANTS_MAX),
+        )
 
     def _saved(
         self, deployment: Deployment, usage: Mapping[str, Any], cached: int, written: int
@@ -610,13 +620,14 @@ def _places(prompt: Prompt, known: Sequence[_Known]) -> list[Place]:
     return places
 
 
-def _bounded(name: str, known: set[str], most: int) -> str:
-    """A name that figures are kept under: its own, for as many as fit."""
-    if name not in known:
+def _worth_of(name: str, known: dict[str, Worth], most: int) -> Worth:
+    """The figures of a name: its own, for as many as fit; those of OTHER beyond."""
+    worth = known.get(name)
+    if worth is None:
         if len(known) >= most:
-            return OTHER
-        known.add(name)
-    return name
+            name = OTHER
+        worth = known.setdefault(name, Worth())
+    return worth
 
 
 def _count(usage: Mapping[str, Any], name: str) -> int:

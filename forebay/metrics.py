@@ -33,6 +33,7 @@ SERIES_MAX = 2_000
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 OVERHEAD_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
 NANO = 1e9
+BY_ROUTE = "forebay_route_seconds"
 
 Source = Callable[[], Figures]
 """Counts that are kept elsewhere in this process."""
@@ -59,7 +60,7 @@ FAMILIES = (
         NANO,
         SECONDS,
     ),
-    Family("forebay_route_seconds", "The same, by route.", ("route",), NANO, SECONDS),
+    Family(BY_ROUTE, "The same, by route.", ("route",), NANO, SECONDS),
     Family(
         "forebay_overhead_seconds",
         "A request's time less what the provider took, or a call that it shared.",
@@ -147,8 +148,7 @@ class Meter:
     ) -> None:
         """One request came to its end."""
         self._count(("forebay_requests", route, model, self._tenant(tenant), status))
-        self._observe(("forebay_request_seconds",), SECONDS, total_s)
-        self._observe(("forebay_route_seconds", route), SECONDS, total_s)
+        self._observe((BY_ROUTE, route), SECONDS, total_s)
         own_s = max(0.0, total_s - provider_s)
         self._observe(("forebay_overhead_seconds",), OVERHEAD_SECONDS, own_s)
 
@@ -209,6 +209,9 @@ class Meter:
         """All that this process has counted since it began."""
         told: dict[Series, Numbers] = {series: (n,) for series, n in self._counts.items()}
         told.update((series, tuple(numbers)) for series, numbers in self._spreads.items())
+        routes = [numbers for series, numbers in told.items() if series[0] == BY_ROUTE]
+        if routes:
+            told["forebay_request_seconds",] = tuple(map(sum, zip(*routes, strict=True)))
         for source in self._sources:
             told.update(source())
         return told
@@ -223,9 +226,11 @@ class Meter:
 
     def _count(self, series: Series, by: int = 1) -> None:
         counts = self._counts
-        if series not in counts and len(counts) + len(self._spreads) >= SERIES_MAX:
+        known = counts.get(series)
+        if known is None and len(counts) + len(self._spreads) >= SERIES_MAX:
             series = (series[0], *[OTHER] * (len(series) - 1))
-        counts[series] = counts.get(series, 0) + by
+            known = counts.get(series)
+        counts[series] = (known or 0) + by
 
     def _observe(self, series: Series, bounds: tuple[float, ...], seconds: float) -> None:
         numbers = self._spreads.get(series)

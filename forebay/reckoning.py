@@ -8,6 +8,7 @@ Rule 2: the bound of a tenant holds for every deployment that the request may en
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from actors.batcher.policy import Text
@@ -23,10 +24,26 @@ from forebay.routing import Deployment, Group
 
 NOT_LIMITED = Limits()
 DEPLOYMENTS_REMEMBERED_MAX = 10_000
+GROUPS_REMEMBERED_MAX = 1_000
+
+
+@dataclass(slots=True, eq=False)
+class _Ends:
+    """Every deployment that a group's requests may end up at; `price` is what none of them exceeds,
+    once it is known."""
+
+    group: Group
+    deployments: tuple[Deployment, ...]
+    models: list[str]
+    tighter: Callable[[str], int]
+    price: PriceBound | None = None
 
 
 class Reckoner:
-    """Owns what was learnt of the lengths of answers. Bounded by `Guess`.
+    """Owns what was learnt of the lengths of answers, bounded by `Guess`, and where the requests of
+    GROUPS_REMEMBERED_MAX groups may end up.
+
+    `prepared`: a call need not wait for a library's import any more; see `prepare`.
 
     Failure behaviour: none of its own; without a tokenizer the bytes of a prompt count.
     """
@@ -36,6 +53,8 @@ class Reckoner:
         self._provider = provider
         self._candidates = candidates
         self._guess = Guess()
+        self._known: dict[str, _Ends] = {}
+        self.prepared = False
 
     async def of(self, call: Call, group: Group, limits: Limits) -> Bound:
         """The bound of a request under its tenant's limits.
@@ -44,7 +63,9 @@ class Reckoner:
             RequestTooLarge, BudgetExceeded: it can never fit.
             PermissionDenied: money is limited, and what the model costs is not known.
         """
-        price = await self._price(group) if limits.nano_most is not None else None
+        price = None
+        if limits.nano_most is not None:
+            price = self._ends(group).price or await self._price(group)
         return self._bound(call, group, limits, price)
 
     async def prepare(self) -> None:
@@ -53,6 +74,7 @@ class Reckoner:
         Calls that were allowed one after another would leave together after it.
         """
         await self._provider.warm()
+        self.prepared = True
 
     def of_attempt(self, call: Call, group: Group) -> Bound:
         """What to expect of a request, where no limit of its tenant demands a bound."""
@@ -74,7 +96,7 @@ class Reckoner:
             self._guess.learn(call.tenant, group.pattern, int(tokens), cut, choices=choices)
 
     def _bound(self, call: Call, group: Group, limits: Limits, price: PriceBound | None) -> Bound:
-        candidates = self._all(group)
+        ends = self._ends(group)
         first = max(bounds.first_guess(call.body, d.model) for d in group.deployments)
         return bounds.bound(
             call.route,
@@ -82,12 +104,20 @@ class Reckoner:
             limits,
             self._guess.guess(call.tenant, group.pattern, first),
             price,
-            models=[deployment.model for deployment in candidates],
-            tighter=self._tighter(candidates),
+            models=ends.models,
+            tighter=ends.tighter,
         )
 
-    def _all(self, group: Group) -> list[Deployment]:
-        return [*group.deployments, *self._candidates(group.name)]
+    def _ends(self, group: Group) -> _Ends:
+        """Where the group's requests may end up, found once for each configuration's group."""
+        ends = self._known.get(group.name)
+        if ends is None or ends.group is not group:
+            if len(self._known) >= GROUPS_REMEMBERED_MAX:
+                self._known.clear()
+            all_ = (*group.deployments, *self._candidates(group.name))
+            models = [deployment.model for deployment in all_]
+            ends = self._known[group.name] = _Ends(group, all_, models, self._tighter(all_))
+        return ends
 
     def _tighter(self, deployments: Sequence[Deployment]) -> Callable[[str], int]:
         by_model = {deployment.model: deployment for deployment in deployments}
@@ -100,7 +130,8 @@ class Reckoner:
         return tokens
 
     async def _price(self, group: Group) -> PriceBound:
-        candidates = self._all(group)
+        ends = self._ends(group)
+        candidates = ends.deployments
         prices = [self._provider.price_bound(deployment) for deployment in candidates]
         if None in prices:
             await self._provider.warm()  # LiteLLM's list comes with it
@@ -116,6 +147,7 @@ class Reckoner:
             )
         found = dearest(prices)
         assert found is not None, "a group has deployments"
+        ends.price = found
         return found
 
 
@@ -132,6 +164,10 @@ class Quotas:
         self._version = version
         self._limits: dict[str, Limits | None] = {}
 
+    def limit(self, deployment: Deployment) -> bool:
+        """Whether the deployment has limits of its own."""
+        return deployment.rpm is not None or deployment.tpm is not None
+
     async def take_call(
         self, deployment: Deployment, call: Call, group: Group, bound: Bound | None
     ) -> Hold | Refusal | None:
@@ -139,7 +175,8 @@ class Quotas:
         limits = self._of(deployment)
         if limits is None:
             return None
-        await self._reckoner.prepare()
+        if not self._reckoner.prepared:
+            await self._reckoner.prepare()
         amount = Amount()
         if limits.tokens_per_minute is not None:
             amount = bounds.fits(bound or self._reckoner.of_attempt(call, group), limits)
@@ -152,7 +189,8 @@ class Quotas:
         limits = self._of(deployment)
         if limits is None:
             return None
-        await self._reckoner.prepare()
+        if not self._reckoner.prepared:
+            await self._reckoner.prepare()
         amount = Amount()
         if limits.tokens_per_minute is not None:
             tokens = self._reckoner.of_texts(deployment, texts)
@@ -160,7 +198,7 @@ class Quotas:
         return await self._limiter.admit(deployment.limited_as, limits, amount)
 
     def _of(self, deployment: Deployment) -> Limits | None:
-        if deployment.rpm is None and deployment.tpm is None:
+        if not self.limit(deployment):
             return None
         name = deployment.limited_as
         if name not in self._limits:

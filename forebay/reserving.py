@@ -49,11 +49,15 @@ class Reservations:
         system, call, limits = self._system, request.call, request.limits
         if limits is None:
             return
-        await system.bounds.prepare()
-        amount = Amount()
+        if not system.bounds.prepared:
+            await system.bounds.prepare()
+        amount = NOTHING_USED
         if limits.meters:
             request.bound = await system.bounds.of(call, request.group, limits)
             amount = request.bound.amount
+        request.ticket = system.limiter.count_at_once(call.tenant, limits)
+        if request.ticket is not None:
+            return
         wait_s, queue_max = system.tenants.queue_for(call.tenant) if call.may_wait else (0.0, 0)
         asked_s = system.clock()
         try:
@@ -83,10 +87,21 @@ class Reservations:
         if system.books.full:
             self.uncount(request)
             raise Overloaded("the ledger is away and its buffer is full", retry_after_s=1.0)
-        if request.ticket is None:
+        ticket, bound = request.ticket, request.bound
+        if ticket is None:
             request.reserved = True
             return
-        may_wait = request.call.may_wait
+        amount = NOTHING_USED if bound is None else bound.amount
+        request.hold = system.limiter.reserve_at_once(ticket, amount)
+        if request.hold is None:
+            request.hold = await self._wait_for_hold(request)
+        request.reserved = True
+        bound = request.bound  # it may be lower now
+        if bound is not None and bound.clamp is not None:
+            request.tell_clamp(bound.clamp)
+
+    async def _wait_for_hold(self, request: Request) -> Hold:
+        system, may_wait = self._system, request.call.may_wait
         wait_s, _ = system.tenants.queue_for(request.call.tenant) if may_wait else (0.0, 0)
         asked_s = system.clock()
         try:
@@ -106,10 +121,7 @@ class Reservations:
         if isinstance(held, Refusal):
             self.uncount(request)
             raise self._refusal(request, held, wait_s)
-        request.hold, request.reserved = held, True
-        bound = request.bound
-        if bound is not None and bound.clamp is not None:
-            request.tell_clamp(bound.clamp)
+        return held
 
     async def hold(self, request: Request, wait_s: float) -> Hold | Refusal:
         """Take what its bound says, waiting for at most `wait_s` seconds."""

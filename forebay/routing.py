@@ -124,10 +124,11 @@ class Group:
     pattern: str
     mode: str
     deployments: tuple[Deployment, ...]
+    allowed_params: frozenset[str] = field(init=False, repr=False, compare=False)
 
-    @property
-    def allowed_params(self) -> frozenset[str]:
-        return frozenset.intersection(*(d.taken_params for d in self.deployments))
+    def __post_init__(self) -> None:
+        taken = frozenset.intersection(*(d.taken_params for d in self.deployments))
+        object.__setattr__(self, "allowed_params", taken)
 
 
 class ModelTable:
@@ -245,6 +246,8 @@ class ModelTable:
 
     def fallbacks(self, group: str) -> list[str]:
         """Names of the groups to try when this one cannot answer, in order."""
+        if not (self._fallbacks or self._general):
+            return []
         return self._listed(self._fallbacks, group, self._general)
 
     def special_fallbacks(self, kind: SpecialKind, group: str) -> list[str]:

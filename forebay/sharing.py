@@ -227,6 +227,8 @@ class Sharing:
     def may_share(self, call: Call) -> tuple[bool, bool]:
         """Whether a stored answer may serve the call, and whether another's running one may."""
         config = self._system.config.gateway
+        if not (config.enable_caching or config.enable_request_deduplication):
+            return False, False
         if not schemas.understands(call.route, call.body):
             return False, False
         read = config.enable_caching and call.cache_read

@@ -330,7 +330,7 @@ class System:
         )
         self.tallies = TallyDesk(refs[caches[0]], holder, self._tally)
         self.meter.looked_up = self.tallies.changed
-        self.meter.add(prompt_cache(self.kv_cache.stats))
+        self.meter.add(prompt_cache(self.kv_cache.totals))
         self.stalls = StallWatch(clock)
         self.once = Once(ClaimsDesk(refs["ledger"], holder, clock))
         self.pipeline = Pipeline(self)

@@ -216,14 +216,18 @@ class Attempts:
     async def _may(self, request: Request, plan: Plan, attempt: Attempt) -> bool:
         """Whether breaker and quota let an attempt through. What they gave is noted in it."""
         system, deployment = self._system, attempt.deployment
-        if system.config.gateway.enable_circuit_breaker:
+        if not system.config.gateway.enable_circuit_breaker:
+            attempt.admitted = pass_unasked(deployment)
+        else:
+            attempt.admitted = system.breaker.admit_at_once(deployment.circuit)
+        if attempt.admitted is None:
             answer = await system.breaker.admit(deployment.circuit)
             if isinstance(answer, BreakerRefusal):
                 plan.refused(deployment, answer.retry_after_s, why_of(answer))
                 return False
             attempt.admitted = answer
-        else:
-            attempt.admitted = pass_unasked(deployment)
+        if not system.quotas.limit(deployment):
+            return True
         call, group = request.call, request.group
         try:
             quota = await system.quotas.take_call(deployment, call, group, request.bound)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from forebay.checks import content
@@ -117,6 +118,8 @@ class Judgement:
 
     def require(self, model: str | None) -> list[str]:
         """The warnings. Raises ResponseValidationError (502) where the level does not let it by."""
+        if not self.findings:
+            return []
         fatal = self.fatal
         if fatal:
             message = "The provider's answer is not valid: " + "; ".join(fatal) + "."
@@ -260,7 +263,7 @@ class ValidationManager:
             {"choices": [{"text": answer}]} if isinstance(answer, str) else answer
         )
         found = self._findings(body, request or {})
-        kept = tuple(one for one, _ in zip(found, range(FINDINGS_MAX), strict=False))
+        kept = tuple(islice(found, FINDINGS_MAX))
         return Judgement(kept, self.level if level is None else ValidationLevel(level))
 
     def judge(
@@ -281,9 +284,10 @@ class ValidationManager:
     ) -> None:
         """Count a judgement, and tell it to who listens."""
         self._judged += 1
-        self._invalid += judgement.broken
-        for one in judgement.findings:
-            self._found[one.rule, one.broken] += 1
+        if judgement.findings:
+            self._invalid += judgement.broken
+            for one in judgement.findings:
+                self._found[one.rule, one.broken] += 1
         if self.listener is None:
             return
         details = (tenant, str(body.get("model") or ""), str(body.get("id") or ""), request_id)
@@ -322,15 +326,10 @@ class ValidationManager:
         for finding in shape(body, request):
             if finding.rule not in off:
                 yield finding
-        said = cache(partial(content.said, request))
         for whole in texts_of(body):
             text = whole[: content.CHARS_MAX]
-            if "secret" not in off:
-                yield from content.secrets(text, said)
-            if "pii" not in off:
-                yield from content.personal_data(text, said)
-            if "markup" not in off:
-                yield from content.unsafe_markup(text)
+            if content.may_hold(text):
+                yield from self._said(text, request)
             for name, (pattern, broken) in self._patterns.items():
                 if pattern.is_in(text[: pattern.chars_max]):
                     yield Finding(f"the answer holds what {name!r} blocks", broken, "blocked")
@@ -339,6 +338,15 @@ class ValidationManager:
                     yield Finding(begun, False, "blocked")
             for name, validator in self._validators.items():
                 yield from _own(name, validator, text, request)
+
+    def _said(self, text: str, request: Mapping[str, Any]) -> Iterator[Finding]:
+        off, said = self._off, cache(partial(content.said, request))
+        if "secret" not in off:
+            yield from content.secrets(text, said)
+        if "pii" not in off:
+            yield from content.personal_data(text, said)
+        if "markup" not in off:
+            yield from content.unsafe_markup(text)
 
 
 def _own(

@@ -37,7 +37,7 @@ from actors.circuit_breaker.retries import Retries
 from actors.ref import Clock, OwnerRef, OwnerUnavailable
 from actors.watch import Backoff, Sleep, WatchClient
 
-SUCCESS_PAUSE_S = 0.25  # answers wait this long for company; anything else goes on the next tick
+SUCCESS_PAUSE_S = 0.5  # answers wait this long for company; anything else goes on the next tick
 THROTTLES_MAX = 10_000  # throttles seen here; beyond that only the owner's word counts
 PROBE_PAUSE_S = 1.0  # when to come back while a probe is out and nobody knows how it ends
 LOCAL_AFTER_S = 10.0  # an owner that is away for longer is done without
@@ -65,7 +65,7 @@ class CircuitBreakerDesk:
     kept for ten seconds, and a probe that is due is refused; once the owner has been away for
     `LOCAL_AFTER_S`, this process probes by itself, one call at a time. Retries are then a share of
     this process's own calls. When the owner returns without its memory, the desk tells it what was
-    not closed. A desk that dies loses the good outcomes of its last 250 ms, and its probe's lease
+    not closed. A desk that dies loses the good outcomes of its last 500 ms, and its probe's lease
     ends by itself.
     """
 
@@ -139,6 +139,13 @@ class CircuitBreakerDesk:
         until = max(view.until if view else now, blocked_until or now)
         return Standing(said.state, said.generation, max(0.0, until - now), said.reason)
 
+    def admit_at_once(self, deployment: str) -> Pass | None:
+        """Leave for one call, which is to end in `judge`; None where `admit` has more to say."""
+        standing = self.standing(deployment)
+        if standing.state in LETS_THROUGH and standing.callable:
+            return Pass(deployment, standing.generation)
+        return None
+
     async def admit(self, deployment: str) -> Pass | Refusal:
         """Leave for one call, which is to end in `judge`. Waits only to ask for a due probe."""
         standing = self.standing(deployment)
@@ -188,11 +195,12 @@ class CircuitBreakerDesk:
             self._retries.earn(given.deployment)
         generation = self.standing(given.deployment).generation if proven else given.generation
         earns = not (alone or proven)
-        outcome = Outcome(
-            given.deployment, generation, verdict, 1, retry_after_s, given.probe, earns
-        )
-        self._outbox.add(outcome, now)
-        if verdict not in ANSWERED or given.probe is not None:
+        deployment, probe = given.deployment, given.probe
+        unlike = probe is not None or retry_after_s is not None
+        if unlike or not self._outbox.again(deployment, generation, verdict, earns, now):
+            outcome = Outcome(deployment, generation, verdict, 1, retry_after_s, probe, earns)
+            self._outbox.add(outcome, now)
+        if verdict not in ANSWERED or probe is not None:
             self._due.set()
         elif self._sender is not None and self._timer is None:
             self._timer = asyncio.create_task(self._send_later())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from actors.circuit_breaker.policy import Outcome
+from actors.circuit_breaker.policy import Outcome, Verdict
 
 RUNS_MAX = 10_000  # buffered runs of equal outcomes; at one message a tick hardly more than ten
 RUNS_SENT_MAX = 1_000  # runs in one message
@@ -45,6 +45,21 @@ class Outbox:
 
     def __len__(self) -> int:
         return len(self._runs) + len(self._sent)
+
+    def again(
+        self, deployment: str, generation: int, verdict: Verdict, earns: bool, now: float
+    ) -> bool:
+        """Whether the deployment's newest run is of just such calls, and has one more now."""
+        run = self._newest.get(deployment)
+        if run is None or now - run.at >= RUN_S_MAX:
+            return False
+        said = run.outcome
+        if said.probe is not None or said.retry_after_s is not None:
+            return False
+        if (said.generation, said.verdict, said.earns) != (generation, verdict, earns):
+            return False
+        run.count += 1
+        return True
 
     def add(self, outcome: Outcome, now: float) -> None:
         """Keep one outcome; `outcome.count` is 1."""

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
+from typing import NamedTuple
 
 
 class State(StrEnum):
@@ -172,8 +173,7 @@ PROVEN = -2
 """In place of a generation: the call was its circuit's probe, and has been judged as that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
+class Pass(NamedTuple):
     """Leave to make one call; in HALF_OPEN it is the probe, leased as `probe` for `lease_s`."""
 
     deployment: str

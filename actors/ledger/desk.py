@@ -34,8 +34,8 @@ ENTRIES_BUFFERED_MAX = 50_000
 """Most calls under way plus entries not acknowledged; some 25 MB."""
 ENTRIES_PER_MESSAGE_MAX = 500
 COMMITS_KEPT = 10_000
-"""Most acknowledgements whose commit is remembered; over sixteen minutes at SEND_AFTER_S."""
-SEND_AFTER_S = 0.1
+"""Most acknowledgements whose commit is remembered; over forty minutes at SEND_AFTER_S."""
+SEND_AFTER_S = 0.25
 ANNOUNCE_AFTER_S = 1.0
 """A call that is under way for so long is announced to the ledger, which then knows of it even if
 the whole node is lost, spool and all. At the latest after twice as long."""
@@ -165,7 +165,7 @@ class LedgerDesk:
         # Calls under way that the ledger has not been told of, oldest first.
         self._unannounced: dict[str, OpenEntry] = {}
         self._announcer: asyncio.TimerHandle | None = None
-        self._buffer: list[Entry] = []
+        self._buffer: list[tuple[Any, ...]] = []
         self._opened = 0
         self._recorded = 0
         self._acknowledged = 0
@@ -322,22 +322,24 @@ class LedgerDesk:
         """
         if entry.settled:
             return None
-        prompt, completion = _bounded(prompt_tokens), _bounded(completion_tokens)
-        sane = prompt == prompt_tokens and completion == completion_tokens
-        cost = cost_nano or 0
+        cost, unpriced = cost_nano or 0, cost_nano is None
+        sane = 0 <= prompt_tokens <= TOKENS_MAX and 0 <= completion_tokens <= TOKENS_MAX
+        if not (sane and 0 <= cost <= COST_NANO_MAX):
+            prompt_tokens, completion_tokens = _bounded(prompt_tokens), _bounded(completion_tokens)
+            cost, estimated = min(max(cost, 0), COST_NANO_MAX), True
         return self._settle(
             entry,
             "posted",
-            prompt,
-            completion,
-            min(max(cost, 0), COST_NANO_MAX),
-            cost_nano is None,
-            estimated or not sane or not 0 <= cost <= COST_NANO_MAX,
+            prompt_tokens,
+            completion_tokens,
+            cost,
+            unpriced,
+            estimated,
             error,
             http_status,
             tool_calls,
             response_id,
-            min(max(cached_tokens, 0), prompt),
+            min(max(cached_tokens, 0), prompt_tokens),
         )
 
     def void(self, entry: OpenEntry, error: str, http_status: int = 0) -> Entry | None:
@@ -662,24 +664,26 @@ class LedgerDesk:
             entry.cache_key if response_id else "",
             cached_tokens,
         )
+        values = final.values()
         if self._spool is not None:
-            self._spool.keep(final.values(), entry.place)
-        self._send(final)
+            self._spool.keep(values, entry.place)
+        self._send(values)
         return final
 
     def _keep(self, entry: Entry, place: Place | None = None) -> None:
         """`place` is where the spool has it, if it does."""
+        values = entry.values()
         if self._spool is not None:
             if place is not None:
                 self._spool.tallied(place)
             elif entry.status == "open":
                 self._spool.pass_over()
             else:
-                self._spool.keep(entry.values())
-        self._send(entry)
+                self._spool.keep(values)
+        self._send(values)
 
-    def _send(self, entry: Entry) -> None:
-        self._buffer.append(entry)
+    def _send(self, values: tuple[Any, ...]) -> None:
+        self._buffer.append(values)
         self._recorded += 1
         if self._loop is None:
             return

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +169,7 @@ class Orphans:
             left: Left = await _elsewhere(found.read)
             entries = [*(Entry(*values) for values in left.entries), *map(_unsettled, left.opened)]
             for start in range(0, len(entries), ENTRIES_PER_MESSAGE_MAX):
-                part = entries[start : start + ENTRIES_PER_MESSAGE_MAX]
+                part = [e.values() for e in entries[start : start + ENTRIES_PER_MESSAGE_MAX]]
                 self._seq += 1
                 await self._ref.ask(
                     "append", self._holder, self._seq, part, timeout_s=APPEND_TIMEOUT_S
@@ -193,7 +192,7 @@ class Orphans:
 
 
 def _unsettled(values: list[Any]) -> Entry:
-    return replace(Entry(*values), status="unsettled", error=LOST)
+    return Entry(*values)._replace(status="unsettled", error=LOST)
 
 
 async def _elsewhere(work: Callable[..., Any], *args: Any) -> Any:

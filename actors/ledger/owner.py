@@ -75,7 +75,7 @@ class Ledger:
     anew for the next one. In memory, nothing survives.
     """
 
-    PROTOCOL = 5
+    PROTOCOL = 6
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class Ledger:
     def protocol(self) -> int:
         return self.PROTOCOL
 
-    async def append(self, holder: str, seq: int, entries: list[Entry]) -> int:
+    async def append(self, holder: str, seq: int, entries: Sequence[Sequence[Any]]) -> int:
         """Makes all of the entries durable, or none, and returns their commit, a number.
 
-        An open entry announces a call; it counts for nothing, and the entry with its id that is
-        settled takes its place. What is settled stays so: whatever comes later under the same id
-        is passed over.
+        Each is given by its `values`. An open entry announces a call; it counts for nothing, and
+        the entry with its id that is settled takes its place. What is settled stays so: whatever
+        comes later under the same id is passed over.
 
         A `spent` with this `commit` or a later one has all of them in it, one with an earlier
         commit lacks at least one; it has none of them if all came in this message for the first
@@ -132,7 +132,8 @@ class Ledger:
             raise StoreFailed(f"{self._rows_queued} rows wait for the disk")
         self._rows_queued += len(entries)
         self._messages += 1
-        return int(await self._put(_Job(self._future(), holder, entries)))
+        job = _Job(self._future(), holder, [Entry(*values) for values in entries])
+        return int(await self._put(job))
 
     async def holders(self) -> dict[str, int]:
         """Who announced calls that are not settled yet, or has keys of such calls, and how many:

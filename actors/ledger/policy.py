@@ -61,8 +61,7 @@ TENANTS_PER_READ_MAX = 1000
 """Most tenants of one `spent`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One attempt, or one answer that needed none.
 
     `model` is the group the caller asked for, `deployment` what was called (empty if nothing was).
@@ -104,42 +103,11 @@ class Entry:
     cached_tokens: int = 0
 
     def values(self) -> tuple[Any, ...]:
-        """The fields in order: an SQL row."""
-        return (
-            self.id,
-            self.request_id,
-            self.attempt,
-            self.tenant,
-            self.route,
-            self.model,
-            self.deployment,
-            self.status,
-            self.prompt_tokens,
-            self.completion_tokens,
-            self.cost_nano,
-            self.unpriced,
-            self.estimated,
-            self.stream,
-            self.latency_ms,
-            self.at_ms,
-            self.error,
-            self.http_status,
-            self.price_version,
-            self.saved_nano,
-            self.tool_calls,
-            self.most_nano,
-            self.requests,
-            self.response_id,
-            self.cache_key,
-            self.cached_tokens,
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Half the time and size of what dataclasses generate; entries travel by the hundred.
-        return (Entry, self.values())
+        """The fields in order: an SQL row, and what a message or a spool holds of it."""
+        return tuple(self)
 
 
-COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Entry))
+COLUMNS: tuple[str, ...] = Entry._fields
 
 
 @dataclass(frozen=True, slots=True)

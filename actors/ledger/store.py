@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from itertools import islice, pairwise
 from typing import Any
@@ -297,7 +296,7 @@ class Store:
             of = select(*_columns(OPENED)).where(OPENED.c.holder == _clean(holder))
             found = [_entry(row) for row in connection.execute(of.order_by(OPENED.c.at_ms))]
         lost = [
-            replace(entry, status="unsettled", error=LOST, http_status=0, latency_ms=0)
+            entry._replace(status="unsettled", error=LOST, http_status=0, latency_ms=0)
             for entry in found
         ]
         self.append([(holder, lost)])

@@ -21,7 +21,7 @@ from actors.rate_limiter.terms import (
 )
 from actors.rate_limiter.till import SEED_PAUSE_S, Message, Till
 from actors.rate_limiter.waiting import Alarms, End, Line, Waiter
-from actors.ref import Clock, OwnerRef, OwnerUnavailable
+from actors.ref import Clock, OwnerRef, OwnerUnavailable, Packed
 
 ASK_TIMEOUT_S = 1.0  # then callers are told that limits cannot be checked
 LENT_WAIT_S = 0.7  # others give back within two of their ticks
@@ -282,7 +282,7 @@ class Counter:
             "lease",
             self._holder,
             message.seq,
-            message.asks,
+            Packed(message.asks),
             self.layout,
             message.owner,
             timeout_s=ASK_TIMEOUT_S,
@@ -404,16 +404,19 @@ class Counter:
 
     def _freed(self, tenant: str) -> None:
         """Something came back: whoever waits first has it, or the owner is told."""
-        for lines in (self._to_count, self._to_go_on):
-            line = lines.get(tenant)
-            if line is not None:
-                self._serve(line, self._clock())
-                if line.waiters:
-                    self.till.wants(line.held)
+        if self.waiting:
+            for lines in (self._to_count, self._to_go_on):
+                line = lines.get(tenant)
+                if line is not None:
+                    self._serve(line, self._clock())
+                    if line.waiters:
+                        self.till.wants(line.held)
         self._replan()
 
     def _replan(self) -> None:
         """Wake up if there is something to say before the moment that was planned."""
+        if self._planned_s == float("-inf"):
+            return  # it is awake
         for due_s in (self.till.next_due_s(), self._alarms.next_s()):
             if due_s is not None and due_s < self._planned_s:
                 self._wake.set()

@@ -145,27 +145,43 @@ class RateLimiterDesk:
         Raises:
             OwnerUnavailable: as `count`.
         """
-        limits = ticket.limits
-        if not limits.reserves and not ticket.hours_batch:
-            return Hold(ticket.tenant, 0, amount)
-        never = _never(limits, amount)
+        hold = self.reserve_at_once(ticket, amount)
+        if hold is not None:
+            return hold
+        never = _never(ticket.limits, amount)
         if never is not None:
             self._refused += 1
             return never
+        counter, held = self._home(ticket.tenant), self._held(ticket)
+        if not ticket.counted:
+            counter.till.arrive(held, self._clock())
+        answer = await counter.wait_to_go_on(held, ticket, amount, wait_s)
+        if isinstance(answer, Refusal):
+            self._refused += 1
+            return answer
+        return self._hold(answer)
+
+    def reserve_at_once(self, ticket: Ticket, amount: Amount = NOTHING_USED) -> Hold | None:
+        """As `reserve`, with what is here; None, and nothing is taken, where that is not enough:
+        `reserve` follows, which may wait, and says why not."""
+        limits = ticket.limits
+        if not limits.reserves and not ticket.hours_batch:
+            return Hold(ticket.tenant, 0, amount)
+        if amount != NOTHING_USED and _never(limits, amount) is not None:
+            return None
         counter, now = self._home(ticket.tenant), self._clock()
         held = counter.till.of(ticket.tenant, limits, now)
-        if not ticket.counted:
-            counter.till.arrive(held, now)
         taken = counter.reservation(held, ticket, amount, now)
         if taken is None:
-            answer = await counter.wait_to_go_on(held, ticket, amount, wait_s)
-            if isinstance(answer, Refusal):
-                self._refused += 1
-                return answer
-            taken = answer
+            return None
+        if not ticket.counted:
+            counter.till.arrive(held, now)
+        return self._hold(taken)
+
+    def _hold(self, taken: Reservation) -> Hold:
         self._ids += 1
         self._taken[self._ids] = taken
-        return Hold(ticket.tenant, self._ids, amount)
+        return Hold(taken.ticket.tenant, self._ids, taken.amount)
 
     def settle(self, hold: Hold, used: Amount = NOTHING_USED) -> None:
         """What the request used; the rest is free again. Idempotent."""

@@ -25,7 +25,7 @@ from actors.rate_limiter.terms import (
     Share,
     process_of,
 )
-from actors.ref import Clock
+from actors.ref import Clock, Packed
 
 TENANTS_MAX = 100_000
 HOLDERS_MAX = 10_000
@@ -244,7 +244,7 @@ class RateLimiter:
         self._end_cold(holder, known, asks, now)
         self._asks += len(asks)
         ours = owner == self._name
-        grants = tuple([self._answer(holder, known, ask, ours, now) for ask in asks])
+        grants = Packed([self._answer(holder, known, ask, ours, now) for ask in asks])
         self._tidy(now)
         known.answer = Answer(self._name, grants, self._silent(now))
         return known.answer

@@ -79,12 +79,17 @@ class Purse:
         return sum(entry.hours for entry in self.settled)
 
     def look(self, commit_of: CommitOf) -> bool:
-        """Ask for the commits that are not known. Whether any is known now."""
+        """Ask for the commits that are not known. Whether any is known now.
+
+        They are in the ledger's order: where one is not known, those after it are not.
+        """
         known = False
         for entry in self.settled:
             if entry.commit is None:
                 entry.commit = commit_of(entry.mark)
-            known = known or entry.commit is not None
+                if entry.commit is None:
+                    break
+            known = True
         return known
 
     def learn(self, seed_commit: int) -> bool:

@@ -62,8 +62,10 @@ class Limits:
     @property
     def nano_most(self) -> int | None:
         """The most one request may ever cost, None where money is not limited."""
-        given = [limit for limit in (self.day_nano, self.month_nano) if limit is not None]
-        return min(given) if given else None
+        day, month = self.day_nano, self.month_nano
+        if day is None or month is None:
+            return month if day is None else day
+        return min(day, month)
 
     @property
     def counts(self) -> bool:
@@ -299,8 +301,7 @@ def _weight(shard: int, tenant: str) -> bytes:
     return hashlib.blake2b(f"{shard}\0{tenant}".encode(), digest_size=8).digest()
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(NamedTuple):
     """A counted request. `counted` is false where nothing limits the number of requests.
 
     `lease`, `mark` and `hours_batch` say where its permit came from, so that it can go back there.
@@ -314,8 +315,7 @@ class Ticket:
     hours_batch: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(NamedTuple):
     """What a request has reserved; `id` makes settling it idempotent. 0: it needs nothing."""
 
     tenant: str

@@ -79,14 +79,13 @@ def _refuses(text: str) -> bool:
         return False
     start = text[:160].strip().lower().replace("\u2019", "'")
     after = start
-    for word in _SORRY:
-        if start.startswith(word):
-            after = start[len(word) :].lstrip(" ,.!;:-\u2014").removeprefix("but ")
-            break
-    for word in _UNABLE:
-        if after.startswith(word):
-            return after is not start or after[len(word) :].startswith(_HELP)
-    return False
+    if start.startswith(_SORRY):
+        word = next(word for word in _SORRY if start.startswith(word))
+        after = start[len(word) :].lstrip(" ,.!;:-\u2014").removeprefix("but ")
+    if not after.startswith(_UNABLE):
+        return False
+    word = next(word for word in _UNABLE if after.startswith(word))
+    return after is not start or after[len(word) :].startswith(_HELP)
 
 
 def _of_call(call: Mapping[str, Any], request: Mapping[str, Any], cut: bool) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from forebay import replay
 from forebay.call import Call
 from forebay.codec import Answer
 from forebay.config import SystemConfig
-from forebay.errors import GatewayError
+from forebay.errors import GatewayError, GatewayTimeout
 from forebay.pipeline import Pipeline
 from forebay.providers.base import Chunks, Resolve
 from forebay.providers.prices import PriceBound, PromptCaching, Rate
@@ -75,7 +75,13 @@ class Scripted:
         resolve: Resolve,
     ) -> Answer:
         self.bodies.append(body)
-        await self._step(deployment)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._step(deployment)
+        except TimeoutError as error:
+            if isinstance(error, GatewayError):
+                raise
+            raise GatewayTimeout("no answer", model=deployment.group) from None
         message = {"role": "assistant", "content": "fine"}
         choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
         choices = [choice] if self.choices is None else self.choices

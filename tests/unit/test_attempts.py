@@ -71,6 +71,17 @@ def test_a_second_try_of_the_same_deployment_waits_with_full_jitter() -> None:
     assert max(pauses) - min(pauses) > 0.5
 
 
+def test_a_fallback_begins_with_one_that_has_not_asked_for_a_pause() -> None:
+    attempts = plan({"g": ["a"], "h": ["a", "b"]}, max_retries=0)
+    first = attempts.next()
+    error = RateLimitError("slow down", retry_after_s=5.0)
+    attempts.failed(first.deployment, error, Verdict.THROTTLED)
+    second = attempts.next()
+
+    assert (first.deployment.id, second.deployment.id) == ("a", "b")
+    assert second.is_fallback
+
+
 def test_retry_after_of_the_provider_is_never_cut_short() -> None:
     attempts = plan({"g": ["a"]}, retry_delay_s=0.1)
     attempts.next()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from decimal import Decimal
+from itertools import starmap
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from actors.batcher.policy import Paid, Spare
 from actors.ledger.desk import LedgerDesk
 from actors.ledger.owner import Ledger
-from actors.ledger.policy import TENANTS_PER_READ_MAX
+from actors.ledger.policy import TENANTS_PER_READ_MAX, Entry
 from actors.rate_limiter.terms import Amount, Seed
 from actors.ref import InlineRef, OwnerUnavailable
 from forebay.books import HEDGING, Books
@@ -314,5 +315,5 @@ async def test_a_strict_ledger_that_is_away_stops_the_call_and_the_request_count
     with pytest.raises(Overloaded, match="did not take the intent"):
         await books.open_call(chat(), facts, deployment())
     books.end_call(chat(), facts, "503")
-    held = [(entry.status, entry.attempt) for entry in world.desk._buffer]
+    held = [(entry.status, entry.attempt) for entry in starmap(Entry, world.desk._buffer)]
     assert held == [("open", 1), ("voided", 1)]

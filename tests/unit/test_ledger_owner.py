@@ -680,5 +680,5 @@ async def test_a_closed_ledger_refuses_and_closes_twice() -> None:
 
 
 def test_a_ledger_is_made_without_an_event_loop_and_without_touching_the_disk() -> None:
-    assert Ledger("/nowhere/at/all.db").protocol() == 5
+    assert Ledger("/nowhere/at/all.db").protocol() == 6
     assert pickle.loads(pickle.dumps({"path": None, "lock_wait_s": 10.0}))

@@ -7,7 +7,6 @@ import resource
 import signal
 import stat
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -314,7 +313,7 @@ async def test_what_the_ledger_does_not_take_stays(tmp_path: Path) -> None:
 
 
 def open_entry(number: str, tenant: str = "acme") -> Entry:
-    return replace(_entry(number), status="open", cost_nano=90, most_nano=90, tenant=tenant)
+    return _entry(number)._replace(status="open", cost_nano=90, most_nano=90, tenant=tenant)
 
 
 async def test_what_the_dead_announced_and_no_spool_tells_of_is_unsettled() -> None:

@@ -723,7 +723,8 @@ async def test_a_leader_without_money_or_leave_is_no_news_for_the_others(
     house: Open, monkeypatch: pytest.MonkeyPatch, kind: str, refusal: Any
 ) -> None:
     here = await house(rate_limit_config={"requests_per_minute": 600})
-    reserve = here.system.limiter.reserve
+    limiter = here.system.limiter
+    reserve, at_once = limiter.reserve, limiter.reserve_at_once
     refusals = [refusal]
 
     async def reserved(*asked: Any, **how: Any) -> Any:
@@ -735,7 +736,8 @@ async def test_a_leader_without_money_or_leave_is_no_news_for_the_others(
             raise refused
         return refused
 
-    monkeypatch.setattr(here.system.limiter, "reserve", reserved)
+    monkeypatch.setattr(limiter, "reserve", reserved)
+    monkeypatch.setattr(limiter, "reserve_at_once", lambda *of: None if refusals else at_once(*of))
     tasks = [asyncio.create_task(answered(here, kind)) for _ in range(4)]
     await asyncio.wait(tasks)
     failed = [task.exception() for task in tasks if task.exception()]

@@ -187,7 +187,7 @@ class TestQuotas:
         quotas = Quotas(cast(RateLimiterDesk, Watching()), reckoner(provider), 5)
         await quotas.take_texts(deployment("a", rpm=60), ["x"])
         await quotas.take_call(deployment("a", rpm=60), call(), group("a"), None)
-        assert warm_by_then == [1, 2]
+        assert warm_by_then == [1, 1]
 
     async def test_requests_alone_reserve_no_tokens(self) -> None:
         limiter = Admitting()
