@@ -49,7 +49,11 @@ class Outbox:
     def again(
         self, deployment: str, generation: int, verdict: Verdict, earns: bool, now: float
     ) -> bool:
-        """Whether the deployment's newest run is of just such calls, and has one more now."""
+        """As `add` of a plain outcome that just prolongs its deployment's newest run; False, and
+        nothing is kept, where it does not.
+
+        None of them is a probe's, and of none was a pause asked for: those are runs of their own.
+        """
         run = self._newest.get(deployment)
         if run is None or now - run.at >= RUN_S_MAX:
             return False
@@ -63,10 +67,9 @@ class Outbox:
 
     def add(self, outcome: Outcome, now: float) -> None:
         """Keep one outcome; `outcome.count` is 1."""
-        run = self._newest.get(outcome.deployment)
-        same = run is not None and run.outcome == outcome and outcome.retry_after_s is None
-        if run is not None and same and now - run.at < RUN_S_MAX:
-            run.count += 1
+        plain = outcome.probe is None and outcome.retry_after_s is None
+        said = outcome.deployment, outcome.generation, outcome.verdict, outcome.earns
+        if plain and self.again(*said, now):
             return
         if len(self._runs) >= RUNS_MAX:
             oldest = self._runs.popleft()
