@@ -22,6 +22,7 @@ from deployments.admin import Admin
 from deployments.http import build_asgi
 from deployments.http.auth import KeyEntry, Keys
 from deployments.http.service import HttpCall, Reply, Route, StreamReply
+from deployments.replica import drain_flag
 from forebay import logs
 from forebay.books import NOBODY
 from forebay.call import Call, Facts, Result
@@ -68,7 +69,8 @@ class Gateway:
             raise
         self._system.on_change(lambda system: logs.obey(system.config.telemetry.log_level))
         self._secret = key_secret(os.environ, Path(boot.data_dir))
-        self._service = PipelineService(self._system, self._secret, host, _drain_flag())
+        self._service = PipelineService(self._system, self._secret, host, drain_flag())
+        self.door = build_asgi(self._service)  # see `deployments.replica.Door`
         self._warming = loop.create_task(self._warm())
 
     async def _warm(self) -> None:
@@ -356,18 +358,3 @@ def _serving_host() -> str | None:
     assert client is not None, "a replica has a Serve client"
     host: str | None = client.http_config.host
     return host
-
-
-def _drain_flag() -> Callable[[], bool]:
-    """Whether Serve has begun to stop this replica.
-
-    It tells the application only when the last request is over, so the replica around us is asked.
-    """
-    from ray._private.worker import global_worker
-
-    actor = global_worker.actors.get(global_worker.actor_id)
-    replica: Any = getattr(actor, "_replica_impl", None)
-    if not hasattr(replica, "_shutting_down"):
-        log.warning("Serve does not say when this replica drains; /health/ready will not know")
-        return lambda: False
-    return lambda: bool(replica._shutting_down)

@@ -150,8 +150,10 @@ def middlewares() -> list[Middleware]:
     """What Serve puts around every HTTP server it starts: those of replicas, and its own proxy."""
     from ray.serve.context import _get_internal_replica_context as replica_context
 
+    from deployments.replica import door
+
     in_replica = replica_context() is not None  # type: ignore[no-untyped-call]
-    return [Middleware(ControlHeaders, watched=in_replica)]
+    return [Middleware(ControlHeaders, watched=in_replica), Middleware(door)]
 
 
 def is_loopback(host: str | None) -> bool:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.conftest import SIM_KEY
+from tests.support.loader import Load, in_process
 from tests.support.system import UpProcess
 from tests.support.upstream import Upstream
 
@@ -348,6 +349,20 @@ def test_haproxys_side_doors_open_only_to_this_machine(up: UpProcess, url: str) 
 
     assert {port for _, port in listening} > {int(url.rpartition(":")[2])}
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
+
+
+def test_many_slow_streams_at_once_come_whole(url: str, upstream: Upstream) -> None:
+    streams, tokens = 200, 64
+    upstream.script(interval=0.02, tokens=tokens)
+    load = Load(f"{url}/v1/chat/completions", concurrency=streams, requests=streams, stream=True)
+    result = in_process(load)
+    log = upstream.wait_log(lambda log: all(record.finished for record in log), 15.0)
+
+    assert result.statuses == {"200": streams}
+    # The role, the reason for the end, and [DONE] are events too.
+    assert result.chunks == streams * (tokens + 3)
+    assert len(log) == streams
+    assert not any(record.disconnected for record in log)
 
 
 def test_a_client_that_goes_away_stops_the_upstream_and_leaves_no_work(
