@@ -1,7 +1,7 @@
 """What Forebay takes to be there: time to import, time to the first answer, memory.
 
-    python -m benchmarks.footprint            # about a minute and a half
-    python -m benchmarks.footprint --quick    # about a minute
+    python -m benchmarks.footprint            # about four minutes
+    python -m benchmarks.footprint --quick    # about a minute and a half
 
   import  `import forebay` in a new interpreter, several times; its names are loaded when they are
           first used, so also all of them at once
@@ -9,6 +9,8 @@
   memory  of each process of the system that was started last, at rest and under load: 64 callers
           for some seconds, 50 tenants, all concerns on. Pages that processes share are counted in
           parts (PSS), so the sum is what the machine gives
+  rest    of systems with 1, 2 and 4 replicas (quick: 2) that are asked nothing: CPU, messages to
+          owners, memory
 
 It is honest: the ledger has as many rows as requests were sent, and each process is in the sum,
 also one that has no name here. Exit code 1 when that does not hold; missed goals are only told.
@@ -33,7 +35,8 @@ from benchmarks.system import System, at
 from tests.support.loader import Load, in_process
 from tests.support.upstream import Upstream
 
-PARTS = ("import", "start", "memory")
+PARTS = ("import", "start", "memory", "rest")
+REPLICAS = (1, 2, 4)
 CONCURRENCY = 64
 IMPORT_GOAL_S, START_GOAL_S = 0.3, 20.0
 HEAVY = ("aiohttp", "litellm", "numpy", "openai", "pyarrow", "pydantic", "ray", "starlette")
@@ -94,6 +97,8 @@ class Plan:
     seconds: float
     imports: int
     starts: int
+    rest_s: float
+    replicas: Sequence[int] = REPLICAS
 
 
 IMPORT, START = "import forebay, s", "forebay up to the first answer, s"
@@ -153,6 +158,23 @@ def memory(report: Report, plan: Plan, system: System) -> None:
     report.add("whole system under load, MB", sum(member.pss_mb for member in loaded))
 
 
+def resting(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
+    """What systems cost that are asked nothing, by how many replicas they have."""
+    for count in plan.replicas:
+        server = {"replicas": count}
+        with System("rest", upstream.url, scratch, caching=True, server=server) as system:
+            named = f"{count} replica" + "s" * (count > 1)
+            messages, cpu_s = system.messages(), system.child.cpu_s()
+            time.sleep(plan.rest_s)
+            cpu_s = system.child.cpu_s() - cpu_s
+            sent = sum((system.messages() - messages).values())
+            report.add(f"{named}: first answer, s", system.first_s)
+            report.add(f"{named}: CPU at rest, % of a core", 100 * cpu_s / plan.rest_s)
+            report.add(f"{named}: messages/s at rest", sent / plan.rest_s)
+            pss_mb = sum(member.pss_mb for member in system.child.members())
+            report.add(f"{named}: whole system, MB", pss_mb)
+
+
 def shares_of(idle: Sequence[Member], loaded: Sequence[Member]) -> list[Share]:
     """What each kind of process has, the largest first; what nobody knows is OTHER."""
     found: dict[str, Share] = {}
@@ -196,13 +218,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.seconds or (3.0 if given.quick else 10.0),
         imports=3 if given.quick else 7,
         starts=1 if given.quick else 3,
+        rest_s=5.0 if given.quick else 20.0,
+        replicas=(2,) if given.quick else REPLICAS,
     )
     report = Report(machine())
     if "import" in wanted:
         importing(report, plan)
-    if {"start", "memory"} & set(wanted):
-        with at(given.keep) as scratch, Upstream(fast=True) as upstream:
+    with at(given.keep) as scratch, Upstream(fast=True) as upstream:
+        if {"start", "memory"} & set(wanted):
             starting(report, plan, upstream, scratch, measured="memory" in wanted)
+        if "rest" in wanted:
+            resting(report, plan, upstream, scratch)
     show(report)
     return finish(given.json, asdict(report), report.problems)
 

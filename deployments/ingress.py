@@ -68,16 +68,17 @@ PORTS_TRIED = 200
 def prepare(environ: MutableMapping[str, str]) -> list[socket.socket]:
     """Set Serve's profile where the user has not set it. Call before `ray.serve` is imported.
 
-    What is returned holds the side doors' ports against neighbours until Serve has bound them;
-    nothing listens there before.
+    What is returned keeps neighbours that start at the same moment from the same side doors, until
+    it is closed.
     """
     for name, value in PROFILE.items():
         environ.setdefault(name, value)
     held = []
     for name, port in SIDE_PORTS.items():
         if name not in environ:
-            held.append(_held_port(port))
-            environ[name] = str(held[-1].getsockname()[1])
+            found, door = _held_port(port)
+            environ[name] = str(found)
+            held.append(door)
     environ.setdefault("RAY_SERVE_HAPROXY_MAXCONN", str(_connections_max()))
     environ.setdefault("RAY_SERVE_HAPROXY_NBTHREAD", str(_threads(len(os.sched_getaffinity(0)))))
     if "RAY_SERVE_HAPROXY_BINARY_PATH" not in environ:
@@ -104,20 +105,21 @@ def _threads(cores: int) -> int:
     return min(cores, max(2, cores // 4))
 
 
-def _held_port(preferred: int) -> socket.socket:
-    """The preferred port of loopback, or the next one that no neighbour has, bound for Serve.
+def _held_port(preferred: int) -> tuple[int, socket.socket]:
+    """The preferred port of loopback, or the next one that no neighbour has or is about to take.
 
     Never one of the ephemeral range: Ray's own processes take theirs from there any moment.
     """
     for port in range(preferred, preferred + PORTS_TRIED):
-        held = socket.socket()
+        held = socket.socket(socket.AF_UNIX)
         try:
-            held.bind(("127.0.0.1", port))
+            held.bind(f"\0forebay-port-{port}")  # no file, and gone with the process
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
         except OSError:
             held.close()
             continue
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # now Serve may bind it too
-        return held
+        return port, held
     raise ConfigurationError(f"no port from {preferred} on is free on 127.0.0.1")
 
 

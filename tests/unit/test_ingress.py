@@ -70,7 +70,6 @@ def test_a_neighbour_keeps_its_side_doors() -> None:
                 open_doors.enter_context(held)
         for name in SIDE_PORTS:  # Serve has its own all the same
             door = open_doors.enter_context(socket.socket())
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             door.bind(("127.0.0.1", int(ours[name])))
 
     assert not {ours[name] for name in SIDE_PORTS} & {neighbour[name] for name in SIDE_PORTS}
