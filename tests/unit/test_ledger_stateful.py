@@ -23,7 +23,7 @@ from actors.ledger import spool as spool_module
 from actors.ledger.desk import LedgerDesk, OpenEntry
 from actors.ledger.orphans import Orphans
 from actors.ledger.owner import Ledger
-from actors.ledger.policy import StoreFailed, fold
+from actors.ledger.policy import Entry, StoreFailed, fold
 from actors.ledger.spool import spools
 from actors.ref import OwnerUnavailable
 from tests.support.failing_disk import Disk, State, is_whole, lay_out
@@ -108,7 +108,7 @@ class Line:
         if machine.is_down:
             raise OwnerUnavailable(self.name, "it went down")
         if method == "append":
-            world.durable.update(entry.id for entry in args[2])
+            world.durable.update(Entry(*row).id for row in args[2])
         if fault == "a":
             raise OwnerUnavailable(self.name, "answer lost")
         return answer
@@ -250,7 +250,7 @@ class Ledgers(RuleBasedStateMachine):
         if self.late:
             args = self.late.pop(which % len(self.late))
             self.run(self.machine.owner.append(*args))
-            self.durable.update(entry.id for entry in args[2])
+            self.durable.update(Entry(*row).id for row in args[2])
 
     @rule(which=st.integers(0, 9))
     def a_process_is_killed(self, which: int) -> None:
