@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -281,7 +282,7 @@ def _chat_setting(
         if name in parameters and (name != "response_format" or schema is not None):
             raise ConfigurationError(f"{name} cannot be given to a job over rows", param=name)
     if schema is not None:
-        structured.check(schema)
+        structured.check(schema, (generating.ERROR, generating.TOKENS))
     most = parameters.get("max_tokens")
     if max_cost_usd is not None and most is None:
         raise ConfigurationError(
@@ -321,7 +322,7 @@ def _check(on_error: str, max_cost_usd: float | None, workers: int) -> None:
         raise ConfigurationError(
             f"on_error must be 'dead_letter' or 'raise', not {on_error!r}", param="on_error"
         )
-    if max_cost_usd is not None and not max_cost_usd > 0:
+    if max_cost_usd is not None and not 0 < max_cost_usd < math.inf:
         raise ConfigurationError("max_cost_usd must be positive", param="max_cost_usd")
     if not (isinstance(workers, int) and workers >= 1):
         raise ConfigurationError("workers must be 1 or more", param="workers")

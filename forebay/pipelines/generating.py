@@ -17,7 +17,7 @@ from forebay.pipelines.patience import Patience, kind_of
 from forebay.pipelines.system import answer as ask
 from forebay.pipelines.system import most_nano_of_chat
 from forebay.pipelines.template import MissingValue, Template
-from forebay.pipelines.vectors import words_of
+from forebay.pipelines.vectors import plain, words_of
 
 if TYPE_CHECKING:
     from forebay.call import Result
@@ -151,8 +151,8 @@ class GenerateWork:
                 row.fields = structured.read(text, self.schema)
             except ValueError as error:
                 cut = choice.get("finish_reason") == "length"
-                row.error = f"{error}{' (it was cut at max_tokens)' if cut else ''}"
-        row.text = text
+                row.error = plain(f"{error}{' (it was cut at max_tokens)' if cut else ''}")
+        row.text = plain(text)
 
     def _with_columns(self, table: pa.Table, rows: list[_Row]) -> pa.Table:
         places = [place for place, row in enumerate(rows) if row.known]

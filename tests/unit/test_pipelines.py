@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -16,19 +17,22 @@ from hypothesis import strategies as st
 from pyarrow import csv
 
 from forebay import errors
+from forebay.call import Facts, Result
+from forebay.codec import Answer
 from forebay.pipelines import structured
 from forebay.pipelines.account import Account, Done
 from forebay.pipelines.api import _chat_setting, _embed_setting
 from forebay.pipelines.census import Census, count, total
 from forebay.pipelines.embedding import fixed_size
 from forebay.pipelines.estimate import Range, Rates, chat_plan, embedding_plan, tokens_in
+from forebay.pipelines.generating import GenerateWork, _Row
 from forebay.pipelines.patience import Patience, kind_of
 from forebay.pipelines.places import destination, source
 from forebay.pipelines.progress import line
 from forebay.pipelines.resume import left
 from forebay.pipelines.sink import write_table
 from forebay.pipelines.template import MissingValue, Template
-from forebay.pipelines.vectors import EMPTY, Got, embed_rows
+from forebay.pipelines.vectors import EMPTY, Got, embed_rows, words_of
 
 # ------------------------------------------------------------------------------------- account
 
@@ -426,6 +430,9 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+NAMED = {"type": "object", "properties": {"name": {"type": "string"}, "x": {"type": "number"}}}
+
+
 def test_answers_by_schema_become_columns() -> None:
     structured.check(SCHEMA)
     row = structured.read('{"n": 2.0, "x": 1, "tags": ["a"]}', SCHEMA)
@@ -438,17 +445,40 @@ def test_answers_by_schema_become_columns() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("hello", "no JSON"), ("{}", "not by the schema"), ('{"x": 1, "n": 1e30}', "too large")],
+    [
+        ("hello", "no JSON"),
+        ("{}", "not by the schema"),
+        ('{"x": 1, "n": 1e30}', "too large"),
+        (f'{{"x": {10**400}}}', "too large"),
+        ("[" * 100_000, "too deeply"),
+    ],
 )
 def test_an_answer_that_is_not_by_the_schema_says_why(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         structured.read(text, SCHEMA)
 
 
+def test_half_an_emoji_spoils_no_column() -> None:
+    row = structured.read('{"name": "a \\ud83d", "x": 1}', NAMED)
+    assert structured.columns(NAMED, [row])["name"].to_pylist() == ["a \ufffd"]
+    assert words_of(errors.GatewayError("no \udc00")).endswith("no \ufffd")
+    choice = {"message": {"content": "yes \ud83d"}}
+    answer = Answer(body={"choices": [choice]}, usage={}, cost_nano=0, model="m")
+    made = _Row()
+    asked = GenerateWork(Template.of("{a}"), None)
+    asked._take(made, Result(answer, Facts("m")))
+    assert made.text == "yes \ufffd"
+
+
 def test_schemas_that_make_no_columns_are_refused() -> None:
     for wrong in ({"type": "array"}, {"type": "object"}, {"type": "nonsense"}):
         with pytest.raises(errors.ConfigurationError, match="schema"):
             structured.check(wrong)
+    for one, words in (({"$ref": "#/$defs/a"}, "defs/a"), ({"pattern": "("}, "not a 'regex'")):
+        with pytest.raises(errors.ConfigurationError, match=words):
+            structured.check({"type": "object", "properties": {"x": one}})
+    with pytest.raises(errors.ConfigurationError, match="called 'x'"):
+        structured.check(SCHEMA, ("x",))
 
 
 def test_places_are_known_by_their_endings(tmp_path: Any) -> None:
@@ -482,6 +512,7 @@ def test_arguments_that_make_no_job_are_refused() -> None:
 
     for name, value in (
         ("dimensions", 0), ("on_error", "ignore"), ("max_cost_usd", 0), ("workers", 0),
+        ("max_cost_usd", math.inf),
     ):  # fmt: skip
         with pytest.raises(errors.ConfigurationError, match=name):
             embed(**{name: value})
