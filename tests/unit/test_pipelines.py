@@ -406,6 +406,16 @@ def test_files_hold_vectors_in_every_format() -> None:
     assert np.array_equal(np.float32(json.loads(back["embedding"][0].as_py())), vector)
 
 
+def test_bytes_are_base64_where_a_format_has_none() -> None:
+    table = pa.table({"image": [b"\xff\xd8", None], "parts": [[b"\xff"], []]})
+    lines, sheet = io.BytesIO(), io.BytesIO()
+    write_table(table, lines, "jsonl")
+    write_table(table, sheet, "csv")
+    assert json.loads(lines.getvalue().splitlines()[0]) == {"image": "/9g=", "parts": ["/w=="]}
+    back = csv.read_csv(io.BytesIO(sheet.getvalue())).to_pylist()
+    assert back[0] == {"image": "/9g=", "parts": '["/w=="]'}
+
+
 def test_a_template_names_columns() -> None:
     template = Template.of("{a}: {{b}} {a} {c}")
     assert template.columns == ("a", "c")
