@@ -108,7 +108,6 @@ class LaneState(Generic[Q]):
 
     def __init__(self, caps: Caps, *, idle_linger_s: float = 0.0) -> None:
         self.caps = caps
-        self.answered = False
         self.linger = Linger()
         self._idle_linger_s = idle_linger_s
         self._queues: dict[bool, FairQueue[Q]] = {False: FairQueue(), True: FairQueue()}
