@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from forebay.errors import ConfigurationError
 from forebay.gateway import LiteLLMGateway
-from forebay.pipelines import embedding, generating, places, structured
+from forebay.pipelines import claim, embedding, generating, places, structured
 from forebay.pipelines.account import HOPELESS_ROWS, Account
 from forebay.pipelines.census import Census
 from forebay.pipelines.embedding import EmbedWork
@@ -367,7 +367,10 @@ def _over_files(
         raise ConfigurationError("retry_dead_letter needs resume", param="resume")
     with LiteLLMGateway(runtime="ray", namespace=setting.namespace) as gateway:
         deployments_of(gateway, setting.of["model"], setting.route)
-        source = places.source(src, filesystem)
+        source, there = places.source(src, filesystem), places.named(dst, filesystem)
+        places.apart(source, there)
+        if retry_dead_letter:
+            claim.known(there, setting.of)
         job = Job(setting, source, places.destination(dst, filesystem), resume)
         return job.retry(gateway, watch) if retry_dead_letter else job.run(gateway, watch)
 
@@ -377,4 +380,6 @@ def _planned(src: Path, dst: Path | None, setting: Setting, filesystem: Any) -> 
         deployments_of(gateway, setting.of["model"], setting.route)
         source = places.source(src, filesystem)
         there = None if dst is None else places.named(dst, filesystem)
+        if there is not None:
+            places.apart(source, there)
         return Job(setting, source, there).plan(gateway)

@@ -204,7 +204,8 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
         ("nothing at", tmp_path / "none.parquet", dst, given),
         ("must end in", tmp_path / "notes.txt", dst, given),
         ("of one kind", tmp_path, dst, given),
-        ("is a file", src, src, given),
+        ("is in the source", src, src, given),
+        ("no job has written", src, dst, {**given, "retry_dead_letter": True}),
         ("no-such", src, dst, {**given, "model": "no-such"}),
     ]
     (tmp_path / "notes.txt").write_text("x")
@@ -257,6 +258,13 @@ def test_a_model_is_asked_about_each_row(
     dead = read(dst / "_dead_letter")
     assert dead["id"].to_pylist() == [5, 7]
     assert "'name' is empty" in dead["generation_error"][0].as_py()
+
+    # Another job's retry moves nothing.
+    with pytest.raises(errors.ConfigurationError, match="is of a job with prompt"):
+        pipelines.generate_parquet(
+            src, dst, retry_dead_letter=True, **{**given, "prompt": "Where is {name}?"}
+        )
+    assert read(dst / "_dead_letter") == dead
 
 
 def test_bad_rows_cost_a_job_few_requests(

@@ -19,7 +19,7 @@ from pyarrow import csv
 from forebay import errors
 from forebay.call import Facts, Result
 from forebay.codec import Answer
-from forebay.pipelines import structured
+from forebay.pipelines import claim, structured
 from forebay.pipelines.account import Account, Done
 from forebay.pipelines.api import _chat_setting, _embed_setting
 from forebay.pipelines.census import Census, count, total
@@ -27,7 +27,7 @@ from forebay.pipelines.embedding import fixed_size
 from forebay.pipelines.estimate import Range, Rates, chat_plan, embedding_plan, tokens_in
 from forebay.pipelines.generating import GenerateWork, _Row
 from forebay.pipelines.patience import Patience, kind_of
-from forebay.pipelines.places import destination, source
+from forebay.pipelines.places import apart, destination, named, source
 from forebay.pipelines.progress import line
 from forebay.pipelines.resume import left
 from forebay.pipelines.sink import write_table
@@ -509,6 +509,27 @@ def test_places_are_known_by_their_endings(tmp_path: Any) -> None:
         destination(tmp_path / "in" / "a.csv")
     with pytest.raises(errors.ConfigurationError, match="cannot be written"):
         destination("/proc/forebay/out")
+
+
+def test_a_destination_is_not_in_its_source(tmp_path: Any) -> None:
+    (tmp_path / "in.csv").write_text("x\n1\n")
+    folder = source(tmp_path)
+    for name in ("", "out", "a/b"):
+        with pytest.raises(errors.ConfigurationError, match="is in the source"):
+            apart(folder, named(tmp_path / name))
+    apart(folder, named(f"{tmp_path}-out"))
+    apart(source(tmp_path / "in.csv"), named(tmp_path / "in.csv-out"))
+
+
+def test_only_a_job_that_was_there_has_a_dead_letter(tmp_path: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match="no job has written to"):
+        claim.known(named(tmp_path / "out"), {"model": "m"})
+    assert list(tmp_path.iterdir()) == []
+    place = destination(tmp_path / "out")
+    claim.take(place, {"model": "m"}, resume=True)
+    claim.known(place, {"model": "m"})
+    with pytest.raises(errors.ConfigurationError, match="is of a job with model 'm', not 'n'"):
+        claim.known(place, {"model": "n"})
 
 
 def test_arguments_that_make_no_job_are_refused() -> None:
