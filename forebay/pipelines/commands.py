@@ -91,6 +91,11 @@ def _run(
     plan: Callable[..., Plan],
     run: Callable[..., Report | None],
 ) -> int:
+    if arguments.dry_run and arguments.retry_dead_letter:
+        raise ConfigurationError(
+            "--dry-run tells of the source, not of failed rows; leave out --retry-dead-letter",
+            param="dry_run",
+        )
     _attach(arguments.config)
     given |= {"model": arguments.model, "id_column": arguments.id_column}
     if arguments.dry_run:
@@ -103,19 +108,21 @@ def _run(
     from forebay.pipelines.progress import Progress
 
     progress = Progress(sys.stderr)
-    report = run(
-        arguments.src,
-        arguments.dst,
-        tenant_id=arguments.tenant,
-        max_cost_usd=arguments.max_cost,
-        resume=arguments.resume,
-        retry_dead_letter=arguments.retry_dead_letter,
-        workers=arguments.workers,
-        block_rows=arguments.block_rows,
-        watch=None if arguments.json else progress,
-        **given,
-    )
-    progress.end()
+    try:
+        report = run(
+            arguments.src,
+            arguments.dst,
+            tenant_id=arguments.tenant,
+            max_cost_usd=arguments.max_cost,
+            resume=arguments.resume,
+            retry_dead_letter=arguments.retry_dead_letter,
+            workers=arguments.workers,
+            block_rows=arguments.block_rows,
+            watch=None if arguments.json else progress,
+            **given,
+        )
+    finally:
+        progress.end()
     if report is None:
         print(json.dumps({"rows": 0}) if arguments.json else "the dead letter is empty")
         return DONE

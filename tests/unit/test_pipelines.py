@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import math
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +21,14 @@ from pyarrow import csv
 from forebay import errors
 from forebay.call import Facts, Result
 from forebay.codec import Answer
-from forebay.pipelines import claim, structured
+from forebay.pipelines import claim, commands, structured
 from forebay.pipelines.account import Account, Done
 from forebay.pipelines.api import _chat_setting, _embed_setting
 from forebay.pipelines.census import Census, count, total
 from forebay.pipelines.embedding import fixed_size
 from forebay.pipelines.estimate import Range, Rates, chat_plan, embedding_plan, tokens_in
 from forebay.pipelines.generating import GenerateWork, _Row
+from forebay.pipelines.job import Watch
 from forebay.pipelines.patience import Patience, kind_of
 from forebay.pipelines.places import apart, destination, named, source
 from forebay.pipelines.progress import line
@@ -561,6 +564,34 @@ def test_progress_fits_a_line() -> None:
     assert "100/200 rows  5 rows/s  50 tokens/s  $0.0100  10% cached  20% repeated" in said
     assert "2 failed  0:20 left" in said
     assert said.count("#") == said.count(".") - 1  # the bar is half full; one point is the money's
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_ended_a_job_stands_below_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any, watch: Watch, **__: Any) -> Any:
+        plan = embedding_plan(Census(2, 0, 0, 8, (), None), Range(1, 2, 3), Rates(1.0, 1.0), 0)
+        watch(Account().figures(), plan, 1.0)
+        raise errors.GatewayError("all is lost")
+
+    def attached(_: Any) -> None:
+        pass
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(commands, "_attach", attached)
+    names = ("model", "id_column", "tenant", "max_cost", "workers", "block_rows", "config")
+    given = dict.fromkeys((*names, "dry_run", "retry_dead_letter", "resume", "json"))
+    arguments = argparse.Namespace(src="a.csv", dst="out", **given)
+    with pytest.raises(errors.GatewayError):
+        commands._run(arguments, {}, run, run)
+    assert terminal.getvalue().endswith("\n")
+    arguments.dry_run = arguments.retry_dead_letter = True
+    with pytest.raises(errors.ConfigurationError, match="not of failed rows"):
+        commands._run(arguments, {}, run, run)
 
 
 def test_finished_rows_are_left_out() -> None:
