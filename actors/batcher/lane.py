@@ -153,18 +153,8 @@ class LaneState(Generic[Q]):
         upstream.in_flight -= 1
         upstream.bulk -= bulk
 
-    def next(self, upstream: Upstream, now_s: float) -> Go[Q] | float | None:
-        """A call to make now; or when to ask again; None: when something has happened."""
-        wake_s: float | None = None
-        for bulk in upstream.turns:
-            told = self.next_of(bulk, upstream, now_s)
-            if isinstance(told, Go):
-                return told
-            wake_s = sooner(wake_s, told)
-        return wake_s
-
     def next_of(self, bulk: bool, upstream: Upstream, now_s: float) -> Go[Q] | float | None:
-        """The same of one kind."""
+        """A call of a kind to make now; or when to ask again; None: when something has happened."""
         queue, urgent = self._queues[bulk], self._urgent[bulk]
         if not (queue.items or urgent) or upstream.is_full_of(bulk):
             return None
