@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -76,7 +75,7 @@ class GenerateWork:
     async def run(
         self, gateway: LiteLLMGateway, table: pa.Table, doubtful: bool
     ) -> tuple[pa.Table, Done, GatewayError | None]:
-        patience = Patience(asyncio.sleep, random.Random(), self.patience_s)
+        patience = Patience.of(self.patience_s, doubtful)
         rows = [_Row() for _ in range(table.num_rows)]
         halted: list[GatewayError] = []
 

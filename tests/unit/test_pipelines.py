@@ -9,6 +9,7 @@ import math
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,20 @@ async def test_what_does_not_pass_ends_the_job_and_no_row() -> None:
     assert isinstance(rows.halted, errors.ProviderError)
     assert sum(world.pauses) >= 60
     assert rows.errors == [None, None]
+
+
+async def test_a_job_that_never_did_a_row_soon_gives_up_on_an_outage() -> None:
+    """A limit is waited out all the same."""
+    waited = []
+    for failure in (errors.ProviderError("no connection"), errors.RateLimitError("slow")):
+        world = World(*[failure] * 100)
+        patience = replace(Patience.of(600, doubtful=True), pause=world.pause)
+        failure.retry_after_s = 25.0
+        await embed_rows(["a"], world.send, patience)
+        waited.append(sum(world.pauses))
+    assert 60 <= waited[0] <= 100
+    assert waited[1] >= 600
+    assert Patience.of(600, doubtful=False).outage_s > 600
 
 
 async def test_what_took_too_long_or_is_too_much_at_once_is_halved() -> None:
