@@ -297,6 +297,8 @@ class Simulation:
                 self.lane.add(text, False)
                 self.lane.came(1, self.now_s)
             elif what == "answer":
+                units: list[Text]
+                began_s: float
                 units, began_s = of  # type: ignore[misc]
                 took_s = self.now_s - began_s
                 full = self.upstream.is_full_of(bulk=False)
