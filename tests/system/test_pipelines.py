@@ -296,3 +296,21 @@ def test_bad_rows_cost_a_job_few_requests(
     np.testing.assert_array_equal(found, truth.vectors(good, 4))
     assert (known.failed, asked_by_memory) == (10, 0)
     assert (again.failed, len(upstream.log())) == (0, 1)
+
+
+def test_a_job_pays_no_fallback_whose_vectors_it_cannot_use(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIM_KEY", "sk-simulated")
+    groups = support.groups(upstream.url)
+    groups.append({**next(g for g in groups if g["model_name"] == "dead"), "model_name": "gone"})
+    config = GatewayConfig(model_list=groups, fallbacks=[{"gone": ["sim-embed"]}], max_retries=0)
+    work = EmbedWork("text", "gone", dimensions=4, patience_s=0)
+    with LiteLLMGateway(config, runtime="inline") as gateway:
+        made, _, error = gateway.run(work.run(gateway, written(3), True))
+        asked_by_job = len(upstream.log())
+        others = gateway.embed(["a"], model="gone", dimensions=4)
+
+    assert error is not None
+    assert (made.num_rows, asked_by_job) == (0, 0)
+    assert others.array.shape == (1, 4)
