@@ -238,6 +238,8 @@ class Pipeline:
             facts.cache = "miss" if texts.sent_any else "joined"
             raise codec.unpack_error(failure.error) from None
         facts.failed = texts.failed
+        if texts.of_fallback:
+            facts.fallbacks = max(1, facts.fallbacks)
         return self._sharing.shared_texts(request, texts)
 
     async def _lead_texts(self, request: Request, texts: Texts) -> None:

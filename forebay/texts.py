@@ -96,6 +96,11 @@ class Texts:
         """How many of the list's vectors came from the cache."""
         return sum(row in self._known for row in self._rows)
 
+    @property
+    def of_fallback(self) -> bool:
+        """Whether a fallback's vectors are among them, ours or those of whom we joined."""
+        return any(vector is not None and vector.fallback for vector in self._vectors)
+
     async def look_up(self, *, read: bool, join: bool, patience_s: float) -> None:
         """Ask for every text, in as few messages as they fit into."""
         await self._ask(range(len(self._keys)), read, join, patience_s)

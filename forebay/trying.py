@@ -61,13 +61,15 @@ class Attempts:
         config = system.config.gateway
         group = request.group.name
         request.prompt = prompt = system.kv_cache.read(request.call)
+        # A job's vectors are all of one model: another's would be paid for and thrown away.
+        alone = request.call.bulk and request.call.route == "embedding"
         return Plan(
-            [group, *system.table.fallbacks(group)],
+            [group] if alone else [group, *system.table.fallbacks(group)],
             lambda name: system.order(name, prompt),
             max_retries=config.max_retries,
             retry_delay_s=config.retry_delay,
             rng=system.rng,
-            special=system.table.special_fallbacks,
+            special=(lambda kind, name: ()) if alone else system.table.special_fallbacks,
         )
 
     async def answer(

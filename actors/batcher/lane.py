@@ -108,7 +108,6 @@ class LaneState(Generic[Q]):
 
     def __init__(self, caps: Caps, *, idle_linger_s: float = 0.0) -> None:
         self.caps = caps
-        self.answered = False
         self.linger = Linger()
         self._idle_linger_s = idle_linger_s
         self._queues: dict[bool, FairQueue[Q]] = {False: FairQueue(), True: FairQueue()}
@@ -154,18 +153,8 @@ class LaneState(Generic[Q]):
         upstream.in_flight -= 1
         upstream.bulk -= bulk
 
-    def next(self, upstream: Upstream, now_s: float) -> Go[Q] | float | None:
-        """A call to make now; or when to ask again; None: when something has happened."""
-        wake_s: float | None = None
-        for bulk in upstream.turns:
-            told = self.next_of(bulk, upstream, now_s)
-            if isinstance(told, Go):
-                return told
-            wake_s = sooner(wake_s, told)
-        return wake_s
-
     def next_of(self, bulk: bool, upstream: Upstream, now_s: float) -> Go[Q] | float | None:
-        """The same of one kind."""
+        """A call of a kind to make now; or when to ask again; None: when something has happened."""
         queue, urgent = self._queues[bulk], self._urgent[bulk]
         if not (queue.items or urgent) or upstream.is_full_of(bulk):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from forebay.errors import ConfigurationError
 from forebay.gateway import LiteLLMGateway
-from forebay.pipelines import embedding, generating, places, structured
+from forebay.pipelines import claim, embedding, generating, places, structured
 from forebay.pipelines.account import HOPELESS_ROWS, Account
 from forebay.pipelines.census import Census
 from forebay.pipelines.embedding import EmbedWork
@@ -281,7 +282,7 @@ def _chat_setting(
         if name in parameters and (name != "response_format" or schema is not None):
             raise ConfigurationError(f"{name} cannot be given to a job over rows", param=name)
     if schema is not None:
-        structured.check(schema)
+        structured.check(schema, (generating.ERROR, generating.TOKENS))
     most = parameters.get("max_tokens")
     if max_cost_usd is not None and most is None:
         raise ConfigurationError(
@@ -321,7 +322,7 @@ def _check(on_error: str, max_cost_usd: float | None, workers: int) -> None:
         raise ConfigurationError(
             f"on_error must be 'dead_letter' or 'raise', not {on_error!r}", param="on_error"
         )
-    if max_cost_usd is not None and not max_cost_usd > 0:
+    if max_cost_usd is not None and not 0 < max_cost_usd < math.inf:
         raise ConfigurationError("max_cost_usd must be positive", param="max_cost_usd")
     if not (isinstance(workers, int) and workers >= 1):
         raise ConfigurationError("workers must be 1 or more", param="workers")
@@ -366,7 +367,10 @@ def _over_files(
         raise ConfigurationError("retry_dead_letter needs resume", param="resume")
     with LiteLLMGateway(runtime="ray", namespace=setting.namespace) as gateway:
         deployments_of(gateway, setting.of["model"], setting.route)
-        source = places.source(src, filesystem)
+        source, there = places.source(src, filesystem), places.named(dst, filesystem)
+        places.apart(source, there)
+        if retry_dead_letter:
+            claim.known(there, setting.of)
         job = Job(setting, source, places.destination(dst, filesystem), resume)
         return job.retry(gateway, watch) if retry_dead_letter else job.run(gateway, watch)
 
@@ -376,4 +380,6 @@ def _planned(src: Path, dst: Path | None, setting: Setting, filesystem: Any) -> 
         deployments_of(gateway, setting.of["model"], setting.route)
         source = places.source(src, filesystem)
         there = None if dst is None else places.named(dst, filesystem)
+        if there is not None:
+            places.apart(source, there)
         return Job(setting, source, there).plan(gateway)

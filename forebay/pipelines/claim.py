@@ -69,15 +69,34 @@ def take(dst: Place, of: Mapping[str, Any], resume: bool) -> None:
         with dst.filesystem.open_output_stream(path) as stream:
             stream.write(json.dumps(ours, indent=1).encode())
     else:
-        for name in ours:
-            if ours[name] != theirs.get(name):
-                raise ConfigurationError(
-                    f"dst: {dst.path} is of a job with {name} {theirs.get(name)!r}, not "
-                    f"{ours[name]!r}; name another folder",
-                    param="dst",
-                )
+        _same(dst, ours, theirs)
     with dst.filesystem.open_output_stream(dst.beside_inner(RUNNING)) as stream:
         stream.write(b"")
+
+
+def known(dst: Place, of: Mapping[str, Any]) -> None:
+    """See that this job has been at the destination before, so that it has a dead letter.
+
+    Raises:
+        ConfigurationError: no job has, or another one.
+    """
+    theirs = _read_json(dst.filesystem, dst.beside_inner("job.json"))
+    if theirs is None:
+        raise ConfigurationError(
+            f"dst: no job has written to {dst.path}, so there are no failed rows to retry",
+            param="dst",
+        )
+    _same(dst, json.loads(json.dumps(dict(of))), theirs)
+
+
+def _same(dst: Place, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    for name in ours:
+        if ours[name] != theirs.get(name):
+            raise ConfigurationError(
+                f"dst: {dst.path} is of a job with {name} {theirs.get(name)!r}, not "
+                f"{ours[name]!r}; name another folder",
+                param="dst",
+            )
 
 
 def ended(dst: Place) -> None:

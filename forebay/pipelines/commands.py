@@ -28,7 +28,9 @@ Command = Callable[..., argparse.ArgumentParser]
 def add_to(command: Command) -> None:
     """Add both to the parser, with the function that makes a command."""
     embed = command("embed", _embed, "vectors for a file or folder of texts")
-    embed.add_argument("--text-column", required=True, metavar="T", help="the column of texts")
+    embed.add_argument(
+        "--text-column", required=True, metavar="T", help="name of the column of texts"
+    )
     embed.add_argument("--dimensions", type=int, metavar="D", help="length of the vectors")
     ask = command("map", _map, "ask a model about each row of a file or folder")
     ask.add_argument("--prompt", help='the question, such as "Summarise {title}: {body}"')
@@ -42,18 +44,21 @@ def add_to(command: Command) -> None:
         made.add_argument("src", metavar="SRC", help="Parquet, JSONL or CSV")
         made.add_argument("dst", metavar="DST", help="a folder; its ending says the format")
         made.add_argument("--model", metavar="M", help="a model group (default: the default one)")
-        made.add_argument("--id-column", metavar="I", help="unique ids, to resume by")
+        made.add_argument("--id-column", metavar="I", help="unique ids; needed to resume")
         made.add_argument("--tenant", metavar="ID", help="whose limits hold, and who pays")
         made.add_argument("--dry-run", action="store_true", help="say what it takes, send nothing")
         made.add_argument("--max-cost", type=float, metavar="USD", help="stop before it costs more")
-        made.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+        made.add_argument(
+            "--resume", action=argparse.BooleanOptionalAction, default=True,
+            help="go on where an earlier run ended (default)",
+        )  # fmt: skip
         made.add_argument(
             "--retry-dead-letter", action="store_true", help="send only the rows that failed"
         )
         made.add_argument(
             "--block-rows", type=int, metavar="N", help="rows that are sent and written at once"
         )
-        made.add_argument("--workers", type=int, default=1, metavar="N")
+        made.add_argument("--workers", type=int, default=1, metavar="N", help="processes that send")
         made.add_argument(
             "--config", type=Path, help="forebay.yaml, where no gateway runs (FOREBAY_CONFIG)"
         )
@@ -91,6 +96,11 @@ def _run(
     plan: Callable[..., Plan],
     run: Callable[..., Report | None],
 ) -> int:
+    if arguments.dry_run and arguments.retry_dead_letter:
+        raise ConfigurationError(
+            "--dry-run tells of the source, not of failed rows; leave out --retry-dead-letter",
+            param="dry_run",
+        )
     _attach(arguments.config)
     given |= {"model": arguments.model, "id_column": arguments.id_column}
     if arguments.dry_run:
@@ -103,19 +113,21 @@ def _run(
     from forebay.pipelines.progress import Progress
 
     progress = Progress(sys.stderr)
-    report = run(
-        arguments.src,
-        arguments.dst,
-        tenant_id=arguments.tenant,
-        max_cost_usd=arguments.max_cost,
-        resume=arguments.resume,
-        retry_dead_letter=arguments.retry_dead_letter,
-        workers=arguments.workers,
-        block_rows=arguments.block_rows,
-        watch=None if arguments.json else progress,
-        **given,
-    )
-    progress.end()
+    try:
+        report = run(
+            arguments.src,
+            arguments.dst,
+            tenant_id=arguments.tenant,
+            max_cost_usd=arguments.max_cost,
+            resume=arguments.resume,
+            retry_dead_letter=arguments.retry_dead_letter,
+            workers=arguments.workers,
+            block_rows=arguments.block_rows,
+            watch=None if arguments.json else progress,
+            **given,
+        )
+    finally:
+        progress.end()
     if report is None:
         print(json.dumps({"rows": 0}) if arguments.json else "the dead letter is empty")
         return DONE

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -56,7 +54,7 @@ class EmbedWork:
         async def send(words: Sequence[str], partial: bool) -> Got:
             return await self._send(gateway, words, partial)
 
-        patience = Patience(asyncio.sleep, random.Random(), self.patience_s)
+        patience = Patience.of(self.patience_s, doubtful)
         rows = await embed_rows(texts, send, patience, doubtful=doubtful)
         sent = [text for text in texts if text]
         refusals = [words for words in rows.errors if words not in (None, EMPTY)]

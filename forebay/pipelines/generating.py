@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from forebay.pipelines.patience import Patience, kind_of
 from forebay.pipelines.system import answer as ask
 from forebay.pipelines.system import most_nano_of_chat
 from forebay.pipelines.template import MissingValue, Template
-from forebay.pipelines.vectors import words_of
+from forebay.pipelines.vectors import plain, words_of
 
 if TYPE_CHECKING:
     from forebay.call import Result
@@ -76,7 +75,7 @@ class GenerateWork:
     async def run(
         self, gateway: LiteLLMGateway, table: pa.Table, doubtful: bool
     ) -> tuple[pa.Table, Done, GatewayError | None]:
-        patience = Patience(asyncio.sleep, random.Random(), self.patience_s)
+        patience = Patience.of(self.patience_s, doubtful)
         rows = [_Row() for _ in range(table.num_rows)]
         halted: list[GatewayError] = []
 
@@ -151,8 +150,8 @@ class GenerateWork:
                 row.fields = structured.read(text, self.schema)
             except ValueError as error:
                 cut = choice.get("finish_reason") == "length"
-                row.error = f"{error}{' (it was cut at max_tokens)' if cut else ''}"
-        row.text = text
+                row.error = plain(f"{error}{' (it was cut at max_tokens)' if cut else ''}")
+        row.text = plain(text)
 
     def _with_columns(self, table: pa.Table, rows: list[_Row]) -> pa.Table:
         places = [place for place, row in enumerate(rows) if row.known]

@@ -84,6 +84,17 @@ def named(path: str | os.PathLike[str], filesystem: Any = None) -> Place:
     return Place(text, _ending(text) or "parquet", found, inner)
 
 
+def apart(src: Place, dst: Place) -> None:
+    """
+    Raises:
+        ConfigurationError: the destination is in the source, so the next run would read it.
+    """
+    if f"{dst.path.rstrip('/')}/".startswith(f"{src.path.rstrip('/')}/"):
+        raise ConfigurationError(
+            f"dst: {dst.path} is in the source, {src.path}; name a folder beside it", param="dst"
+        )
+
+
 def destination(path: str | os.PathLike[str], filesystem: Any = None) -> Place:
     """The folder that is written: its name's ending says the format, else it is Parquet.
 

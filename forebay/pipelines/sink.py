@@ -6,8 +6,9 @@ of a task begin with that name, so that what a killed task left behind is found 
 
 from __future__ import annotations
 
+import base64
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -58,7 +59,10 @@ class Sink(BlockBasedFileDatasink):
 
 
 def write_table(table: pa.Table, file: Any, kind: Format) -> None:
-    """A table in a format. CSV has lists and structures as JSON; vectors are stored as they are."""
+    """A table in a format. CSV has lists and structures as JSON; vectors are stored as they are.
+
+    Bytes are base64 in CSV and JSONL.
+    """
     if kind == "parquet":
         parquet.write_table(table, file)
     elif kind == "jsonl":
@@ -71,14 +75,19 @@ def write_table(table: pa.Table, file: Any, kind: Format) -> None:
 
 
 def flat(table: pa.Table) -> pa.Table:
-    """The table with nested columns as JSON text."""
+    """The table with nested columns as JSON text, and bytes as base64."""
     for place, field in enumerate(table.schema):
         if pa.types.is_nested(field.type):
-            values = [
-                None if value is None else _json(value).decode()
-                for value in _values(table[field.name].combine_chunks())
-            ]
-            table = table.set_column(place, field.name, pa.array(values, pa.string()))
+            convert: Callable[[Any], str] = _json_text
+        elif any(test(field.type) for test in _OF_BYTES):
+            convert = _without_type
+        else:
+            continue
+        values = [
+            None if value is None else convert(value)
+            for value in _values(table[field.name].combine_chunks())
+        ]
+        table = table.set_column(place, field.name, pa.array(values, pa.string()))
     return table
 
 
@@ -93,4 +102,16 @@ def _values(column: pa.Array) -> Sequence[Any]:
 
 
 def _json(value: Any) -> bytes:
-    return orjson.dumps(value, default=str, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(value, default=_without_type, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _json_text(value: Any) -> str:
+    return _json(value).decode()
+
+
+def _without_type(value: Any) -> str:
+    """A value that JSON has no type for."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+_OF_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)

@@ -8,19 +8,23 @@ from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import pyarrow as pa
+from referencing.exceptions import Unresolvable
 
 from forebay.errors import ConfigurationError
+from forebay.pipelines.vectors import plain
 
 NAME = "row"
 
 
-def check(schema: Mapping[str, Any]) -> None:
+def check(schema: Mapping[str, Any], taken: Sequence[str] = ()) -> None:
     """
     Raises:
-        ConfigurationError: it is no JSON schema, or none of an object with properties.
+        ConfigurationError: it is no JSON schema, or none of an object with properties, or one of
+            these has the name of a column that is `taken`.
     """
+    validator = jsonschema.Draft202012Validator
     try:
-        jsonschema.Draft202012Validator.check_schema(schema)
+        validator.check_schema(schema, format_checker=validator.FORMAT_CHECKER)
     except jsonschema.SchemaError as error:
         raise ConfigurationError(f"schema: {error.message}", param="schema") from None
     properties = schema.get("properties")
@@ -29,6 +33,16 @@ def check(schema: Mapping[str, Any]) -> None:
             'schema: it must be of "type": "object" with "properties"; each becomes a column',
             param="schema",
         )
+    for name in taken:
+        if name in properties:
+            raise ConfigurationError(
+                f"schema: a property cannot be called {name!r}, as a column of every job is",
+                param="schema",
+            )
+    try:
+        validator(schema).is_valid(dict.fromkeys(properties))
+    except Unresolvable as error:
+        raise ConfigurationError(f"schema: {error}", param="schema") from None
 
 
 def response_format(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,17 +58,19 @@ def read(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         found = json.loads(text)
+        error: Any = jsonschema.exceptions.best_match(
+            jsonschema.Draft202012Validator(schema).iter_errors(found)
+        )
+    except (RecursionError, OverflowError):
+        raise ValueError("the answer is nested too deeply, or has too large a number") from None
     except ValueError:
         raise ValueError("the answer is no JSON") from None
-    error: Any = jsonschema.exceptions.best_match(
-        jsonschema.Draft202012Validator(schema).iter_errors(found)
-    )
     if error is not None:
         raise ValueError(f"the answer is not by the schema: {error.message}"[:500])
     assert isinstance(found, dict)
     for name, one in schema["properties"].items():
-        value = found.get(name)
-        if value is not None and _kind(one) == "integer" and abs(value) >= 2**63:
+        value, most = found.get(name), _MOST.get(_kind(one))
+        if value is not None and most is not None and abs(value) >= most:
             raise ValueError(f"{name} is too large a number")
     return found
 
@@ -85,8 +101,9 @@ _TYPES = {
     "number": pa.float64(),
     "boolean": pa.bool_(),
 }
+_MOST = {"integer": 2**63, "number": 2**1023}
 _CONVERT: dict[str, Callable[[Any], Any]] = {
-    "string": str,
+    "string": plain,
     "integer": int,
     "number": float,
     "boolean": bool,

@@ -32,8 +32,15 @@ class Got:
 def words_of(error: Exception) -> str:
     """What a row's error column says."""
     if isinstance(error, GatewayError):
-        return f"{error.code or error.type}: {error.message}"
-    return f"{type(error).__name__}: {error}"
+        return plain(f"{error.code or error.type}: {error.message}")
+    return plain(f"{type(error).__name__}: {error}")
+
+
+def plain(text: str) -> str:
+    """The text as a column can hold it: half an emoji, as JSON may have, becomes U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 Send = Callable[[Sequence[str], bool], Awaitable[Got]]

@@ -204,7 +204,8 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
         ("nothing at", tmp_path / "none.parquet", dst, given),
         ("must end in", tmp_path / "notes.txt", dst, given),
         ("of one kind", tmp_path, dst, given),
-        ("is a file", src, src, given),
+        ("is in the source", src, src, given),
+        ("no job has written", src, dst, {**given, "retry_dead_letter": True}),
         ("no-such", src, dst, {**given, "model": "no-such"}),
     ]
     (tmp_path / "notes.txt").write_text("x")
@@ -258,6 +259,13 @@ def test_a_model_is_asked_about_each_row(
     assert dead["id"].to_pylist() == [5, 7]
     assert "'name' is empty" in dead["generation_error"][0].as_py()
 
+    # Another job's retry moves nothing.
+    with pytest.raises(errors.ConfigurationError, match="is of a job with prompt"):
+        pipelines.generate_parquet(
+            src, dst, retry_dead_letter=True, **{**given, "prompt": "Where is {name}?"}
+        )
+    assert read(dst / "_dead_letter") == dead
+
 
 def test_bad_rows_cost_a_job_few_requests(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch
@@ -288,3 +296,21 @@ def test_bad_rows_cost_a_job_few_requests(
     np.testing.assert_array_equal(found, truth.vectors(good, 4))
     assert (known.failed, asked_by_memory) == (10, 0)
     assert (again.failed, len(upstream.log())) == (0, 1)
+
+
+def test_a_job_pays_no_fallback_whose_vectors_it_cannot_use(
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIM_KEY", "sk-simulated")
+    groups = support.groups(upstream.url)
+    groups.append({**next(g for g in groups if g["model_name"] == "dead"), "model_name": "gone"})
+    config = GatewayConfig(model_list=groups, fallbacks=[{"gone": ["sim-embed"]}], max_retries=0)
+    work = EmbedWork("text", "gone", dimensions=4, patience_s=0)
+    with LiteLLMGateway(config, runtime="inline") as gateway:
+        made, _, error = gateway.run(work.run(gateway, written(3), True))
+        asked_by_job = len(upstream.log())
+        others = gateway.embed(["a"], model="gone", dimensions=4)
+
+    assert error is not None
+    assert (made.num_rows, asked_by_job) == (0, 0)
+    assert others.array.shape == (1, 4)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from actors.batcher.lane import INTERACTIVE_IN_A_ROW, Go, LaneState, Upstream
+from actors.batcher.lane import INTERACTIVE_IN_A_ROW, Go, LaneState, Upstream, sooner
 from actors.batcher.linger import Linger, Rate
 from actors.batcher.policy import BULK_LINGER_S, LINGER_S, Caps, Room
 
@@ -30,8 +30,19 @@ def waiting(count: int = 1, *, bulk: bool = False, caps: Caps | None = None) -> 
     return lane
 
 
+def asked(lane: LaneState[Text], upstream: Upstream, now_s: float) -> Go[Text] | float | None:
+    """As the Batcher asks its lanes, of which this is the only one."""
+    wake_s: float | None = None
+    for bulk in upstream.turns:
+        told = lane.next_of(bulk, upstream, now_s)
+        if isinstance(told, Go):
+            return told
+        wake_s = sooner(wake_s, told)
+    return wake_s
+
+
 def go(lane: LaneState[Text], upstream: Upstream, now_s: float = 0.0) -> Go[Text]:
-    told = lane.next(upstream, now_s)
+    told = asked(lane, upstream, now_s)
     assert isinstance(told, Go)
     return told
 
@@ -41,7 +52,7 @@ def test_with_nothing_under_way_texts_leave_at_once() -> None:
 
 
 def test_an_empty_lane_waits_for_nothing() -> None:
-    assert waiting(0).next(Upstream(), 0.0) is None
+    assert asked(waiting(0), Upstream(), 0.0) is None
     assert waiting(0).is_idle
 
 
@@ -51,17 +62,17 @@ def test_beside_another_call_a_text_waits_for_company_that_is_to_be_expected() -
     for moment in range(200):  # 1000 a second
         lane.came(1, moment / 1000)
     lane.add(Text(arrived_s=0.2), False)
-    due_s = lane.next(upstream, 0.2)
+    due_s = asked(lane, upstream, 0.2)
     assert isinstance(due_s, float)
     assert 0.2 < due_s <= 0.2 + LINGER_S
-    assert isinstance(lane.next(upstream, due_s), Go)
+    assert isinstance(asked(lane, upstream, due_s), Go)
 
 
 def test_beside_another_call_a_text_that_expects_no_company_leaves_at_once() -> None:
     lane, upstream = waiting(1), Upstream()
     lane.began(False, upstream)
     lane.came(1, 0.0)
-    assert isinstance(lane.next(upstream, 0.0), Go)
+    assert isinstance(asked(lane, upstream, 0.0), Go)
 
 
 @pytest.mark.parametrize("caps", [Caps(items_max=3), Caps(tokens_max=30), Caps(bytes_max=90)])
@@ -69,7 +80,7 @@ def test_a_full_call_does_not_linger(caps: Caps) -> None:
     lane, upstream = waiting(2, caps=caps), Upstream()
     lane.began(False, upstream)
     lane.came(1000, 0.0)
-    assert isinstance(lane.next(upstream, 0.0), float)
+    assert isinstance(asked(lane, upstream, 0.0), float)
     lane.add(Text(), False)
     assert len(go(lane, upstream).units) == 3
 
@@ -77,7 +88,7 @@ def test_a_full_call_does_not_linger(caps: Caps) -> None:
 def test_many_texts_share_out_among_free_places_and_bulk_fills_its_calls() -> None:
     lane, upstream = waiting(1000), Upstream()
     sizes = []
-    while isinstance(told := lane.next(upstream, 0.0), Go):
+    while isinstance(told := asked(lane, upstream, 0.0), Go):
         sizes.append(len(told.units))
         lane.began(told.bulk, upstream)
     assert sizes == [256, 256, 256, 232]
@@ -88,29 +99,29 @@ def test_a_linger_of_nothing_is_none() -> None:
     lane, upstream = waiting(2, caps=Caps(linger_s=0.0)), Upstream()
     lane.began(False, upstream)
     lane.came(1000, 0.0)
-    assert isinstance(lane.next(upstream, 0.0), Go)
+    assert isinstance(asked(lane, upstream, 0.0), Go)
 
 
 def test_retries_wait_for_those_that_failed_with_them_even_where_nothing_is_under_way() -> None:
     lane: LaneState[Text] = LaneState(Caps(), idle_linger_s=0.02)
     lane.add(Text(arrived_s=1.0), False)
-    assert lane.next(Upstream(), 1.0) == 1.02
-    assert isinstance(lane.next(Upstream(), 1.02), Go)
+    assert asked(lane, Upstream(), 1.0) == 1.02
+    assert isinstance(asked(lane, Upstream(), 1.02), Go)
 
 
 def test_no_more_calls_at_once_than_the_upstream_takes() -> None:
     lane, upstream = waiting(9, caps=Caps(items_max=1)), Upstream()
     for _ in range(upstream.concurrency.limit):
         lane.began(go(lane, upstream).bulk, upstream)
-    assert lane.next(upstream, 0.0) is None
+    assert asked(lane, upstream, 0.0) is None
     lane.ended(False, upstream)
-    assert isinstance(lane.next(upstream, 0.0), Go)
+    assert isinstance(asked(lane, upstream, 0.0), Go)
 
 
 def test_without_a_permit_everything_waits_and_the_call_grows() -> None:
     lane, upstream = waiting(1), Upstream()
     upstream.shut(5.0, ValueError("busy"))
-    assert lane.next(upstream, 0.0) == 5.0
+    assert asked(lane, upstream, 0.0) == 5.0
     lane.add(Text(), False)
     assert len(go(lane, upstream, 5.0).units) == 2
 
@@ -126,7 +137,7 @@ def test_without_a_permit_everything_waits_and_the_call_grows() -> None:
 def test_what_the_provider_says_is_left_is_heeded(room: Room, until_s: float | None) -> None:
     lane, upstream = waiting(1), Upstream()
     upstream.told(room, 0.0)
-    told = lane.next(upstream, 0.0)
+    told = asked(lane, upstream, 0.0)
     assert isinstance(told, Go) if until_s is None else told == until_s
 
 
@@ -148,7 +159,7 @@ def test_the_search_through_a_bulk_call_has_bulks_places_and_bulks_turns_only() 
         turn = go(lane, upstream)
         assert turn.bulk is False
         lane.began(False, upstream)
-        while isinstance(told := lane.next(upstream, 0.0), Go):
+        while isinstance(told := asked(lane, upstream, 0.0), Go):
             assert told.bulk
             lane.began(True, upstream)
         assert upstream.bulk == upstream.concurrency.limit - 1
@@ -181,7 +192,7 @@ def test_a_bound_that_is_given_holds_for_bulk_too(
     lane.linger.took(100.0)
     lane.came(20, 0.0)  # far fewer a second than a call takes
     lane.add(Text(arrived_s=0.0), bulk)
-    due_s = lane.next(upstream, 0.0)
+    due_s = asked(lane, upstream, 0.0)
     if 20 * most_s < 1:
         assert isinstance(due_s, Go)
     else:
@@ -190,7 +201,7 @@ def test_a_bound_that_is_given_holds_for_bulk_too(
 
 def test_bulk_leaves_a_place_free_and_shares_no_call_with_who_waits() -> None:
     lane, upstream = waiting(50, bulk=True, caps=Caps(items_max=1)), Upstream()
-    while isinstance(told := lane.next(upstream, 0.0), Go):
+    while isinstance(told := asked(lane, upstream, 0.0), Go):
         assert told.bulk
         lane.began(True, upstream)
     assert upstream.in_flight == upstream.concurrency.limit - 1
@@ -219,7 +230,7 @@ def test_bulk_by_itself_finds_the_places_that_a_provider_has() -> None:
     lane, upstream = waiting(2_000, bulk=True, caps=Caps(items_max=1)), Upstream()
     for moment in range(100):
         calls = 0
-        while isinstance(lane.next(upstream, float(moment)), Go):
+        while isinstance(asked(lane, upstream, float(moment)), Go):
             lane.began(True, upstream)
             calls += 1
         for _ in range(calls):
@@ -286,6 +297,8 @@ class Simulation:
                 self.lane.add(text, False)
                 self.lane.came(1, self.now_s)
             elif what == "answer":
+                units: list[Text]
+                began_s: float
                 units, began_s = of  # type: ignore[misc]
                 took_s = self.now_s - began_s
                 full = self.upstream.is_full_of(bulk=False)
@@ -300,7 +313,7 @@ class Simulation:
             self.send()
 
     def send(self) -> None:
-        told = self.lane.next(self.upstream, self.now_s)
+        told = asked(self.lane, self.upstream, self.now_s)
         while isinstance(told, Go):
             self.lane.began(False, self.upstream)
             self.calls.append(len(told.units))
@@ -308,7 +321,7 @@ class Simulation:
             begins_s = max(self.now_s, self.free_s[place])
             self.free_s[place] = begins_s + 0.05 + 0.00025 * len(told.units)
             self.at(self.free_s[place], "answer", (told.units, self.now_s))
-            told = self.lane.next(self.upstream, self.now_s)
+            told = asked(self.lane, self.upstream, self.now_s)
         if told is not None:
             self.at(told, "wake")
 

@@ -135,6 +135,23 @@ async def test_nor_do_those_that_somebody_else_got_from_a_fallback(house: Open) 
     assert here.provider.texts == [["one"], ["two"], ["one"], ["one", "two"]]
 
 
+async def test_who_joins_a_call_that_a_fallback_answers_is_told(house: Open) -> None:
+    here = await house(max_retries=0, fallbacks=["spare"])
+    gate = asyncio.Event()
+    here.provider.steps["openai/text-embedding-x"] = [(gate, ProviderError("down"))]
+    first = asyncio.create_task(here.pipeline.answer(call(here, "texts", "a", input=["one"])))
+    while not here.provider.asked:
+        await settle()
+    joins = call(here, "texts", "a", input=["one"])
+    joins.bulk = True
+    second = asyncio.create_task(here.pipeline.answer(joins))
+    for _ in range(20):
+        await settle()
+    gate.set()
+    assert ((await first).facts.fallbacks, (await second).facts.fallbacks) == (1, 1)
+    assert here.provider.texts == [["one"], ["one"]]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_one_tenants_limit_shortens_no_other_tenants_answer(
     house: Open, stream: bool

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
+import math
 import random
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,19 +20,23 @@ from hypothesis import strategies as st
 from pyarrow import csv
 
 from forebay import errors
-from forebay.pipelines import structured
+from forebay.call import Facts, Result
+from forebay.codec import Answer
+from forebay.pipelines import claim, commands, structured
 from forebay.pipelines.account import Account, Done
 from forebay.pipelines.api import _chat_setting, _embed_setting
 from forebay.pipelines.census import Census, count, total
 from forebay.pipelines.embedding import fixed_size
 from forebay.pipelines.estimate import Range, Rates, chat_plan, embedding_plan, tokens_in
+from forebay.pipelines.generating import GenerateWork, _Row
+from forebay.pipelines.job import Watch
 from forebay.pipelines.patience import Patience, kind_of
-from forebay.pipelines.places import destination, source
+from forebay.pipelines.places import apart, destination, named, source
 from forebay.pipelines.progress import line
 from forebay.pipelines.resume import left
 from forebay.pipelines.sink import write_table
 from forebay.pipelines.template import MissingValue, Template
-from forebay.pipelines.vectors import EMPTY, Got, embed_rows
+from forebay.pipelines.vectors import EMPTY, Got, embed_rows, words_of
 
 # ------------------------------------------------------------------------------------- account
 
@@ -286,6 +294,20 @@ async def test_what_does_not_pass_ends_the_job_and_no_row() -> None:
     assert rows.errors == [None, None]
 
 
+async def test_a_job_that_never_did_a_row_soon_gives_up_on_an_outage() -> None:
+    """A limit is waited out all the same."""
+    waited = []
+    for failure in (errors.ProviderError("no connection"), errors.RateLimitError("slow")):
+        world = World(*[failure] * 100)
+        patience = replace(Patience.of(600, doubtful=True), pause=world.pause)
+        failure.retry_after_s = 25.0
+        await embed_rows(["a"], world.send, patience)
+        waited.append(sum(world.pauses))
+    assert 60 <= waited[0] <= 100
+    assert waited[1] >= 600
+    assert Patience.of(600, doubtful=False).outage_s > 600
+
+
 async def test_what_took_too_long_or_is_too_much_at_once_is_halved() -> None:
     never = errors.RateLimitError("more tokens than there ever are")
     for failure in (errors.GatewayTimeout("late"), never):
@@ -402,6 +424,16 @@ def test_files_hold_vectors_in_every_format() -> None:
     assert np.array_equal(np.float32(json.loads(back["embedding"][0].as_py())), vector)
 
 
+def test_bytes_are_base64_where_a_format_has_none() -> None:
+    table = pa.table({"image": [b"\xff\xd8", None], "parts": [[b"\xff"], []]})
+    lines, sheet = io.BytesIO(), io.BytesIO()
+    write_table(table, lines, "jsonl")
+    write_table(table, sheet, "csv")
+    assert json.loads(lines.getvalue().splitlines()[0]) == {"image": "/9g=", "parts": ["/w=="]}
+    back = csv.read_csv(io.BytesIO(sheet.getvalue())).to_pylist()
+    assert back[0] == {"image": "/9g=", "parts": '["/w=="]'}
+
+
 def test_a_template_names_columns() -> None:
     template = Template.of("{a}: {{b}} {a} {c}")
     assert template.columns == ("a", "c")
@@ -426,6 +458,9 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+NAMED = {"type": "object", "properties": {"name": {"type": "string"}, "x": {"type": "number"}}}
+
+
 def test_answers_by_schema_become_columns() -> None:
     structured.check(SCHEMA)
     row = structured.read('{"n": 2.0, "x": 1, "tags": ["a"]}', SCHEMA)
@@ -438,17 +473,40 @@ def test_answers_by_schema_become_columns() -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("hello", "no JSON"), ("{}", "not by the schema"), ('{"x": 1, "n": 1e30}', "too large")],
+    [
+        ("hello", "no JSON"),
+        ("{}", "not by the schema"),
+        ('{"x": 1, "n": 1e30}', "too large"),
+        (f'{{"x": {10**400}}}', "too large"),
+        ("[" * 100_000, "too deeply"),
+    ],
 )
 def test_an_answer_that_is_not_by_the_schema_says_why(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         structured.read(text, SCHEMA)
 
 
+def test_half_an_emoji_spoils_no_column() -> None:
+    row = structured.read('{"name": "a \\ud83d", "x": 1}', NAMED)
+    assert structured.columns(NAMED, [row])["name"].to_pylist() == ["a \ufffd"]
+    assert words_of(errors.GatewayError("no \udc00")).endswith("no \ufffd")
+    choice = {"message": {"content": "yes \ud83d"}}
+    answer = Answer(body={"choices": [choice]}, usage={}, cost_nano=0, model="m")
+    made = _Row()
+    asked = GenerateWork(Template.of("{a}"), None)
+    asked._take(made, Result(answer, Facts("m")))
+    assert made.text == "yes \ufffd"
+
+
 def test_schemas_that_make_no_columns_are_refused() -> None:
     for wrong in ({"type": "array"}, {"type": "object"}, {"type": "nonsense"}):
         with pytest.raises(errors.ConfigurationError, match="schema"):
             structured.check(wrong)
+    for one, words in (({"$ref": "#/$defs/a"}, "defs/a"), ({"pattern": "("}, "not a 'regex'")):
+        with pytest.raises(errors.ConfigurationError, match=words):
+            structured.check({"type": "object", "properties": {"x": one}})
+    with pytest.raises(errors.ConfigurationError, match="called 'x'"):
+        structured.check(SCHEMA, ("x",))
 
 
 def test_places_are_known_by_their_endings(tmp_path: Any) -> None:
@@ -471,6 +529,27 @@ def test_places_are_known_by_their_endings(tmp_path: Any) -> None:
         destination("/proc/forebay/out")
 
 
+def test_a_destination_is_not_in_its_source(tmp_path: Any) -> None:
+    (tmp_path / "in.csv").write_text("x\n1\n")
+    folder = source(tmp_path)
+    for name in ("", "out", "a/b"):
+        with pytest.raises(errors.ConfigurationError, match="is in the source"):
+            apart(folder, named(tmp_path / name))
+    apart(folder, named(f"{tmp_path}-out"))
+    apart(source(tmp_path / "in.csv"), named(tmp_path / "in.csv-out"))
+
+
+def test_only_a_job_that_was_there_has_a_dead_letter(tmp_path: Any) -> None:
+    with pytest.raises(errors.ConfigurationError, match="no job has written to"):
+        claim.known(named(tmp_path / "out"), {"model": "m"})
+    assert list(tmp_path.iterdir()) == []
+    place = destination(tmp_path / "out")
+    claim.take(place, {"model": "m"}, resume=True)
+    claim.known(place, {"model": "m"})
+    with pytest.raises(errors.ConfigurationError, match="is of a job with model 'm', not 'n'"):
+        claim.known(place, {"model": "n"})
+
+
 def test_arguments_that_make_no_job_are_refused() -> None:
     def embed(**changed: Any) -> None:
         usual: dict[str, Any] = {"dimensions": None, "on_error": "raise", "max_cost_usd": None}
@@ -482,6 +561,7 @@ def test_arguments_that_make_no_job_are_refused() -> None:
 
     for name, value in (
         ("dimensions", 0), ("on_error", "ignore"), ("max_cost_usd", 0), ("workers", 0),
+        ("max_cost_usd", math.inf),
     ):  # fmt: skip
         with pytest.raises(errors.ConfigurationError, match=name):
             embed(**{name: value})
@@ -499,6 +579,34 @@ def test_progress_fits_a_line() -> None:
     assert "100/200 rows  5 rows/s  50 tokens/s  $0.0100  10% cached  20% repeated" in said
     assert "2 failed  0:20 left" in said
     assert said.count("#") == said.count(".") - 1  # the bar is half full; one point is the money's
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_ended_a_job_stands_below_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any, watch: Watch, **__: Any) -> Any:
+        plan = embedding_plan(Census(2, 0, 0, 8, (), None), Range(1, 2, 3), Rates(1.0, 1.0), 0)
+        watch(Account().figures(), plan, 1.0)
+        raise errors.GatewayError("all is lost")
+
+    def attached(_: Any) -> None:
+        pass
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(commands, "_attach", attached)
+    names = ("model", "id_column", "tenant", "max_cost", "workers", "block_rows", "config")
+    given = dict.fromkeys((*names, "dry_run", "retry_dead_letter", "resume", "json"))
+    arguments = argparse.Namespace(src="a.csv", dst="out", **given)
+    with pytest.raises(errors.GatewayError):
+        commands._run(arguments, {}, run, run)
+    assert terminal.getvalue().endswith("\n")
+    arguments.dry_run = arguments.retry_dead_letter = True
+    with pytest.raises(errors.ConfigurationError, match="not of failed rows"):
+        commands._run(arguments, {}, run, run)
 
 
 def test_finished_rows_are_left_out() -> None:
