@@ -96,7 +96,7 @@ def test_a_killed_job_loses_and_doubles_nothing(
 
     assert report is not None
     table, dead = read(dst), read(dst / "_dead_letter")
-    assert KILLS * ROWS // (KILLS + 2) <= report.done_before < ROWS
+    assert KILLS * ROWS // BLOCK // (KILLS + 2) * BLOCK <= report.done_before < ROWS
     assert report.done_before + report.rows == ROWS
     assert report.left == 0
     assert sorted(table["id"].to_pylist() + dead["id"].to_pylist()) == list(range(ROWS))
