@@ -145,7 +145,7 @@ def _attach(config: Path | None) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     importlib.import_module("ray.data")  # which sets its own level
     for name in ("ray.data", "ray._private"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     found = running.read(configuration.data_dir(os.environ))
     if found is not None:
         if config is not None:

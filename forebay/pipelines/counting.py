@@ -48,7 +48,8 @@ def census_of(src: Place, setting: Setting, finished: NDArray[Any]) -> tuple[Cen
             done += int(np.isin(part.ids, known).sum()) if len(known) else 0
             yield part
 
-    census = total(parts())
+    with places.reading(src.path):
+        census = total(parts())
     if nulls:
         raise ConfigurationError(
             f"column {id_column!r} is null in {nulls} rows; every row needs an id",

@@ -8,6 +8,9 @@ Rule 2: a destination is a folder, and what a job remembers of it lies beside it
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +27,8 @@ and counts one that was killed for three minutes more: on two cores a third has 
 that asks for a part of one is ever run."""
 TASKS_PER_CORE = 2
 """Tasks of one kind at once, instead: they wait most of the time."""
+RAISED = re.compile(r"^(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Invalid|Exception): (.+)$", re.MULTILINE)
+"""How a trace names what was raised, on the last line of it."""
 DEAD_LETTER = "_dead_letter"
 """The folder in a destination that failed rows go to. Readers skip names that begin so."""
 
@@ -140,30 +145,53 @@ def read(place: Place) -> Any:
         "jsonl": ray.data.read_json,
         "csv": ray.data.read_csv,
     }
-    # Ray knows fewer endings than we do.
-    endings = {} if place.format == "parquet" else {"file_extensions": None}
+    # Ray knows fewer endings than we do. Files beside Parquet, such as `_SUCCESS`, are not read.
+    endings = [end for end, kind in ENDINGS.items() if kind == "parquet"]
     try:
         return readers[place.format](
             place.inner,
             filesystem=place.filesystem,
             num_cpus=TASK_CPUS,
             concurrency=tasks_at_once(),
-            **endings,
+            file_extensions=endings if place.format == "parquet" else None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigurationError(
             f"src: {place.path} cannot be read: {reason}", param="src"
         ) from None
 
 
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """
+    Raises:
+        ConfigurationError: for whatever is raised, since Ray wraps what its readers raise.
+    """
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise ConfigurationError(
+            f"src: {path} cannot be read: {reason_of(error)}", param="src"
+        ) from None
+
+
+def reason_of(error: BaseException) -> str:
+    """What one of Ray's errors is about: traces stand before that, and advice behind."""
+    told = []
+    cause: BaseException | None = error
+    while cause is not None:
+        told += RAISED.findall(str(cause))
+        cause = cause.__cause__
+    return told[-1] if told else str(error).strip().partition("\n")[0]
+
+
 def columns(dataset: Any, path: str) -> dict[str, Any]:
     """Names and Arrow types of a dataset's columns; none if it has no rows."""
-    try:
+    with reading(path):
         schema = dataset.schema()
-    except Exception as error:  # noqa: BLE001 (Ray wraps whatever the reader raised)
-        reason = str(error.__cause__ or error).strip().rpartition("\n")[2]
-        raise ConfigurationError(f"src: {path} cannot be read: {reason}", param="src") from None
     return {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
 
 

@@ -63,6 +63,11 @@ class Setting:
                 raise ConfigurationError(
                     f"{where} has a column {name!r} already; rename it first", param="src"
                 )
+        ids = found[self.id_column] if self.id_column else None
+        if isinstance(ids, pa.DataType) and pa.types.is_nested(ids):
+            raise ConfigurationError(
+                f"column {self.id_column!r} holds {ids}, no ids", param="id_column"
+            )
         if self.string_column is None:
             return
         kind = found[self.string_column]

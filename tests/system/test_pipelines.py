@@ -209,6 +209,14 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
         ("no-such", src, dst, {**given, "model": "no-such"}),
     ]
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "torn.jsonl").write_text('{"id": 1, "text": "a"}\nno json\n')
+    (tmp_path / "two").mkdir()
+    for name, id_ in (("a", 1), ("b", "x")):
+        parquet.write_table(pa.table({"id": [id_], "text": ["a"]}), tmp_path / "two" / f"{name}.pq")
+    wrong += [
+        (r"torn.jsonl cannot be read: \w", tmp_path / "torn.jsonl", dst, given),
+        ("incompatible types: int64 vs string", tmp_path / "two", dst, given),
+    ]
     for words, source, to, arguments in wrong:
         with pytest.raises(errors.GatewayError, match=words):
             pipelines.embed_parquet(source, to, **arguments)

@@ -31,7 +31,7 @@ from forebay.pipelines.estimate import Range, Rates, chat_plan, embedding_plan, 
 from forebay.pipelines.generating import GenerateWork, _Row
 from forebay.pipelines.job import Watch
 from forebay.pipelines.patience import Patience, kind_of
-from forebay.pipelines.places import apart, destination, named, source
+from forebay.pipelines.places import apart, destination, named, reading, source
 from forebay.pipelines.progress import line
 from forebay.pipelines.resume import left
 from forebay.pipelines.sink import write_table
@@ -529,6 +529,23 @@ def test_places_are_known_by_their_endings(tmp_path: Any) -> None:
         destination("/proc/forebay/out")
 
 
+def test_what_a_reader_says_is_found_in_what_ray_makes_of_it() -> None:
+    trace = (
+        'ray::ReadCSV()\n  File "x.py", line 1, in read\n    raise ValueError(\n'
+        "pyarrow.lib.ArrowInvalid: Expected 2 columns, got 3\nValueError: Failed to read a.csv\n"
+        "Failed to read stream after 1/10 attempts.\nTo change retry attempts, see elsewhere.\n"
+    )
+    raised = RuntimeError("")
+    raised.__cause__ = RuntimeError(trace)
+    for error, words in (
+        (raised, "Failed to read a.csv"),
+        (OSError("no such column\nand advice"), "no such column"),
+    ):
+        with pytest.raises(errors.ConfigurationError) as told, reading("a.csv"):
+            raise error
+        assert told.value.message == f"src: a.csv cannot be read: {words}"
+
+
 def test_a_destination_is_not_in_its_source(tmp_path: Any) -> None:
     (tmp_path / "in.csv").write_text("x\n1\n")
     folder = source(tmp_path)
@@ -623,6 +640,7 @@ def test_columns_are_checked_before_anything_is_sent() -> None:
         ({"t": pa.list_(pa.string())}, "holds list"),
         ({"t": pa.int64()}, "holds int64"),
         ({"tokens": pa.int64()}, "'tokens' already"),
+        ({"id": pa.list_(pa.int64())}, "holds list<item: int64>, no ids"),
     ):
         with pytest.raises(errors.ConfigurationError, match=words):
             setting.check_columns({**good, **changed}, "here")
