@@ -177,11 +177,12 @@ async def test_an_answer_may_end_with_its_connection(pool: Pool, provider: Provi
 @pytest.mark.parametrize(
     ("packing", "packed"),
     [
-        (b"gzip", gzip.compress(b"Hello" * 99)),
+        (b"gzip", gzip.compress(b"Hello" * 99, mtime=0)),
         (b"deflate", zlib.compress(b"Hello" * 99)),
         (b"deflate", zlib.compress(b"Hello" * 99, wbits=-15)),
         (b"identity", b"Hello" * 99),
     ],
+    ids=["gzip", "deflate", "deflate without a head", "identity"],
 )
 async def test_a_packed_answer_is_unpacked(
     pool: Pool, provider: Provider, packing: bytes, packed: bytes
