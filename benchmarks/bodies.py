@@ -1,7 +1,7 @@
 """Large bodies on their way through: Forebay and LiteLLM Proxy beside the upstream itself.
 
-    python -m benchmarks.bodies            # about four minutes
-    python -m benchmarks.bodies --quick    # about two
+    python -m benchmarks.bodies            # about 4 minutes
+    python -m benchmarks.bodies --quick    # about 2 minutes
 
   prompts  chats whose prompt is 1 MiB
   vectors  embeddings whose answer is 4 MiB of JSON
@@ -22,33 +22,26 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks import peers
 from benchmarks.body_load import DIMENSIONS, Bodies, in_process
-from benchmarks.options import finish, parser_of, say, spread, tell_facts, wanted_of
-from benchmarks.processes import Child, Peak, machine
-from benchmarks.system import System, at
+from benchmarks.options import Report, measured, parser_of, say, tell_rounds
+from benchmarks.processes import Peak
+from benchmarks.sides import NAMES, Side, in_turn, sides_of
 from tests.support.upstream import Upstream
 
 PARTS = {"prompts": ("prompt", "chat/completions"), "vectors": ("vectors", "embeddings")}
-NAMES = {"direct": "the upstream itself", "forebay": "Forebay", "peer": "LiteLLM Proxy"}
 CONCURRENCY = 8
 WARMING_S = 1.0
 SETTLE_S = 3.0
-
-
-@dataclass(slots=True)
-class Report:
-    machine: dict[str, Any]
-    rounds: dict[str, list[float]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, name: str, value: float) -> None:
-        self.rounds.setdefault(name, []).append(value)
+WHOSE = {
+    "direct": {},
+    "forebay": {"replica": "ServeReplica", "all processes": ""},
+    "peer": {"all processes": ""},
+}
+"""Whose memory is watched of each side: the Ray workers of that title, or all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +52,10 @@ class Plan:
     rounds: int
 
 
-@dataclass(slots=True)
-class Side:
-    name: str
-    url: str
-    keys: Sequence[str]
-    child: Child | None = None
-    system: System | None = None
-
-
 def turn(report: Report, side: Side, part: str, seconds: float) -> Bodies:
     kind, route = PARTS[part]
     found = in_process(kind, f"{side.url}/v1/{route}", side.keys, CONCURRENCY, seconds)
-    if side.system is not None:
-        side.system.sent += found.requests
+    side.sent(found.requests)
     of = f"{part}, {NAMES[side.name]}"
     if set(found.statuses) != {"200"}:
         report.problems.append(f"{of}: not all 200: {found.statuses}")
@@ -87,11 +70,11 @@ def part_of(report: Report, plan: Plan, part: str, sides: Sequence[Side]) -> Non
     memory: dict[str, list[Peak]] = {}
     for number in range(plan.rounds):
         rates: dict[str, float] = {}
-        for side in sides if number % 2 else sides[::-1]:
+        for side in in_turn(sides, number):
             with ExitStack() as stack:
                 peaks = {
-                    name: stack.enter_context(Peak(side.child.chosen(wanted)))
-                    for name, wanted in WHOSE[side.name].items()
+                    name: stack.enter_context(Peak(side.child.chosen(title)))
+                    for name, title in WHOSE[side.name].items()
                     if side.child is not None
                 }
                 found = turn(report, side, part, plan.seconds)
@@ -109,8 +92,9 @@ def part_of(report: Report, plan: Plan, part: str, sides: Sequence[Side]) -> Non
             if side.name == "direct":
                 report.facts[f"{part}: an answer's bytes"] = f"{found.answer_bytes:,}"
         for other in ("direct", "peer"):
-            ratio = rates["forebay"] / rates[other]
-            report.add(f"{part}: requests/s, Forebay / {NAMES[other]}", ratio)
+            if other in rates:
+                ratio = rates["forebay"] / rates[other]
+                report.add(f"{part}: requests/s, Forebay / {NAMES[other]}", ratio)
     for name, peaks_of in memory.items():
         report.facts[f"{part}: memory before / most / after, MB, {name}"] = (
             f"{peaks_of[0].before_mb:.0f} / {max(one.peak_mb for one in peaks_of):.0f} / "
@@ -118,58 +102,26 @@ def part_of(report: Report, plan: Plan, part: str, sides: Sequence[Side]) -> Non
         )
 
 
-def _of_replica(line: str) -> bool:
-    return line.startswith("ray::ServeReplica")
-
-
-def _of_any(line: str) -> bool:
-    return True
-
-
-WHOSE = {
-    "direct": {},
-    "forebay": {"replica": _of_replica, "all processes": _of_any},
-    "peer": {"all processes": _of_any},
-}
-
-
-def show(report: Report) -> None:
-    print("median (range)")
-    for name, values in report.rounds.items():
-        print(f"  {name:52}{spread(values):>36}")
-    tell_facts(report.facts, report.machine, report.problems)
-
-
-def run(report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, at: Path) -> None:
+def run(
+    report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, scratch: Path
+) -> None:
     upstream.script(dims=DIMENSIONS)
-    with ExitStack() as stack:
-        system = stack.enter_context(System("bodies", upstream.url, at))
-        peer = stack.enter_context(peers.running("litellm-proxy", upstream.url, at))
-        sides = [
-            Side("direct", upstream.url, []),
-            Side("forebay", system.url, system.keys, system.child, system),
-            Side("peer", peer.url, peer.keys, peer.child),
-        ]
+    with sides_of(report, "bodies", upstream, scratch) as sides:
         for part in wanted:
-            part_of(report, plan, part, sides)
-        told, wrong = system.audit()
-        report.facts["Forebay: requests sent / ledger rows / counted"] = told
-        report.problems += wrong
+            with report.part(part):
+                part_of(report, plan, part, sides)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of("bodies", __doc__, PARTS, "2 rounds of 3 s in place of 5 of 5 s")
-    parser.add_argument("--rounds", type=int, help="turns of each side")
+    parser = parser_of(
+        "bodies", __doc__, PARTS, "2 rounds of 3 s in place of 5 of 5 s", "turns of each side"
+    )
     given = parser.parse_args(argv)
-    wanted = wanted_of(parser, given.only, PARTS)
     plan = Plan(
         given.seconds or (3.0 if given.quick else 5.0), given.rounds or (2 if given.quick else 5)
     )
-    report = Report(machine())
-    with at(given.keep) as scratch, Upstream(log=scratch / "upstream.jsonl", fast=True) as upstream:
-        run(report, plan, wanted, upstream, scratch)
-    show(report)
-    return finish(given.json, asdict(report), report.problems)
+    report = Report()
+    return measured(given, report, partial(run, report, plan, given.only), tell_rounds)
 
 
 if __name__ == "__main__":

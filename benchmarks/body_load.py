@@ -15,21 +15,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import aiohttp
 import numpy as np
 import orjson
 import uvloop
 
-from benchmarks.processes import ROOT
+from benchmarks.apart import apart, ms_at
 from tests.support.simulator.truth import digest, vectors
 
 PROMPT_BYTES = 1 << 20
@@ -41,7 +39,6 @@ CHECKED_EVERY = 8
 LINE = "What does a forebay do for the turbines behind it, and what for the river before it?\n"
 FILLING = (LINE * (PROMPT_BYTES // len(LINE) + 1))[: PROMPT_BYTES - 40]
 REQUEST_S = 120.0
-LOAD_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +122,8 @@ async def run(kind: str, url: str, keys: Sequence[str], concurrency: int, second
         requests=load.sent,
         requests_per_s=load.sent / took_s,
         mb_per_s=load.bytes / took_s / 2**20,
-        p50_ms=ordered[len(ordered) // 2] * 1e3,
-        p99_ms=ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1e3,
+        p50_ms=ms_at(ordered, 0.5),
+        p99_ms=ms_at(ordered, 0.99),
         answer_bytes=load.answer_bytes,
         statuses=dict(load.statuses),
         wrong=load.wrong,
@@ -137,21 +134,7 @@ def in_process(
     kind: str, url: str, keys: Sequence[str], concurrency: int, seconds: float
 ) -> Bodies:
     """Do the load in a process of its own. Raises RuntimeError with its last words."""
-    command = [sys.executable, "-m", "benchmarks.body_load", kind, url]
-    command += ["-c", str(concurrency), "-t", str(seconds)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        input="\n".join(keys),
-        capture_output=True,
-        text=True,
-        timeout=LOAD_S,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the load failed: {done.stderr[-2000:]}")
-    told: dict[str, Any] = json.loads(done.stdout)
-    return Bodies(**told)
+    return Bodies(**apart("body_load", kind, url, "-c", concurrency, "-t", seconds, keys=keys))
 
 
 def main() -> None:

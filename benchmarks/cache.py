@@ -1,7 +1,7 @@
 """What the cache gives and what it costs: hits, beside LiteLLM Proxy's, and misses.
 
-    python -m benchmarks.cache            # about six minutes
-    python -m benchmarks.cache --quick    # about three
+    python -m benchmarks.cache            # about 6 minutes
+    python -m benchmarks.cache --quick    # about 3 minutes
     python -m benchmarks.cache --only hits,peer
 
 All load comes over HTTP from a process of its own, against one simulated upstream on loopback.
@@ -27,19 +27,17 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks import peers
-from benchmarks.options import finish, parser_of, say, tell_facts, tell_goal, wanted_of
-from benchmarks.processes import Child, free_port, machine
-from benchmarks.system import LEDGER_WAIT_S, START_S, System, at, serving_cpu, tenant_keys
+from benchmarks import options, peers
+from benchmarks.options import measured, parser_of, say, tell_goal
+from benchmarks.system import LEDGER_WAIT_S, System, no_op, tenant_keys
 from tests.support.loader import Load, Result, in_process
 from tests.support.upstream import Upstream
 
 CONCURRENCIES = (1, 8, 64)
-PARTS = ("rig", "hits", "peer", "misses")
 DISTINCT = 100
 """LiteLLM's in-memory cache holds 200 answers; it is asked for what it can have."""
 DISTINCT_MANY = 5_000
@@ -64,12 +62,8 @@ class Row:
 
 
 @dataclass(slots=True)
-class Report:
-    machine: dict[str, Any]
+class Report(options.Report):
     rows: list[Row] = field(default_factory=list)
-    rounds: dict[str, list[float]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
 
     def rate(self, system: str, concurrency: int) -> float | None:
         """Requests/s of the DISTINCT questions."""
@@ -118,14 +112,11 @@ def ask(
         run=run,
     )
     result = in_process(load)
-    if result.ok != result.requests:
-        report.problems.append(f"{name}: not all 200: {result.statuses} {result.errors}")
-    if result.wrong:
-        report.problems.append(f"{name}: {result.wrong} answers of somebody else's question")
+    report.check(name, result)
     return result
 
 
-def measured(
+def row_of(
     report: Report,
     plan: Plan,
     name: str,
@@ -163,9 +154,7 @@ def measured(
     )
     if system is not None and before is not None:
         system.sent += result.sent
-        spent = system.messages()
-        spent.subtract(before)
-        row.messages = spent.total() / max(result.sent, 1)
+        row.messages = (system.messages() - before).total() / max(result.sent, 1)
     report.rows.append(row)
     say(told(row))
 
@@ -185,15 +174,10 @@ HEADER = (
 
 
 def rig(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
-    port = free_port()
-    command = [sys.executable, "-m", "benchmarks.noop", "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with Child(command, scratch / "noop.log") as child:
-        child.await_200(f"{url}/", START_S)
+    with no_op(scratch) as (url, child):
+        cpu_s, keys = partial(child.cpu_s, "NoOp"), tenant_keys()
         for concurrency in CONCURRENCIES:
-            cpu_s = serving_cpu(child, "NoOp")
-            keys = tenant_keys()
-            measured(report, plan, "rig", url, keys, cpu_s, concurrency=concurrency)
+            row_of(report, plan, "rig", url, keys, cpu_s, concurrency=concurrency)
 
 
 def hits(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
@@ -217,7 +201,7 @@ def hits(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
             system.sent += stored.sent
             asked += stored.sent
         for count, concurrency in loads:
-            measured(
+            row_of(
                 report,
                 plan,
                 "hits",
@@ -249,15 +233,13 @@ def hits(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
 
 def peer(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
     upstream.reset()
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
     run = secrets.token_hex(6)
-    with peers.litellm_proxy(upstream.url, port, scratch, cache_ttl_s=TTL_S) as child:
-        child.await_200(f"{url}/health/liveliness", START_S)
-        keys = [peers.MASTER_KEY]
+    proxy = peers.running("litellm-proxy", upstream.url, scratch, cache_ttl_s=TTL_S)
+    with proxy as running:
+        url, keys, cpu_s = running.url, running.keys, running.child.cpu_s
         ask(report, plan, "peer", url, keys, 1, distinct=DISTINCT, run=run, seconds=0)
         for concurrency in CONCURRENCIES:
-            measured(report, plan, "peer", url, keys, child.cpu_s, concurrency=concurrency, run=run)
+            row_of(report, plan, "peer", url, keys, cpu_s, concurrency=concurrency, run=run)
     calls = upstream.stats()["requests"]
     report.facts["peer: questions / upstream calls"] = f"{DISTINCT} / {calls}"
 
@@ -280,7 +262,7 @@ def misses(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> Non
                 )
                 for side in ("on", "off")
             }
-            rates: dict[str, list[float]] = {"on": [], "off": []}
+            rates: dict[str, list[float]] = {side: [] for side in sides}
             for turn in range(plan.rounds + 1):
                 for side, system in sides.items():
                     result = ask(report, plan, "misses", system.url, system.keys, CONCURRENCIES[-1])
@@ -307,7 +289,7 @@ def misses(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> Non
             )
 
 
-RUN: dict[str, Callable[[Report, Plan, Upstream, Path], None]] = {
+PARTS: dict[str, Callable[[Report, Plan, Upstream, Path], None]] = {
     "rig": rig,
     "hits": hits,
     "peer": peer,
@@ -338,25 +320,28 @@ def show(report: Report) -> None:
     for name, values in report.rounds.items():
         each = " ".join(f"{value:.3f}" for value in values)
         print(f"  {name:44}{statistics.median(values):8.3f}   of {each}")
-    tell_facts(report.facts, report.machine, report.problems)
+
+
+def run(
+    report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, scratch: Path
+) -> None:
+    for name in wanted:
+        with report.part(name):
+            PARTS[name](report, plan, upstream, scratch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of("cache", __doc__, PARTS, "2 s a figure in place of 8")
-    parser.add_argument("--rounds", type=int, help="turns of each side of the misses")
+    parser = parser_of(
+        "cache", __doc__, PARTS, "2 s a figure in place of 8", "turns of each side of the misses"
+    )
     given = parser.parse_args(argv)
-    wanted = wanted_of(parser, given.only, PARTS)
     plan = Plan(
         given.seconds or (2.0 if given.quick else 8.0),
         warmup=100 if given.quick else 500,
         rounds=given.rounds or (2 if given.quick else 5),
     )
-    report = Report(machine())
-    with at(given.keep) as scratch, Upstream(log=scratch / "upstream.jsonl", fast=True) as upstream:
-        for name in wanted:
-            RUN[name](report, plan, upstream, scratch)
-    show(report)
-    return finish(given.json, asdict(report), report.problems)
+    report = Report()
+    return measured(given, report, partial(run, report, plan, given.only), show)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from benchmarks.apart import ms_at
 from forebay.errors import GatewayError
 from forebay.providers.litellm import LiteLLMProvider
 from forebay.providers.local import InProcessModels
@@ -102,8 +103,8 @@ async def measure(ask: Ask, concurrency: int, seconds: float, warmup: int) -> di
         "sent": sent,
         "failed": failed,
         "requests_per_s": len(ordered) / took_s,
-        "p50_ms": ordered[len(ordered) // 2] * 1000,
-        "p99_ms": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1000,
+        "p50_ms": ms_at(ordered, 0.5),
+        "p99_ms": ms_at(ordered, 0.99),
         "cpu_s": cpu_s,
     }
 

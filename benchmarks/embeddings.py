@@ -1,7 +1,7 @@
 """What embeddings cost and how fast they come: Forebay, LiteLLM's function, LiteLLM Proxy.
 
-    python -m benchmarks.embeddings            # about eight minutes
-    python -m benchmarks.embeddings --quick    # about five
+    python -m benchmarks.embeddings            # about 8 minutes
+    python -m benchmarks.embeddings --quick    # about 5 minutes
     python -m benchmarks.embeddings --only lane
 
   lane     128 texts a call, 1536 dimensions, an upstream that answers at once: vectors per CPU
@@ -27,36 +27,27 @@ only told.
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import peers
+from benchmarks import options, peers
+from benchmarks.apart import ROOT, apart
 from benchmarks.embedding_lane import DIMENSIONS
-from benchmarks.options import finish, parser_of, wanted_of
-from benchmarks.processes import ROOT, Child, free_port, get, machine
-from benchmarks.system import (
-    LEDGER_WAIT_S,
-    START_S,
-    at,
-    await_rest,
-    forebay_document,
-    ledger_rows,
-    tenant_keys,
-)
-from forebay.secrets import new_key
-from tests.support.loader import Load, Result, in_process
+from benchmarks.options import measured, parser_of, say, tell_goal
+from benchmarks.processes import Child
+from benchmarks.system import LEDGER_WAIT_S, LIMITS, START_S, System, await_rest
+from tests.support.loader import Load, in_process
 from tests.support.simulator.truth import vectors
 from tests.support.upstream import Record, Upstream
 
@@ -75,6 +66,9 @@ JOB_ROWS, JOB_ROWS_QUICK = 60_000, 20_000
 HTTP_ROWS = 800
 JOB_S = 300.0
 LANE_GOAL, CLIENTS_GOAL, LIMIT_GOAL, HTTP_GOAL = 25.0, 10.0, 0.95, 10.0
+LANES = f"lane / litellm.aembedding, {DIMENSIONS} dimensions"
+JOB, LIMIT = "forebay embed, rows/s", "the upstream's own limit, rows/s"
+HTTP_JOB = "HttpRequestProcessor, rows/s"
 NAMES = {
     "forebay": "Forebay",
     "single": "Forebay, one call per request",
@@ -97,13 +91,8 @@ class Row:
 
 
 @dataclass(slots=True)
-class Report:
-    machine: dict[str, Any]
+class Report(options.Report):
     rows: list[Row] = field(default_factory=list)
-    rounds: dict[str, list[float]] = field(default_factory=dict)
-    jobs: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
 
     def row(self, system: str, rate: int | None) -> Row | None:
         for row in self.rows:
@@ -114,7 +103,8 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long a turn or a figure is, how many turns, and how many requests 200 clients make."""
+    """How long a turn or a figure is, how many turns, how many requests 200 clients make, and how
+    many rows the job has."""
 
     seconds: float
     rounds: int
@@ -129,75 +119,57 @@ def lane(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
     found: dict[str, list[float]] = {"forebay": [], "litellm": []}
     for turn in range(plan.rounds):
         for side, rates in found.items():
-            told = in_lane(side, upstream.url, plan.seconds)
+            words = ["--url", f"{upstream.url}/v1", "-n", TEXTS_PER_CALL, "-t", plan.seconds]
+            told = apart("embedding_lane", side, *words)
             rates.append(told["vectors_per_cpu_s"])
-            print(
+            say(
                 f"  {side:8}{told['vectors_per_cpu_s']:11,.0f} vectors per CPU second"
-                f"{told['ms_per_call']:10.2f} ms a call",
-                flush=True,
+                f"{told['ms_per_call']:10.2f} ms a call"
             )
             if told["wrong"]:
                 report.problems.append(f"lane, {side}, turn {turn}: {told['wrong']} wrong calls")
     report.rounds["vectors per CPU second, Forebay's lane"] = found["forebay"]
     report.rounds["vectors per CPU second, litellm.aembedding"] = found["litellm"]
-    report.rounds[f"lane / litellm.aembedding, {DIMENSIONS} dimensions"] = [
+    report.rounds[LANES] = [
         ours / theirs for ours, theirs in zip(found["forebay"], found["litellm"], strict=True)
     ]
-
-
-def in_lane(side: str, url: str, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.embedding_lane", side, "--url", f"{url}/v1"]
-    command += ["-n", str(TEXTS_PER_CALL), "-t", str(seconds)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{side} failed: {done.stderr[-2000:]}")
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
 
 
 # ------------------------------------------------------------------------------------ clients
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Running:
-    """A system that answers: where, with which keys, and the process."""
+    """What answers: where, with which keys, and its processes; `system` if it is a Forebay."""
 
     url: str
     keys: Sequence[str]
     child: Child
-    admin: str | None = None
-    environ: Mapping[str, str] = field(default_factory=dict)
-
-    def rows(self, expected: int = 0) -> int:
-        """Rows of its ledger, if it has one, once they are as many as expected or it is late."""
-        return 0 if self.admin is None else ledger_rows(self.url, self.admin, expected)
+    system: System | None = None
 
 
 def clients(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
-    systems: dict[str, Callable[[], AbstractContextManager[Running]]] = {
+    sides: dict[str, Callable[[], AbstractContextManager[Running]]] = {
         "forebay": lambda: forebay(upstream, scratch, "forebay"),
-        "single": lambda: forebay(upstream, scratch, "single", coalesce=False),
+        "single": lambda: forebay(upstream, scratch, "single", enable_request_batching=False),
         "peer": lambda: litellm_proxy(upstream, scratch),
     }
-    print(HEADER, flush=True)
-    for name, system in systems.items():
+    say(HEADER)
+    for name, side in sides.items():
         upstream.reset()
-        with system() as running:
-            await_rest(running.child)
+        with report.part(NAMES[name]), side() as running:
             upstream.script(dims=DIMENSIONS, **UPSTREAM)
-            before = running.rows()
-            sent = ask(report, plan, name, running, upstream, None)
-            for rate in RATES:
-                sent += ask(report, plan, name, running, upstream, rate)
-            if running.admin is not None:
-                audit(report, name, running, upstream, before, sent)
+            for rate in (None, *RATES):
+                ask(report, plan, name, running, upstream, rate)
+            if running.system is not None:
+                audit(report, name, running.system, upstream)
     upstream.reset()
 
 
 def ask(
-    report: Report, plan: Plan, system: str, running: Running, upstream: Upstream, rate: int | None
-) -> int:
-    """One load and its row. How many requests were sent."""
+    report: Report, plan: Plan, name: str, running: Running, upstream: Upstream, rate: int | None
+) -> None:
+    """One load and its row."""
     before, cpu_before_s = upstream.stats()["requests"], running.child.cpu_s()
     load = Load(
         f"{running.url}/v1/embeddings",
@@ -211,9 +183,11 @@ def ask(
         rate=rate,
     )
     result = in_process(load)
-    wrongs(report, system, rate, result)
+    report.check(f"{name}, {'closed loop' if rate is None else f'{rate} requests/s'}", result)
+    if running.system is not None:
+        running.system.sent += result.sent
     row = Row(
-        system,
+        name,
         rate,
         result.requests_per_s,
         result.p50_ms or 0.0,
@@ -223,84 +197,52 @@ def ask(
         running.child.cpu_s() - cpu_before_s,
     )
     report.rows.append(row)
-    show_row(row)
-    return result.sent
+    say(told(row))
 
 
-def wrongs(report: Report, system: str, rate: int | None, result: Result) -> None:
-    of = f"{system}, {'closed loop' if rate is None else f'{rate} requests/s'}"
-    if result.ok != result.requests:
-        report.problems.append(f"{of}: not all 200: {result.statuses} {result.errors}")
-    if result.wrong:
-        report.problems.append(f"{of}: {result.wrong} vectors of another text")
-
-
-def audit(
-    report: Report, name: str, running: Running, upstream: Upstream, before: int, sent: int
-) -> None:
-    """The ledger against what was sent, and against what the upstream has counted.
-
-    `before`: the rows that getting to the first answer has left.
-    """
-    assert running.admin is not None
-    rows = running.rows(before + sent) - before
-    told = json.loads(get(f"{running.url}/v1/usage", running.admin))
+def audit(report: Report, name: str, system: System, upstream: Upstream) -> None:
+    """The ledger against what was sent, and against what the upstream has counted."""
+    rows, tokens = system.rows(), system.usage()["prompt_tokens"]
     counted = sum(record.prompt_tokens for record in upstream.log())
-    report.facts[f"{name}: requests sent / ledger rows"] = f"{sent} / {rows}"
-    report.facts[f"{name}: tokens, upstream / ledger"] = f"{counted} / {told['prompt_tokens']}"
-    if rows != sent:
+    report.facts[f"{name}: requests sent / ledger rows"] = f"{system.sent} / {rows}"
+    report.facts[f"{name}: tokens, upstream / ledger"] = f"{counted} / {tokens}"
+    if rows != system.sent:
         report.problems.append(
-            f"{name}: {sent} requests were sent, the ledger has {rows} rows after {LEDGER_WAIT_S} s"
+            f"{name}: {system.sent} requests were sent, the ledger has {rows} rows after "
+            f"{LEDGER_WAIT_S} s"
         )
-    if counted != told["prompt_tokens"]:
+    if counted != tokens:
         report.problems.append(
-            f"{name}: the upstream counted {counted} tokens, the ledger {told['prompt_tokens']}"
+            f"{name}: the upstream counted {counted} tokens, the ledger {tokens}"
         )
+
+
+def embedder(upstream: Upstream, scratch: Path, name: str, **gateway: Any) -> System:
+    """A Forebay that embeds, with as many requests at once as the loads have connections."""
+    return System(
+        name,
+        upstream.url,
+        scratch,
+        limits={**LIMITS, "concurrent_requests": 2 * max(RATES.values())},
+        gateway={"enable_request_batching": True, "timeout": 120, **gateway},
+        first=("embeddings", {"model": "sim", "input": "The first text", "dimensions": DIMENSIONS}),
+    )
 
 
 @contextmanager
-def forebay(
-    upstream: Upstream,
-    scratch: Path,
-    name: str,
-    *,
-    coalesce: bool = True,
-    batch_size: int | None = None,
-) -> Any:
-    keys, admin, secret, port = tenant_keys(), new_key(), secrets.token_hex(32), free_port()
-    document = forebay_document(upstream.url, port, keys, admin, secret, caching=False)
-    document["gateway"] |= {"enable_request_batching": coalesce, "timeout": 120}
-    if batch_size is not None:
-        document["gateway"]["batch_size"] = batch_size
-    for tenant in document["tenants"]:
-        if "limits" in tenant:
-            tenant["limits"]["concurrent_requests"] = 2 * max(RATES.values())
-    home = scratch / name
-    home.mkdir()
-    config = home / "forebay.yaml"
-    config.write_text(json.dumps(document))
-    environ = {
-        "FOREBAY_KEY_SECRET": secret,
-        "FOREBAY_DATA_DIR": str(home / "data"),
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    }
-    command = [sys.executable, "-m", "forebay", "up", "--config", str(config)]
-    url = f"http://127.0.0.1:{port}"
-    first = {"model": "sim", "input": "The first text", "dimensions": DIMENSIONS}
-    with Child(command, scratch / f"{name}.log", environ) as child:
-        child.await_200(f"{url}/v1/embeddings", START_S, key=keys[0], body=first)
-        yield Running(url, keys, child, admin, environ)
+def forebay(upstream: Upstream, scratch: Path, name: str, **gateway: Any) -> Iterator[Running]:
+    with embedder(upstream, scratch, name, **gateway) as system:
+        yield Running(system.url, system.keys, system.child, system)
 
 
 @contextmanager
-def litellm_proxy(upstream: Upstream, scratch: Path) -> Any:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with peers.litellm_proxy(upstream.url, port, scratch) as child:
-        child.await_200(f"{url}/health/liveliness", START_S)
+def litellm_proxy(upstream: Upstream, scratch: Path) -> Iterator[Running]:
+    with peers.running("litellm-proxy", upstream.url, scratch) as peer:
         first = {"model": "sim", "input": "The first text"}
-        child.await_200(f"{url}/v1/embeddings", START_S, key=peers.MASTER_KEY, body=first)
-        yield Running(url, [peers.MASTER_KEY], child)
+        url, key = f"{peer.url}/v1/embeddings", peer.keys[0]
+        peer.child.await_200(url, START_S, key=key, body=first)
+        await_rest(peer.child)
+        yield Running(peer.url, peer.keys, peer.child)
 
 
 # ------------------------------------------------------------------------------------ parquet
@@ -316,20 +258,19 @@ def parquet(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> No
     ]
     files.write_table(pa.table({"id": range(plan.rows), "text": texts}), src)
     upstream.reset()
-    with forebay(upstream, scratch, "parquet", batch_size=JOB_TEXTS) as running:
-        await_rest(running.child)
+    with embedder(upstream, scratch, "parquet", batch_size=JOB_TEXTS) as system:
         before = upstream.stats()["requests"]
         upstream.script(**UPSTREAM)
         dst = scratch / "vectors"
         command = [sys.executable, "-m", "forebay", "embed", str(src), str(dst), "--json"]
         command += ["--model", "sim", "--text-column", "text", "--id-column", "id"]
         command += ["--dimensions", str(JOB_DIMENSIONS)]
-        took_s = ran(command, scratch / "job.log", running.environ)
+        took_s = ran(command, scratch / "job.log", system.environ)
         calls = upstream.log()[before:]
-        report.jobs["forebay embed, rows/s"] = rate_of(calls)
+        report.figures[JOB] = rate_of(calls)
     check_vectors(report, dst, texts)
     most = UPSTREAM["latency"] + UPSTREAM["latency_per_text"] * JOB_TEXTS
-    report.jobs["the upstream's own limit, rows/s"] = UPSTREAM["concurrency"] * JOB_TEXTS / most
+    report.figures[LIMIT] = UPSTREAM["concurrency"] * JOB_TEXTS / most
     report.facts["parquet: rows / texts sent / calls"] = (
         f"{plan.rows} / {sum(call.texts for call in calls)} / {len(calls)}"
     )
@@ -341,7 +282,7 @@ def parquet(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> No
     command += ["-c", str(UPSTREAM["concurrency"]), "--dimensions", str(JOB_DIMENSIONS)]
     took_s = ran(command, scratch / "http_request_job.log")
     report.facts["HttpRequestProcessor: the same"] = whole(HTTP_ROWS, took_s)
-    report.jobs["HttpRequestProcessor, rows/s"] = rate_of(upstream.log())
+    report.figures[HTTP_JOB] = rate_of(upstream.log())
     upstream.reset()
 
 
@@ -386,7 +327,7 @@ def check_vectors(report: Report, dst: Path, texts: Sequence[str]) -> None:
         report.problems.append("parquet: vectors of another text")
 
 
-RUN: dict[str, Callable[[Report, Plan, Upstream, Path], None]] = {
+PARTS: dict[str, Callable[[Report, Plan, Upstream, Path], None]] = {
     "lane": lane,
     "clients": clients,
     "parquet": parquet,
@@ -401,66 +342,62 @@ HEADER = (
 )
 
 
-def show_row(row: Row) -> None:
+def told(row: Row) -> str:
     load = f"{CLIENTS} clients" if row.rate is None else f"{row.rate:,}/s"
-    print(
+    return (
         f"  {NAMES[row.system]:30}{load:>12}{row.requests_per_s:12,.1f}{row.p50_ms:10.1f}"
         f"{row.p99_ms:10.1f}{row.requests:8,}{row.upstream_calls:8,}"
-        f"{row.cpu_s / max(row.requests, 1) * 1e6:9,.0f}",
-        flush=True,
+        f"{row.cpu_s / max(row.requests, 1) * 1e6:9,.0f}"
     )
 
 
 def show(report: Report) -> None:
+    if report.rows:
+        print(HEADER)
+    for row in report.rows:
+        print(told(row))
     print()
     for name, values in report.rounds.items():
         each = " ".join(f"{value:,.1f}" for value in values)
         print(f"  {name:48}{statistics.median(values):12,.1f}   of {each}")
-    for name, values in report.rounds.items():
-        if name.startswith("lane /"):
-            tell_goal("lane / litellm.aembedding", statistics.median(values), LANE_GOAL)
+    ratios = report.rounds.get(LANES, [])
+    tell_goal("lane / litellm.aembedding", ratios, ">=", LANE_GOAL)
     ours = report.row("forebay", None)
     for other in ("single", "peer"):
         theirs = report.row(other, None)
         if ours is not None and theirs is not None and theirs.requests_per_s:
             ratio = ours.requests_per_s / theirs.requests_per_s
-            tell_goal(f"{CLIENTS} clients, Forebay / {NAMES[other]}", ratio, CLIENTS_GOAL)
-    jobs = list(report.jobs.items())
-    for name, rate in jobs:
+            name = f"{CLIENTS} clients, Forebay / {NAMES[other]}"
+            tell_goal(name, [ratio], ">=", CLIENTS_GOAL)
+    for name, rate in report.figures.items():
         print(f"  {name:48}{rate:12,.1f}")
-    for (name, rate), goal in zip(jobs[1:], (LIMIT_GOAL, HTTP_GOAL), strict=False):
-        tell_goal(f"forebay embed / {name.partition(',')[0]}", jobs[0][1] / rate, goal)
-    print()
-    for name, fact in {**report.facts, **report.machine}.items():
-        print(f"  {name:62}{fact}")
-    for problem in report.problems:
-        print(f"  ! {problem}")
+    for name, goal in ((LIMIT, LIMIT_GOAL), (HTTP_JOB, HTTP_GOAL)):
+        if name in report.figures:
+            ratio = report.figures[JOB] / report.figures[name]
+            tell_goal(f"forebay embed / {name.partition(',')[0]}", [ratio], ">=", goal)
 
 
-def tell_goal(name: str, ratio: float, goal: float) -> None:
-    verdict = "reached" if ratio >= goal else "missed"
-    print(f"  goal {name} >= {goal:g}: {ratio:.4g}, {verdict}")
+def run(
+    report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, scratch: Path
+) -> None:
+    begun_s = time.monotonic()
+    for name in wanted:
+        upstream.reset()
+        with report.part(name):
+            PARTS[name](report, plan, upstream, scratch)
+    report.facts["the run took, s"] = round(time.monotonic() - begun_s)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of("embeddings", __doc__, RUN, "3 s a figure in place of 8, fewer turns")
+    parser = parser_of("embeddings", __doc__, PARTS, "3 s a figure in place of 8, fewer turns")
     given = parser.parse_args(argv)
-    wanted = wanted_of(parser, given.only, RUN)
-    seconds = given.seconds or (3.0 if given.quick else 8.0)
     plan = (
-        Plan(seconds, 2, REQUESTS // 4, JOB_ROWS_QUICK)
+        Plan(given.seconds or 3.0, 2, REQUESTS // 4, JOB_ROWS_QUICK)
         if given.quick
-        else Plan(seconds, 3, REQUESTS, JOB_ROWS)
+        else Plan(given.seconds or 8.0, 3, REQUESTS, JOB_ROWS)
     )
-    report = Report(machine())
-    begun_s = time.monotonic()
-    with at(given.keep) as scratch, Upstream(log=scratch / "upstream.jsonl", fast=True) as upstream:
-        for name in wanted:
-            upstream.reset()
-            RUN[name](report, plan, upstream, scratch)
-    report.facts["the run took, s"] = round(time.monotonic() - begun_s)
-    show(report)
-    return finish(given.json, asdict(report), report.problems)
+    report = Report()
+    return measured(given, report, partial(run, report, plan, given.only), show)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What Forebay takes to be there: time to import, time to the first answer, memory.
 
-    python -m benchmarks.footprint            # about four minutes
-    python -m benchmarks.footprint --quick    # about a minute and a half
+    python -m benchmarks.footprint            # about 4 minutes
+    python -m benchmarks.footprint --quick    # about 2 minutes
 
   import  `import forebay` in a new interpreter, several times; its names are loaded when they are
           first used, so also all of them at once
@@ -25,13 +25,15 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.options import finish, parser_of, say, spread, tell_facts, tell_goal, wanted_of
-from benchmarks.processes import ROOT, Member, machine
-from benchmarks.system import System, at
+from benchmarks import options
+from benchmarks.apart import ROOT
+from benchmarks.options import measured, parser_of, say, tell_goal, tell_rounds
+from benchmarks.processes import Member
+from benchmarks.system import System
 from tests.support.loader import Load, in_process
 from tests.support.upstream import Upstream
 
@@ -79,15 +81,8 @@ class Share:
 
 
 @dataclass(slots=True)
-class Report:
-    machine: dict[str, Any]
-    rounds: dict[str, list[float]] = field(default_factory=dict)
+class Report(options.Report):
     shares: list[Share] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, name: str, value: float) -> None:
-        self.rounds.setdefault(name, []).append(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +117,15 @@ def imported(statement: str) -> tuple[float, list[str]]:
 
 
 def starting(
-    report: Report, plan: Plan, upstream: Upstream, scratch: Path, *, measured: bool
+    report: Report, plan: Plan, upstream: Upstream, scratch: Path, *, is_loaded: bool
 ) -> None:
     for number in range(plan.starts):
         with System("footprint", upstream.url, scratch, caching=True) as system:
             report.add(START, system.first_s)
             say(f"  first answer after {system.first_s:.1f} s")
-            if measured and number == plan.starts - 1:
+            if is_loaded and number == plan.starts - 1:
                 memory(report, plan, system)
-            told, wrong = system.audit()
-            report.facts["requests sent / ledger rows / counted"] = told
-            report.problems += wrong
+            report.audit("Forebay", system)
 
 
 def memory(report: Report, plan: Plan, system: System) -> None:
@@ -150,8 +143,7 @@ def memory(report: Report, plan: Plan, system: System) -> None:
         loaded = system.child.members()
         result = under_way.result()
     system.sent += result.sent
-    if result.ok != result.requests or result.wrong:
-        report.problems.append(f"not all answers are right: {result.statuses} {result.errors}")
+    report.check("under load", result)
     report.shares = shares_of(idle, loaded)
     report.facts["requests under load"] = f"{result.sent:,}"
     report.add("whole system at idle, MB", sum(member.pss_mb for member in idle))
@@ -195,9 +187,7 @@ def shares_of(idle: Sequence[Member], loaded: Sequence[Member]) -> list[Share]:
 
 
 def show(report: Report) -> None:
-    print("median (range)")
-    for name, values in report.rounds.items():
-        print(f"  {name:52}{spread(values, ',.4g'):>36}")
+    tell_rounds(report, ",.4g")
     if report.shares:
         print(f"\n  {'':24}{'processes':>10}{'idle MB':>10}{'loaded MB':>10}")
     for one in report.shares:
@@ -205,15 +195,27 @@ def show(report: Report) -> None:
             f"  {one.name:24}{one.processes:10}{one.idle_mb:10.0f}{one.load_mb:10.0f}   {one.why}"
         )
     print()
-    tell_goal("import forebay, s", report.rounds.get(IMPORT, []), "<=", IMPORT_GOAL_S)
-    tell_goal("forebay up to the first answer, s", report.rounds.get(START, []), "<=", START_GOAL_S)
-    tell_facts(report.facts, report.machine, report.problems)
+    tell_goal(IMPORT, report.rounds.get(IMPORT, []), "<=", IMPORT_GOAL_S)
+    tell_goal(START, report.rounds.get(START, []), "<=", START_GOAL_S)
+
+
+def run(
+    report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, scratch: Path
+) -> None:
+    if "import" in wanted:
+        with report.part("import"):
+            importing(report, plan)
+    if {"start", "memory"} & set(wanted):
+        with report.part("start"):
+            starting(report, plan, upstream, scratch, is_loaded="memory" in wanted)
+    if "rest" in wanted:
+        with report.part("rest"):
+            resting(report, plan, upstream, scratch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("footprint", __doc__, PARTS, "one start in place of three, 3 s of load")
     given = parser.parse_args(argv)
-    wanted = wanted_of(parser, given.only, PARTS)
     plan = Plan(
         given.seconds or (3.0 if given.quick else 10.0),
         imports=3 if given.quick else 7,
@@ -221,16 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest_s=5.0 if given.quick else 20.0,
         replicas=(2,) if given.quick else REPLICAS,
     )
-    report = Report(machine())
-    if "import" in wanted:
-        importing(report, plan)
-    with at(given.keep) as scratch, Upstream(fast=True) as upstream:
-        if {"start", "memory"} & set(wanted):
-            starting(report, plan, upstream, scratch, measured="memory" in wanted)
-        if "rest" in wanted:
-            resting(report, plan, upstream, scratch)
-    show(report)
-    return finish(given.json, asdict(report), report.problems)
+    report = Report()
+    return measured(given, report, partial(run, report, plan, given.only), show)
 
 
 if __name__ == "__main__":

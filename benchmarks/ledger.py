@@ -1,7 +1,7 @@
 """What an exact ledger costs: entries/s made durable, entries per sync, and a restart's time.
 
-    python -m benchmarks.ledger               # about two minutes
-    python -m benchmarks.ledger --quick       # about half a minute
+    python -m benchmarks.ledger               # about 2 minutes
+    python -m benchmarks.ledger --quick       # about 1 minute
     python -m benchmarks.ledger --only restart
     python -m benchmarks.ledger --url postgresql://USER:PASSWORD@HOST/DATABASE    # an empty one
 
@@ -35,7 +35,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,8 @@ from typing import Any
 from actors.ledger.owner import Ledger
 from actors.ledger.policy import Entry
 from benchmarks import limits
-from benchmarks.options import finish, parser_of, say, tell_facts, tell_goal, wanted_of
-from benchmarks.processes import ROOT, machine
-from benchmarks.system import at
+from benchmarks.apart import ROOT
+from benchmarks.options import Report, measured, parser_of, say, tell_figures
 from tests.support.failing_disk import Disk
 from tests.support.upstream import Upstream
 
@@ -61,14 +60,6 @@ GOALS = {
     "restart, s": (5.0, "<="),
     "restart after a kill, s": (5.0, "<="),
 }
-
-
-@dataclass(slots=True)
-class Report:
-    machine: dict[str, Any]
-    figures: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -215,11 +206,10 @@ async def die_at(path: Path, first: int) -> None:
     os.kill(os.getpid(), 9)
 
 
-async def gateway(report: Report, seconds: float, scratch: Path) -> None:
+async def gateway(report: Report, seconds: float, upstream: Upstream, scratch: Path) -> None:
     """Short turns, since the machine's speed changes by the second."""
     plan = limits.Plan(min(2.0, seconds), 5 * round(max(1.0, seconds / 3)), 64)
     with ExitStack() as stack:
-        upstream = stack.enter_context(Upstream(log=scratch / "upstream.jsonl", fast=True))
         sides = [
             stack.enter_context(
                 limits.Limited(f"ledger-{name}", 10, upstream, scratch, {"enable_llmops": kept})
@@ -229,10 +219,10 @@ async def gateway(report: Report, seconds: float, scratch: Path) -> None:
         on, off = sides
         rates: dict[str, list[float]] = {system.name: [] for system in sides}
         for system in sides:
-            system.turn(limits.WARMING, system.keys, report.problems)
+            system.turn(report, limits.WARMING, system.keys)
         for number in range(plan.rounds):
             for system in sides if number % 2 else reversed(sides):
-                cost = system.turn(plan, system.keys, report.problems)
+                cost = system.turn(report, plan, system.keys)
                 rates[system.name].append(cost.result.requests_per_s)
                 limits.say_cost(system.name, cost)
         rows = on.rows()
@@ -245,13 +235,25 @@ async def gateway(report: Report, seconds: float, scratch: Path) -> None:
 
 
 def show(report: Report) -> None:
-    for name, value in report.figures.items():
-        if name in GOALS:
-            wanted, sign = GOALS[name]
-            tell_goal(name, [value], sign, wanted)
-        else:
-            print(f"  {name:66}{value:,.2f}")
-    tell_facts(report.facts, report.machine, report.problems)
+    tell_figures(report, GOALS)
+
+
+def run(report: Report, given: argparse.Namespace, upstream: Upstream, scratch: Path) -> None:
+    seconds = given.seconds or (3.0 if given.quick else 15.0)
+    stored = given.stored or (200_000 if given.quick else STORED)
+    parts: dict[str, Callable[[Bench], Any]] = {
+        "durable": lambda bench: durable(bench, report, seconds),
+        "single": lambda bench: single(bench, report, seconds),
+        "gateway": lambda bench: gateway(report, seconds, upstream, scratch),
+        "restart": lambda bench: restart(bench, report, stored),
+    }
+    report.facts["disk"] = f"{shutil.disk_usage(scratch).total // 2**30} GB"
+    bench = Bench(scratch / "ledger.db", given.url)
+    for name in PARTS:
+        if name in given.only:
+            say(f"  {name}")
+            with report.part(name):
+                asyncio.run(parts[name](bench))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -263,25 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.die_at is not None:
         asyncio.run(die_at(given.die_at, given.first))
-    wanted = wanted_of(parser, given.only, PARTS)
-    seconds = given.seconds or (3.0 if given.quick else 15.0)
-    stored = given.stored or (200_000 if given.quick else STORED)
-    report = Report(machine())
-    parts: dict[str, Callable[[Bench], Any]] = {
-        "durable": lambda bench: durable(bench, report, seconds),
-        "single": lambda bench: single(bench, report, seconds),
-        "gateway": lambda bench: gateway(report, seconds, bench.path.parent),
-        "restart": lambda bench: restart(bench, report, stored),
-    }
-    with at(given.keep) as scratch:
-        report.facts["disk"] = f"{shutil.disk_usage(scratch).total // 2**30} GB"
-        bench = Bench(scratch / "ledger.db", given.url)
-        for name in PARTS:
-            if name in wanted:
-                say(f"  {name}")
-                asyncio.run(parts[name](bench))
-    show(report)
-    return finish(given.json, asdict(report), report.problems)
+    report = Report()
+    return measured(given, report, partial(run, report, given), show)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What exact limits cost: requests/s, messages to owners, CPU with many tenants, memory.
 
-    python -m benchmarks.limits            # about five minutes
-    python -m benchmarks.limits --quick    # about two
+    python -m benchmarks.limits            # about 5 minutes
+    python -m benchmarks.limits --quick    # about 2 minutes
     python -m benchmarks.limits --only on-off,memory
 
 Caching and deduplication are off. All load comes over HTTP from a process of its own, against one
@@ -27,31 +27,24 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-
 from actors.spawn import alone
-from benchmarks.options import (
-    finish,
-    parser_of,
-    say,
-    tell_facts,
-    tell_goal,
-    wanted_of,
-)
-from benchmarks.processes import ROOT, machine
-from benchmarks.system import LEDGER_WAIT_S, System, at
-from forebay.secrets import hash_key, new_key
+from benchmarks import options
+from benchmarks.apart import apart
+from benchmarks.options import measured, parser_of, say, tell_figures
+from benchmarks.processes import resident_b
+from benchmarks.system import LEDGER_WAIT_S, System
+from forebay.secrets import new_key
 from tests.support.loader import Load, Result, in_process
 from tests.support.upstream import Upstream
 
@@ -78,13 +71,8 @@ GOALS = {
 
 
 @dataclass(slots=True)
-class Report:
-    machine: dict[str, Any]
-    figures: dict[str, float] = field(default_factory=dict)
-    rounds: dict[str, list[float]] = field(default_factory=dict)
+class Report(options.Report):
     messages: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +124,13 @@ class Limited(System):
 
     def document(self, upstream_url: str, caching: bool) -> dict[str, Any]:
         """All tenants but one share the default limits, so that the document stays small."""
-
-        def tenant(name: str, key: str, **more: Any) -> dict[str, Any]:
-            return {
-                "id": name,
-                "keys": [{"id": "bench", "hash": hash_key(key, self.secret.encode())}],
-                **more,
-            }
-
         document = super().document(upstream_url, caching)
         price = {"input_cost_per_token": 1e-7, "output_cost_per_token": 4e-7}
         document["model_list"][0]["litellm_params"].update(price)
         document["tenants"] = [
-            tenant("admin", self.admin, admin=True),
-            tenant("free", self.free, limits=NO_LIMITS),
-            *(tenant(f"tenant-{i:05d}", key) for i, key in enumerate(self.keys)),
+            self.tenant("admin", self.admin, admin=True),
+            self.tenant("free", self.free, limits=NO_LIMITS),
+            *(self.tenant(f"tenant-{i:05d}", key) for i, key in enumerate(self.keys)),
         ]
         return document
 
@@ -167,12 +147,17 @@ class Limited(System):
             return {name.lower(): value for name, value in response.headers.items()}
 
     def turn(
-        self, plan: Plan, keys: Sequence[str], problems: list[str], *, requests: int | None = None
+        self,
+        report: options.Report,
+        plan: Plan,
+        keys: Sequence[str],
+        *,
+        requests: int | None = None,
     ) -> Cost:
         """One turn of load with these keys, each time beginning at another one; at most so many."""
         shift = (self._turn * 2_000) % len(keys)
         self._turn += 1
-        serving_s, owner_s = self._cpu("ServeReplica"), self._cpu("RateLimiter")
+        serving_s, owner_s = self.cpu_s(), self.child.cpu_s("RateLimiter")
         result = in_process(
             Load(
                 f"{self.url}/v1/chat/completions",
@@ -185,19 +170,13 @@ class Limited(System):
             )
         )
         self.sent += result.sent
-        if result.ok != result.requests:
-            problems.append(f"{self.name}: not all 200: {result.statuses} {result.errors}")
-        if result.wrong:
-            problems.append(f"{self.name}: {result.wrong} answers of somebody else's question")
+        report.check(self.name, result)
         sent = max(result.sent, 1)
         return Cost(
             result,
-            (self._cpu("ServeReplica") - serving_s) / sent,
-            (self._cpu("RateLimiter") - owner_s) / sent,
+            (self.cpu_s() - serving_s) / sent,
+            (self.child.cpu_s("RateLimiter") - owner_s) / sent,
         )
-
-    def _cpu(self, title: str) -> float:
-        return self.child.cpu_s(lambda line: title in line and line.startswith("ray::"))
 
 
 # ------------------------------------------------------------------------------------ the parts
@@ -211,7 +190,7 @@ def on_off(report: Report, plan: Plan, system: Limited) -> None:
             report.problems.append(
                 f"{name}: {limited.get(name)} with limits, {free.get(name)} without"
             )
-    system.turn(WARMING, [system.free, system.keys[0]], report.problems)
+    system.turn(report, WARMING, [system.free, system.keys[0]])
     rates: dict[str, list[float]] = {"on": [], "off": []}
     messages: Counter[str] = Counter()
     asked = 0
@@ -220,18 +199,16 @@ def on_off(report: Report, plan: Plan, system: Limited) -> None:
     for number in range(plan.rounds * SHORT):
         for side, key in sides if number % 2 else reversed(sides):
             before = system.messages()
-            cost = system.turn(short, [key], report.problems)
+            cost = system.turn(report, short, [key])
             rates[side].append(cost.result.requests_per_s)
             if side == "on":
-                spent = system.messages()
-                spent.subtract(before)
-                messages.update(spent)
+                messages.update(system.messages() - before)
                 asked += cost.result.sent
             say_cost(f"limits {side:3}", cost)
     ratios = [on / off for on, off in zip(rates["on"], rates["off"], strict=True)]
     report.rounds["limits on / off"] = ratios
     report.figures["requests/s, limits on / off"] = statistics.median(ratios)
-    report.messages = {name: n / asked for name, n in sorted(messages.items()) if n > 0}
+    report.messages = {name: n / asked for name, n in sorted(messages.items())}
     report.figures["owner messages per request"] = sum(report.messages.values())
     report.figures["of these, the limiter's"] = sum(
         n for name, n in report.messages.items() if name.startswith(LIMITER)
@@ -241,18 +218,17 @@ def on_off(report: Report, plan: Plan, system: Limited) -> None:
 def tenants(report: Report, plan: Plan, few: Limited, many: Limited) -> None:
     """Ten tenants and ten thousand in turn, once each of them has been served: until then the
     limiter asks the ledger what each has used, which has a figure of its own."""
-    few.turn(WARMING, few.keys, report.problems)
-    met = many.turn(Plan(MEET_S, 1, 0), many.keys, report.problems, requests=len(many.keys))
+    few.turn(report, WARMING, few.keys)
+    met = many.turn(report, Plan(MEET_S, 1, 0), many.keys, requests=len(many.keys))
     report.facts["many: the first request of each, CPU of both, us"] = round(met.cpu_s * 1e6, 1)
     costs: dict[str, list[Cost]] = {"few": [], "many": []}
     asked: Counter[str] = Counter()
     for _ in range(plan.rounds):
         for side, system in (("few", few), ("many", many)):
             before = system.messages()
-            cost = system.turn(plan, system.keys, report.problems)
+            cost = system.turn(report, plan, system.keys)
             costs[side].append(cost)
-            spent = system.messages()
-            spent.subtract(before)
+            spent = system.messages() - before
             asked[side] += sum(n for name, n in spent.items() if name.startswith(LIMITER))
             say_cost(f"{len(system.keys):6} tenants", cost)
     pairs = list(zip(costs["many"], costs["few"], strict=True))
@@ -278,19 +254,9 @@ def tenants(report: Report, plan: Plan, few: Limited, many: Limited) -> None:
         )
 
 
-def memory(report: Report, plan: Plan) -> None:
+def memory(report: Report) -> None:
     """In a process of its own, so that nothing else is in the figure."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.limits", "--owner-alone", str(OWNED)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the owner alone failed: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = apart("limits", "--owner-alone", OWNED)
     report.facts |= {f"owner alone: {name}": value for name, value in found.items()}
     if found["tenants held"] != OWNED:
         report.problems.append(f"the owner holds {found['tenants held']:.0f} tenants of {OWNED}")
@@ -320,8 +286,7 @@ def owner_alone(count: int) -> dict[str, float]:
         slowest_s = max(slowest_s, time.thread_time() - sent_s)
 
     gc.collect()
-    process = psutil.Process()
-    before_b, begun_s = process.memory_info().rss, time.thread_time()
+    before_b, begun_s = resident_b(), time.thread_time()
     send([])
     for start in range(0, count, 100):
         tenants = [f"tenant-{number:06d}" for number in range(start, min(start + 100, count))]
@@ -330,8 +295,8 @@ def owner_alone(count: int) -> dict[str, float]:
             send([ask._replace(tenant=tenant) for tenant in tenants])
     took_s = time.thread_time() - begun_s
     gc.collect()
-    full_b = process.memory_info().rss
-    held = _tenants_of(owner)
+    full_b = resident_b()
+    held = float(owner.stats()["tenants"])
     owner.holder_gone("node/1/1")
     return {
         "tenants held": held,
@@ -340,10 +305,6 @@ def owner_alone(count: int) -> dict[str, float]:
         "CPU per ask, us": round(took_s / count / 2 * 1e6, 1),
         "slowest message of 100 asks, ms": round(slowest_s * 1e3, 2),
     }
-
-
-def _tenants_of(owner: Any) -> float:
-    return float(owner.stats()["tenants"])
 
 
 # ----------------------------------------------------------------------------------- the report
@@ -371,60 +332,53 @@ def check_counts(report: Report, systems: Sequence[Limited], upstream: Upstream)
 
 
 def show(report: Report) -> None:
-    for name, value in report.figures.items():
-        if name in GOALS:
-            wanted, sign = GOALS[name]
-            tell_goal(name, [value], sign, wanted)
-        else:
-            print(f"  {name:58}{value:8.3f}")
+    tell_figures(report, GOALS, ".3f")
     for name, values in report.rounds.items():
         print(f"  {name:58}" + " ".join(f"{value:.3f}" for value in values))
     if report.messages:
         print("\n  owner messages per request, limits on, at 64")
         for name, value in sorted(report.messages.items(), key=lambda item: -item[1]):
             print(f"    {name:40}{value:10.5f}")
-    tell_facts(report.facts, report.machine, report.problems)
 
 
-def run(report: Report, plan: Plan, wanted: Sequence[str], scratch: Path) -> None:
+def run(
+    report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, scratch: Path
+) -> None:
     if "memory" in wanted:
-        memory(report, plan)
+        with report.part("memory"):
+            memory(report)
     if not {"on-off", "messages", "tenants"} & set(wanted):
         return
-    with ExitStack() as stack:
-        upstream = stack.enter_context(Upstream(log=scratch / "upstream.jsonl", fast=True))
-        few = stack.enter_context(Limited("few", FEW, upstream, scratch))
+    with Limited("few", FEW, upstream, scratch) as few, ExitStack() as stack:
         systems = [few]
         if {"on-off", "messages"} & set(wanted):
-            on_off(report, plan, few)
+            with report.part("on-off"):
+                on_off(report, plan, few)
         if "tenants" in wanted:
-            many = stack.enter_context(Limited("many", plan.many, upstream, scratch))
-            systems.append(many)
-            tenants(report, plan, few, many)
+            with report.part("tenants"):
+                many = stack.enter_context(Limited("many", plan.many, upstream, scratch))
+                systems.append(many)
+                tenants(report, plan, few, many)
         check_counts(report, systems, upstream)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of("limits", __doc__, PARTS, "2 turns of 2 s in place of 5 of 6 s")
-    parser.add_argument("--rounds", type=int, help="turns of each side")
+    quick = "2 turns of 2 s in place of 5 of 6 s"
+    parser = parser_of("limits", __doc__, PARTS, quick, "turns of each side")
     parser.add_argument("--many", type=int, default=MANY, help=f"in place of {MANY} tenants")
     parser.add_argument("--owner-alone", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.owner_alone is not None:
         print(json.dumps(owner_alone(given.owner_alone)))
         return 0
-    wanted = wanted_of(parser, given.only, PARTS)
     plan = Plan(
         given.seconds or (2.0 if given.quick else 6.0),
         given.rounds or (2 if given.quick else 5),
         warmup=64 if given.quick else 200,
         many=given.many,
     )
-    report = Report(machine())
-    with at(given.keep) as scratch:
-        run(report, plan, wanted, scratch)
-    show(report)
-    return finish(given.json, asdict(report), report.problems)
+    report = Report()
+    return measured(given, report, partial(run, report, plan, given.only), show)
 
 
 if __name__ == "__main__":

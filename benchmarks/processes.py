@@ -13,16 +13,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import psutil  # type: ignore[import-untyped]
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.apart import ROOT
+
 STOP_S = 60.0
 
 
@@ -33,7 +33,6 @@ class Member:
     pid: int
     line: str
     pss_mb: float
-    rss_mb: float
 
 
 class Peak:
@@ -125,14 +124,14 @@ class Child:
                 self._seen.setdefault(process.pid, process)
         return [process for process in self._seen.values() if process.is_running()]
 
-    def cpu_s(self, wanted: Callable[[str], bool] = lambda _: True) -> float:
-        """CPU seconds so far of the family's members whose command line is `wanted`; of those that
-        have ended, as far as they were seen."""
+    def cpu_s(self, title: str = "") -> float:
+        """CPU seconds so far of the family, or of its Ray workers whose title holds this word; of
+        those that have ended, as far as they were seen."""
         for process in self.family():
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
                 self._spent[process.pid] = " ".join(process.cmdline()), times.user + times.system
-        return sum(spent_s for line, spent_s in self._spent.values() if wanted(line))
+        return sum(spent_s for line, spent_s in self._spent.values() if _is_called(line, title))
 
     def members(self) -> list[Member]:
         """The processes of the family that live now."""
@@ -141,15 +140,15 @@ class Child:
             with contextlib.suppress(psutil.Error):
                 memory = process.memory_full_info()
                 line = " ".join(process.cmdline()) or process.name()
-                found.append(Member(process.pid, line, memory.pss / 2**20, memory.rss / 2**20))
+                found.append(Member(process.pid, line, memory.pss / 2**20))
         return found
 
-    def chosen(self, wanted: Callable[[str], bool] = lambda _: True) -> list[psutil.Process]:
-        """The family's members whose command line is `wanted`."""
+    def chosen(self, title: str = "") -> list[psutil.Process]:
+        """The family's members, or its Ray workers whose title holds this word."""
         found = []
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                if wanted(" ".join(process.cmdline())):
+                if _is_called(" ".join(process.cmdline()), title):
                     found.append(process)
         return found
 
@@ -167,13 +166,12 @@ class Child:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _is_called(line: str, title: str) -> bool:
+    return not title or (title in line and line.startswith("ray::"))
 
 
 def _is_200(url: str, key: str, body: Mapping[str, Any] | None) -> bool:
@@ -196,6 +194,11 @@ def _request(url: str, key: str, body: Mapping[str, Any] | None) -> urllib.reque
         headers["authorization"] = f"Bearer {key}"
     data = None if body is None else json.dumps(body).encode()
     return urllib.request.Request(url, data=data, headers=headers)
+
+
+def resident_b() -> int:
+    """Bytes of this process that are resident."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def free_port() -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import time
 import uuid
@@ -25,12 +24,11 @@ from urllib.parse import urlsplit
 import httptools
 import uvloop
 
-from benchmarks.processes import ROOT
+from benchmarks.apart import apart, ms_at
 from tests.support.simulator.truth import digest
 
 PROMPT = "Question %s-%06d: what does a forebay do for the turbines behind it?"
 STREAM_S = 120.0
-LOAD_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,41 +182,22 @@ async def run(url: str, keys: Sequence[str], connections: int, each: int, tokens
     return Streams(
         streams=load.sent,
         chunks=load.chunks,
-        first_p50_ms=_at(firsts_s, 0.5),
-        first_p99_ms=_at(firsts_s, 0.99),
-        first_max_ms=_at(firsts_s, 1.0),
-        gap_mean_ms=_at(sorted(load.means_s), 0.5),
-        gap_p99_ms=_at(gaps_s, 0.99),
-        gap_max_ms=_at(gaps_s, 1.0),
+        first_p50_ms=ms_at(firsts_s, 0.5),
+        first_p99_ms=ms_at(firsts_s, 0.99),
+        first_max_ms=ms_at(firsts_s, 1.0),
+        gap_mean_ms=ms_at(sorted(load.means_s), 0.5),
+        gap_p99_ms=ms_at(gaps_s, 0.99),
+        gap_max_ms=ms_at(gaps_s, 1.0),
         seconds=time.perf_counter() - begun_s,
         wrong=load.wrong,
         broken=load.broken[:5] + ([f"{len(load.broken)} in all"] if len(load.broken) > 5 else []),
     )
 
 
-def _at(ordered: Sequence[float], share: float) -> float:
-    """Milliseconds; 0 where there is nothing."""
-    if not ordered:
-        return 0.0
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] * 1e3
-
-
 def in_process(url: str, keys: Sequence[str], connections: int, each: int, tokens: int) -> Streams:
     """Do the load in a process of its own. Raises RuntimeError with its last words."""
-    command = [sys.executable, "-m", "benchmarks.stream_load", url, "-c", str(connections)]
-    command += ["-n", str(each), "--tokens", str(tokens)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        input="\n".join(keys),
-        capture_output=True,
-        text=True,
-        timeout=LOAD_S,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"the streams failed: {done.stderr[-2000:]}")
-    return Streams(**json.loads(done.stdout))
+    words = ["-c", connections, "-n", each, "--tokens", tokens]
+    return Streams(**apart("stream_load", url, *words, keys=keys))
 
 
 def main() -> None:

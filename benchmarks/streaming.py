@@ -1,7 +1,7 @@
 """What streams cost on their way through: Forebay and LiteLLM Proxy beside the upstream itself.
 
-    python -m benchmarks.streaming            # about four minutes
-    python -m benchmarks.streaming --quick    # about two
+    python -m benchmarks.streaming            # about 4 minutes
+    python -m benchmarks.streaming --quick    # about 2 minutes
     python -m benchmarks.streaming --only many
 
 Forebay has 50 tenants with keys and finite limits, breaker, ledger and metrics on, caching and
@@ -25,19 +25,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks import peers, stream_load
-from benchmarks.options import finish, parser_of, say, spread, tell_facts, tell_goal, wanted_of
-from benchmarks.processes import Peak, machine
+from benchmarks import stream_load
+from benchmarks.options import Report, measured, parser_of, say, tell_goal, tell_rounds
+from benchmarks.processes import Peak
+from benchmarks.sides import NAMES, Side, in_turn, sides_of
 from benchmarks.stream_load import Streams
-from benchmarks.system import System, at
 from tests.support.loader import Load, Result, in_process
 from tests.support.upstream import Upstream
 
+ROUTE = "/v1/chat/completions"
 TOKENS = 64
 INTERVAL_S = 0.02
 MANY, SOME = 500, 8
@@ -50,18 +50,6 @@ BODY = (
     '{"model":"sim","stream":true,"max_tokens":64,"messages":[{"role":"user","content":'
     '"Question @UNIQUE@: what does a forebay do for the turbines behind it?"}]}'
 )
-NAMES = {"direct": "the upstream itself", "forebay": "Forebay", "peer": "LiteLLM Proxy"}
-
-
-@dataclass(slots=True)
-class Report:
-    machine: dict[str, Any]
-    rounds: dict[str, list[float]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, name: str, value: float) -> None:
-        self.rounds.setdefault(name, []).append(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +61,6 @@ class Plan:
     each: int
 
 
-@dataclass(slots=True)
-class Side:
-    name: str
-    url: str
-    keys: Sequence[str]
-    system: System | None = None
-
-    @property
-    def chat_url(self) -> str:
-        return f"{self.url}/v1/chat/completions"
-
-    def sent(self, count: int) -> None:
-        if self.system is not None:
-            self.system.sent += count
-
-
 # -- one turn -------------------------------------------------------------------------------
 
 
@@ -96,7 +68,7 @@ def load(report: Report, plan: Plan, side: Side, concurrency: int, *, check: boo
     """Streams from an upstream that says all at once."""
     result = in_process(
         Load(
-            side.chat_url,
+            f"{side.url}{ROUTE}",
             concurrency=concurrency,
             seconds=plan.seconds,
             warmup=concurrency,
@@ -108,10 +80,7 @@ def load(report: Report, plan: Plan, side: Side, concurrency: int, *, check: boo
     )
     side.sent(result.sent)
     of = f"{NAMES[side.name]}, {concurrency} callers"
-    if result.ok != result.requests:
-        report.problems.append(f"{of}: not all 200: {result.statuses} {result.errors}")
-    if result.wrong:
-        report.problems.append(f"{of}: {result.wrong} answers of somebody else's question")
+    report.check(of, result)
     if result.chunks < result.requests * TOKENS:
         report.problems.append(f"{of}: {result.chunks} chunks of {result.requests} streams")
     return result
@@ -119,23 +88,19 @@ def load(report: Report, plan: Plan, side: Side, concurrency: int, *, check: boo
 
 def stream(report: Report, side: Side, connections: int, each: int) -> Streams:
     """Streams that take their time."""
-    found = stream_load.in_process(side.chat_url, side.keys, connections, each, TOKENS)
+    found = stream_load.in_process(f"{side.url}{ROUTE}", side.keys, connections, each, TOKENS)
     side.sent(found.streams)
     of = f"{NAMES[side.name]}, {connections} streams at once"
     if found.broken:
         report.problems.append(f"{of}: {found.broken}")
     if found.wrong:
-        report.problems.append(f"{of}: {found.wrong} answers of somebody else's question")
+        report.problems.append(f"{of}: {found.wrong} answers to something else")
     say(
         f"  {side.name:8}{connections:4} at once: first {found.first_p50_ms:8.2f} ms p50, from "
         f"chunk to chunk {found.gap_mean_ms:6.2f} ms, {found.gap_p99_ms:7.2f} p99, "
         f"{found.gap_max_ms:8.2f} at most"
     )
     return found
-
-
-def in_turn(sides: Sequence[Side], number: int) -> Sequence[Side]:
-    return sides if number % 2 else sides[::-1]
 
 
 # -- parts ----------------------------------------------------------------------------------
@@ -148,8 +113,8 @@ def chunks(report: Report, plan: Plan, upstream: Upstream, sides: Sequence[Side]
             result = load(report, plan, side, CONCURRENCY, check=number == 0)
             report.add(f"chunks/s, {NAMES[side.name]}", result.chunks_per_s)
             say(f"  {side.name:8}{result.chunks_per_s:12,.0f} chunks/s at {CONCURRENCY}")
-    ours, theirs = (report.rounds[f"chunks/s, {NAMES[side.name]}"] for side in sides[1:])
-    for one, other in zip(ours, theirs, strict=True):
+    ours, theirs = (report.rounds.get(f"chunks/s, {NAMES[one]}", ()) for one in ("forebay", "peer"))
+    for one, other in zip(ours, theirs, strict=False):
         report.add("chunks/s, Forebay / LiteLLM Proxy", one / other)
 
 
@@ -187,7 +152,7 @@ def many(report: Report, plan: Plan, upstream: Upstream, sides: Sequence[Side]) 
         if side.system is None:
             tell_many(report, side, stream(report, side, MANY, plan.each), upstream)
             continue
-        replica = side.system.child.chosen(lambda line: line.startswith("ray::ServeReplica"))
+        replica = side.system.child.chosen("ServeReplica")
         with Peak(replica) as peak:
             tell_many(report, side, stream(report, side, MANY, plan.each), upstream)
             time.sleep(SETTLE_S)
@@ -221,52 +186,39 @@ PARTS: dict[str, Callable[[Report, Plan, Upstream, Sequence[Side]], None]] = {
 
 
 def show(report: Report) -> None:
-    print("median (range)")
-    for name, values in report.rounds.items():
-        print(f"  {name:60}{spread(values):>32}")
+    tell_rounds(report)
     print()
     ratios = report.rounds.get("chunks/s, Forebay / LiteLLM Proxy", [])
     tell_goal("chunks/s, Forebay / LiteLLM Proxy", ratios, ">=", CHUNKS_GOAL)
     longest = report.rounds.get(f"longest gap of {MANY} streams, ms, Forebay", [])
     tell_goal(f"longest gap of {MANY} streams, ms", longest, "<=", STALL_MS)
-    tell_facts(report.facts, report.machine, report.problems)
 
 
-def run(report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, at: Path) -> None:
-    with ExitStack() as stack:
-        system = stack.enter_context(System("streaming", upstream.url, at))
-        sides = [
-            Side("direct", upstream.url, [""]),
-            Side("forebay", system.url, system.keys, system),
-        ]
-        if set(wanted) - {"many"}:
-            peer = stack.enter_context(peers.running("litellm-proxy", upstream.url, at))
-            sides.append(Side("peer", peer.url, peer.keys))
+def run(
+    report: Report, plan: Plan, wanted: Sequence[str], upstream: Upstream, scratch: Path
+) -> None:
+    with_peer = wanted != ["many"]
+    with sides_of(report, "streaming", upstream, scratch, with_peer=with_peer) as sides:
         upstream.script(tokens=TOKENS)
         for side in sides:
             stream(report, side, SOME, 1)  # a system's first ones are slow
         for name in wanted:
-            PARTS[name](report, plan, upstream, sides)
-        told, wrong = system.audit()
-        report.facts["Forebay: streams sent / ledger rows / counted"] = told
-        report.problems += wrong
+            with report.part(name):
+                PARTS[name](report, plan, upstream, sides)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of("streaming", __doc__, PARTS, "2 rounds of 2 s in place of 5 of 4 s")
-    parser.add_argument("--rounds", type=int, help="turns of each side")
+    parser = parser_of(
+        "streaming", __doc__, PARTS, "2 rounds of 2 s in place of 5 of 4 s", "turns of each side"
+    )
     given = parser.parse_args(argv)
-    wanted = wanted_of(parser, given.only, PARTS)
     plan = Plan(
         given.seconds or (2.0 if given.quick else 4.0),
         given.rounds or (2 if given.quick else 5),
         each=2 if given.quick else 4,
     )
-    report = Report(machine())
-    with at(given.keep) as scratch, Upstream(log=scratch / "upstream.jsonl", fast=True) as upstream:
-        run(report, plan, wanted, upstream, scratch)
-    show(report)
-    return finish(given.json, asdict(report), report.problems)
+    report = Report()
+    return measured(given, report, partial(run, report, plan, given.only), show)
 
 
 if __name__ == "__main__":

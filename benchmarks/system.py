@@ -21,7 +21,10 @@ TENANTS = 50
 START_S = 180.0
 LEDGER_WAIT_S = 15.0
 REST_CPU, REST_WAIT_S = 0.25, 30.0
-FIRST_CHAT = {"model": "sim", "messages": [{"role": "user", "content": "The first question"}]}
+FIRST_CHAT = (
+    "chat/completions",
+    {"model": "sim", "messages": [{"role": "user", "content": "The first question"}]},
+)
 LIMITS = {
     "requests_per_minute": 120_000,
     "requests_per_hour": 7_200_000,
@@ -35,9 +38,10 @@ class System:
     """Owns one `forebay up` whose tenants have a key and finite limits each. Leaving the context
     ends it.
 
-    `gateway` and `server` are what its configuration says otherwise than `forebay_document`.
-    `sent` is how many requests it has got; whoever loads it adds to that. `first_s` is the time
-    from the start of the process to its first answer.
+    `gateway` and `server` are what its configuration says otherwise than `document`, `limits` are
+    each tenant's, and `first` is a route with the body of its first request. `sent` is how many
+    requests it has got; whoever loads it adds to that. `first_s` is the time from the start of the
+    process to its first answer.
 
     Failure behaviour: RuntimeError with the end of its log when no answer comes in START_S.
     """
@@ -50,37 +54,63 @@ class System:
         *,
         caching: bool = False,
         keys: Sequence[str] | None = None,
+        limits: Mapping[str, int] = LIMITS,
         gateway: Mapping[str, Any] | None = None,
         server: Mapping[str, Any] | None = None,
+        first: tuple[str, Mapping[str, Any]] = FIRST_CHAT,
     ) -> None:
         self.name = name
         self.keys = list(tenant_keys() if keys is None else keys)
+        self.limits = limits
         self.admin, self.secret = new_key(), secrets.token_hex(32)
         self.sent = 0
         self.first_s = 0.0
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._first = first
         home = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=scratch))
         document = self.document(upstream_url, caching)
         document["gateway"].update(gateway or {})
         document["server"].update(server or {})
         config = home / "forebay.yaml"
         config.write_text(json.dumps(document))
-        self.environ = environ_of(home, self.secret)
-        self._command = command_of(config)
+        self.environ = {
+            "FOREBAY_KEY_SECRET": self.secret,
+            "FOREBAY_DATA_DIR": str(home / "data"),
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        }
+        self._command = [sys.executable, "-m", "forebay", "up", "--config", str(config)]
         self._log = home / "log"
 
     def document(self, upstream_url: str, caching: bool) -> dict[str, Any]:
-        """Its configuration."""
-        return forebay_document(
-            upstream_url, self.port, self.keys, self.admin, self.secret, caching
-        )
+        """Its configuration: one model, one replica, and a tenant for each key."""
+        tenants = [
+            self.tenant(f"tenant-{i:02d}", key, limits=dict(self.limits))
+            for i, key in enumerate(self.keys)
+        ]
+        sim = {"model": "openai/sim", "api_base": f"{upstream_url}/v1", "api_key": "sk-upstream"}
+        return {
+            "model_list": [{"model_name": "sim", "litellm_params": sim}],
+            "tenants": [*tenants, self.tenant("admin", self.admin, admin=True)],
+            "gateway": {
+                "enable_caching": caching,
+                "enable_request_deduplication": caching,
+                "max_retries": 0,
+            },
+            "server": {"host": "127.0.0.1", "port": self.port, "replicas": 1},
+        }
+
+    def tenant(self, name: str, key: str, **more: Any) -> dict[str, Any]:
+        """One with that key."""
+        keys = [{"id": "bench", "hash": hash_key(key, self.secret.encode())}]
+        return {"id": name, "keys": keys, **more}
 
     def __enter__(self) -> Self:
+        route, body = self._first
         self.child = Child(self._command, self._log, self.environ)
         try:
             self.first_s = self.child.await_200(
-                f"{self.url}/v1/chat/completions", START_S, key=self.keys[0], body=FIRST_CHAT
+                f"{self.url}/v1/{route}", START_S, key=self.keys[0], body=body
             )
             self.sent += 1
             await_rest(self.child)
@@ -94,11 +124,17 @@ class System:
 
     def cpu_s(self) -> float:
         """CPU seconds so far of all replicas."""
-        return serving_cpu(self.child, "ServeReplica")()
+        return self.child.cpu_s("ServeReplica")
 
     def messages(self) -> Counter[str]:
         """Messages to owners so far, by owner and method."""
-        return owner_messages(self.url)
+        found: Counter[str] = Counter()
+        for name, labels, value in samples(get(f"{self.url}/metrics").decode()):
+            if name == "forebay_owner_calls_total":
+                owner = labels["owner"]
+                method = labels.get("method")
+                found[f"{owner}.{method}" if method else owner] += int(value)
+        return found
 
     def usage(self) -> dict[str, Any]:
         """The ledger's sums over all tenants."""
@@ -107,11 +143,24 @@ class System:
 
     def rows(self) -> int:
         """Rows of the ledger, once they are as many as were sent or it is late."""
-        return ledger_rows(self.url, self.admin, self.sent)
+        return _settled(lambda: int(self.usage()["entries"]), self.sent)
+
+    def counted(self) -> int:
+        """Requests of all routes, tenants and outcomes, as `forebay_requests_total` has them, once
+        they are as many as were sent or it is late."""
+
+        def count() -> int:
+            return sum(
+                int(value)
+                for name, _, value in samples(get(f"{self.url}/metrics").decode())
+                if name == "forebay_requests_total"
+            )
+
+        return _settled(count, self.sent)
 
     def audit(self) -> tuple[str, list[str]]:
         """What was sent, what the ledger has and what is counted; and what is wrong with it."""
-        rows, counted = self.rows(), requests_counted(self.url, self.sent)
+        rows, counted = self.rows(), self.counted()
         told = f"{self.sent} / {rows} / {counted}"
         if len({self.sent, rows, counted}) == 1:
             return told, []
@@ -121,53 +170,19 @@ class System:
         ]
 
 
-def environ_of(home: Path, secret: str) -> dict[str, str]:
-    """What `forebay up` reads from its environment; its data go below `home`."""
-    return {
-        "FOREBAY_KEY_SECRET": secret,
-        "FOREBAY_DATA_DIR": str(home / "data"),
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    }
-
-
-def command_of(config: Path) -> list[str]:
-    return [sys.executable, "-m", "forebay", "up", "--config", str(config)]
-
-
-def forebay_document(
-    upstream_url: str,
-    port: int,
-    keys: Sequence[str],
-    admin: str,
-    secret: str,
-    caching: bool,
-) -> dict[str, Any]:
-    """The configuration: one model, one replica, and a tenant with LIMITS for each key."""
-    tenants: list[dict[str, Any]] = [
-        {
-            "id": f"tenant-{i:02d}",
-            "keys": [{"id": "bench", "hash": hash_key(key, secret.encode())}],
-            "limits": dict(LIMITS),
-        }
-        for i, key in enumerate(keys)
-    ]
-    admin_key = {"id": "admin", "hash": hash_key(admin, secret.encode())}
-    tenants.append({"id": "admin", "keys": [admin_key], "admin": True})
-    sim = {"model": "openai/sim", "api_base": f"{upstream_url}/v1", "api_key": "sk-upstream"}
-    return {
-        "model_list": [{"model_name": "sim", "litellm_params": sim}],
-        "tenants": tenants,
-        "gateway": {
-            "enable_caching": caching,
-            "enable_request_deduplication": caching,
-            "max_retries": 0,
-        },
-        "server": {"host": "127.0.0.1", "port": port, "replicas": 1},
-    }
-
-
 def tenant_keys() -> list[str]:
     return [new_key() for _ in range(TENANTS)]
+
+
+@contextmanager
+def no_op(scratch: Path) -> Iterator[tuple[str, Child]]:
+    """`benchmarks.noop` while the context lasts: where it answers, and its process."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "benchmarks.noop", "--port", str(port)]
+    with Child(command, scratch / "noop.log") as child:
+        child.await_200(f"{url}/", START_S)
+        yield url, child
 
 
 def await_rest(child: Child) -> None:
@@ -180,30 +195,6 @@ def await_rest(child: Child) -> None:
             return
 
 
-def serving_cpu(child: Child, title: str) -> Callable[[], float]:
-    """CPU seconds of the replicas: the Ray workers whose title holds this word."""
-    return lambda: child.cpu_s(lambda line: title in line and line.startswith("ray::"))
-
-
-def ledger_rows(url: str, admin_key: str, expected: int) -> int:
-    """Rows in the ledger, one an attempt, once they are as many as expected or it is late."""
-    return _settled(lambda: int(json.loads(get(f"{url}/v1/usage", admin_key))["entries"]), expected)
-
-
-def requests_counted(url: str, expected: int) -> int:
-    """Requests of all routes, tenants and outcomes, as `forebay_requests_total` has them, once
-    they are as many as expected or it is late."""
-
-    def count() -> int:
-        return sum(
-            int(value)
-            for name, _, value in samples(get(f"{url}/metrics").decode())
-            if name == "forebay_requests_total"
-        )
-
-    return _settled(count, expected)
-
-
 def _settled(count: Callable[[], int], expected: int) -> int:
     deadline_s = time.monotonic() + LEDGER_WAIT_S
     while True:
@@ -211,17 +202,6 @@ def _settled(count: Callable[[], int], expected: int) -> int:
         if found >= expected or time.monotonic() > deadline_s:
             return found
         time.sleep(0.2)
-
-
-def owner_messages(url: str) -> Counter[str]:
-    """Messages to owners so far, by owner and method."""
-    found: Counter[str] = Counter()
-    for name, labels, value in samples(get(f"{url}/metrics").decode()):
-        if name == "forebay_owner_calls_total":
-            owner = labels["owner"]
-            method = labels.get("method")
-            found[f"{owner}.{method}" if method else owner] += int(value)
-    return found
 
 
 def samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
