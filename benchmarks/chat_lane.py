@@ -24,6 +24,7 @@ from forebay.routing import Deployment
 PROMPT = "Question %s: what does a forebay do for the turbines behind it?"
 KEY = "sk-upstream"
 TIMEOUT_S = 60.0
+WARMUP = 100
 
 Ask = Callable[[list[dict[str, str]]], Awaitable[bool]]
 """One call; whether an answer came."""
@@ -69,8 +70,8 @@ def forebay(url: str, *, relay: bool) -> Ask:
     return ask
 
 
-async def measure(ask: Ask, concurrency: int, seconds: float, warmup: int) -> dict[str, Any]:
-    """A closed loop of `concurrency` callers for `seconds`, after `warmup` calls."""
+async def measure(ask: Ask, concurrency: int, seconds: float) -> dict[str, Any]:
+    """A closed loop of `concurrency` callers for `seconds`, after WARMUP calls."""
     run_id = uuid.uuid4().hex[:12]
     latencies_s: list[float] = []
     failed = 0
@@ -88,7 +89,7 @@ async def measure(ask: Ask, concurrency: int, seconds: float, warmup: int) -> di
         while time.perf_counter() < until_s:
             await call()
 
-    for _ in range(warmup):
+    for _ in range(WARMUP):
         await call()
     latencies_s.clear()
     failed = 0
@@ -114,7 +115,7 @@ async def run(given: argparse.Namespace) -> dict[str, Any]:
         ask = bare(given.url)
     else:
         ask = forebay(given.url, relay=given.lane == "relay")
-    return await measure(ask, given.concurrency, given.seconds, given.warmup)
+    return await measure(ask, given.concurrency, given.seconds)
 
 
 def main() -> None:
@@ -123,7 +124,6 @@ def main() -> None:
     parser.add_argument("--url", required=True)
     parser.add_argument("-c", "--concurrency", type=int, default=1)
     parser.add_argument("-t", "--seconds", type=float, default=10.0)
-    parser.add_argument("--warmup", type=int, default=100)
     given = parser.parse_args()
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     os.environ.setdefault("DEFAULT_MAX_RETRIES", "0")

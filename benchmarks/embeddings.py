@@ -116,23 +116,21 @@ class Plan:
 
 
 def lane(report: Report, plan: Plan, upstream: Upstream, scratch: Path) -> None:
-    found: dict[str, list[float]] = {"forebay": [], "litellm": []}
-    for turn in range(plan.rounds):
-        for side, rates in found.items():
-            words = ["--url", f"{upstream.url}/v1", "-n", TEXTS_PER_CALL, "-t", plan.seconds]
-            told = apart("embedding_lane", side, *words)
-            rates.append(told["vectors_per_cpu_s"])
+    of = {"forebay": "Forebay's lane", "litellm": "litellm.aembedding"}
+    words = ["--url", f"{upstream.url}/v1", "-n", TEXTS_PER_CALL, "-t", plan.seconds]
+    for number in range(plan.rounds):
+        rates = {}
+        for side in of:
+            came = apart("embedding_lane", side, *words)
+            rates[side] = came["vectors_per_cpu_s"]
+            report.add(f"vectors per CPU second, {of[side]}", rates[side])
             say(
-                f"  {side:8}{told['vectors_per_cpu_s']:11,.0f} vectors per CPU second"
-                f"{told['ms_per_call']:10.2f} ms a call"
+                f"  {side:8}{rates[side]:11,.0f} vectors per CPU second"
+                f"{came['ms_per_call']:10.2f} ms a call"
             )
-            if told["wrong"]:
-                report.problems.append(f"lane, {side}, turn {turn}: {told['wrong']} wrong calls")
-    report.rounds["vectors per CPU second, Forebay's lane"] = found["forebay"]
-    report.rounds["vectors per CPU second, litellm.aembedding"] = found["litellm"]
-    report.rounds[LANES] = [
-        ours / theirs for ours, theirs in zip(found["forebay"], found["litellm"], strict=True)
-    ]
+            if came["wrong"]:
+                report.problems.append(f"lane, {side}, turn {number}: {came['wrong']} wrong calls")
+        report.add(LANES, rates["forebay"] / rates["litellm"])
 
 
 # ------------------------------------------------------------------------------------ clients
