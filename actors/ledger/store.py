@@ -12,11 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice, pairwise
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
+    ClauseElement,
     ColumnElement,
     Connection,
+    Dialect,
     FromClause,
     Integer,
     Row,
@@ -65,6 +68,7 @@ from actors.ledger.schema import (
     FLAGS,
     OPENED,
     RATINGS,
+    TEXTS,
     TOTALS,
     ensure,
 )
@@ -73,7 +77,7 @@ FEEDBACK_SUMS_MAX = 1000
 """Most sums of feedback in one answer."""
 CHECKPOINT_ENTRIES = 50_000
 """A start folds about so many entries at most."""
-IDS_PER_QUERY = 1000
+IDS_PER_QUERY = 1024
 TEXT_BYTES_MAX = 600
 """Longest text that is part of an index, in UTF-8: one has four of them, and PostgreSQL takes 2,700
 bytes."""
@@ -117,7 +121,9 @@ def figures(t: FromClause) -> dict[str, ColumnElement[int]]:
         "attempts": _one(and_(t.c.status.in_(ASKED), t.c.attempt != literal_column(str(NOT_MADE)))),
         "cached_tokens": case((posted, t.c.cached_tokens), else_=0),
         **{
-            f"ms_{high}": _one(and_(served, t.c.latency_ms > low, t.c.latency_ms <= high))
+            # In this order: most entries fail the first comparison or the second, and `served`
+            # costs SQLite a search.
+            f"ms_{high}": _one(and_(t.c.latency_ms > low, t.c.latency_ms <= high, served))
             for low, high in pairwise((-1, *LATENCY_MS))
         },
     }
@@ -155,6 +161,11 @@ def _add_to_totals(dialect: str) -> Any:
     )
 
 
+_Stored = tuple[Any, ...]
+_ID, _STATUS = COLUMNS.index("id"), COLUMNS.index("status")
+_FLAGS = [COLUMNS.index(name) for name in FLAGS]
+_texts = itemgetter(*(COLUMNS.index(name) for name in COLUMNS if name in TEXTS and name != "error"))
+
 Message = tuple[str, Sequence[Entry]]
 """Who sends, and entries, open ones among them, to be stored together."""
 
@@ -175,6 +186,7 @@ class Store:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._connection: Connection | None = None
+        self._last = 0
         self._checkpoint = 0
         self.open_count = 0
         self._unsettled = 0
@@ -219,7 +231,7 @@ class Store:
             if last >= CHECKPOINT_ENTRIES:
                 number = last
                 _keep_checkpoint(connection, number, counted)
-        self._unsettled = kept.unsettled
+        self._last, self._unsettled = last, kept.unsettled
         if counted.entries != last or counted != kept:
             raise StoreFailed(
                 f"{self.place.name}: its sums say {kept.entries} entries and {kept.cost_nano}"
@@ -242,40 +254,41 @@ class Store:
         message without settled entries gets the former. An open entry is new when it was neither
         opened nor settled before.
         """
+        arrived = [(holder, [_row(entry) for entry in entries]) for holder, entries in messages]
         with self.transaction() as connection:
-            before = last = _last(connection)
-            known = _numbers(connection, messages)
-            rows: list[dict[str, Any]] = []
+            before = last = self._last
+            known = _numbers(connection, [row[_ID] for _, rows in arrived for row in rows])
+            new: list[_Stored] = []
             own: list[int | None] = []
-            for _, entries in messages:
-                settled = [entry for entry in entries if entry.status != "open"]
-                count = len(rows)
-                for entry in settled:
-                    row = _row(entry)
-                    if row["id"] not in known:
+            for _, rows in arrived:
+                settled = [row for row in rows if row[_STATUS] != "open"]
+                count = len(new)
+                for row in settled:
+                    if row[_ID] not in known:
                         last += 1
-                        known[row["id"]] = row["number"] = last
-                        rows.append(row)
-                fresh = len(rows) - count == len(settled)
-                own.append(None if fresh else max(known[_clean(entry.id)] for entry in settled))
-            if rows:
-                connection.execute(insert(ENTRIES), rows)
+                        known[row[_ID]] = last
+                        new.append((last, *row))
+                fresh = len(new) - count == len(settled)
+                own.append(None if fresh else max(known[row[_ID]] for row in settled))
+            if new:
+                connection.exec_driver_sql(_insert(ENTRIES, type(connection.dialect)), new)
                 add = _add_to_totals(connection.dialect.name)
                 connection.execute(add, {"after": before})
-            closed = self._close_opened(connection, rows)
-            opened = _open_rows(connection, messages, known)
+            closed = self._close_opened(connection, [row[1 + _ID] for row in new])
+            opened = _open_rows(connection, arrived, known)
             checkpoint = self._mark(connection, last)
+        self._last = last
         self.open_count += opened - closed
-        self._unsettled += sum(row["status"] == "unsettled" for row in rows)
+        self._unsettled += sum(row[1 + _STATUS] == "unsettled" for row in new)
         self._checkpoint = checkpoint
-        return len(rows) + opened, [last if commit is None else commit for commit in own]
+        return len(new) + opened, [last if commit is None else commit for commit in own]
 
-    def _close_opened(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+    def _close_opened(self, connection: Connection, settled: Sequence[str]) -> int:
         """Takes what is settled now out of what is open. Returns how much that was."""
         if not self.open_count:
             return 0
         closed = 0
-        for ids in _chunks(row["id"] for row in rows):
+        for ids in _chunks(settled):
             closed += connection.execute(delete(OPENED).where(OPENED.c.id.in_(ids))).rowcount
         return closed
 
@@ -311,8 +324,8 @@ class Store:
 
     def last(self) -> int:
         """The number of the last entry, 0 if there is none."""
-        with self.transaction() as connection:
-            return _last(connection)
+        with self.transaction():
+            return self._last
 
     def unsettled(self) -> int:
         """How many entries are of calls whose outcome was lost."""
@@ -344,7 +357,7 @@ class Store:
         ages: dict[str, list[tuple[int, int, int]]] = {name: [] for name in names}
         # One owner, one connection, one thread: nothing is written between these statements.
         with self.transaction() as connection:
-            commit = _last(connection)
+            commit = self._last
             if names:
                 for tenant, day, cost_nano in connection.execute(days):
                     paid[tenant][int(day)] = int(cost_nano)
@@ -511,33 +524,57 @@ def _keep_checkpoint(connection: Connection, number: int, counted: Totals) -> No
     connection.execute(insert(CHECKPOINTS).values(number=number, **sums))
 
 
-def _last(connection: Connection) -> int:
-    return int(connection.execute(_LAST).scalar_one())
+@cache
+def _insert(table: Table, dialect: type[Dialect]) -> str:
+    return _by_position(insert(table), dialect)
 
 
-def _numbers(connection: Connection, messages: Sequence[Message]) -> dict[str, int]:
+@cache
+def _numbers_of(count: int, dialect: type[Dialect]) -> str:
+    of = select(ENTRIES.c.id, ENTRIES.c.number).where(ENTRIES.c.id.in_([""] * count))
+    return _by_position(of, dialect)
+
+
+def _by_position(statement: ClauseElement, dialect: type[Dialect]) -> str:
+    """The statement as the driver takes it, with its values in order. To have SQLAlchemy bind the
+    values by name costs more than to run it."""
+    style = "qmark" if dialect.name == "sqlite" else "format"
+    return str(
+        statement.compile(
+            dialect=dialect(paramstyle=style), compile_kwargs={"render_postcompile": True}
+        )
+    )
+
+
+def _numbers(connection: Connection, ids: Sequence[str]) -> dict[str, int]:
     """The numbers of those entries that are settled already."""
     known: dict[str, int] = {}
-    for ids in _chunks(_clean(entry.id) for _, entries in messages for entry in entries):
-        found = select(ENTRIES.c.id, ENTRIES.c.number).where(ENTRIES.c.id.in_(ids))
-        known.update((row.id, row.number) for row in connection.execute(found))
+    for some in _chunks(ids):
+        # Filled up with the last one, so that there are few statements.
+        count = 1 << (len(some) - 1).bit_length()
+        wanted = (*some, *some[-1:] * (count - len(some)))
+        found = connection.exec_driver_sql(_numbers_of(count, type(connection.dialect)), wanted)
+        known.update((id_, number) for id_, number in found)
     return known
 
 
 def _open_rows(
-    connection: Connection, messages: Sequence[Message], settled: Mapping[str, int]
+    connection: Connection,
+    arrived: Sequence[tuple[str, Sequence[_Stored]]],
+    settled: Mapping[str, int],
 ) -> int:
     """Notes the calls that are about to be made. Returns how many were not known."""
-    rows: dict[str, dict[str, Any]] = {}
-    for holder, entries in messages:
-        for entry in entries:
-            if entry.status == "open" and (id_ := _clean(entry.id)) not in settled:
-                rows.setdefault(id_, {**_row(entry), "holder": _clean(holder)})
+    rows: dict[str, _Stored] = {}
+    for holder, those in arrived:
+        for row in those:
+            if row[_STATUS] == "open" and row[_ID] not in settled:
+                rows.setdefault(row[_ID], (*row, _clean(holder)))
     for ids in _chunks(list(rows)):
         for known in connection.execute(select(OPENED.c.id).where(OPENED.c.id.in_(ids))):
             del rows[known.id]
     if rows:
-        connection.execute(insert(OPENED), list(rows.values()))
+        sql = _insert(OPENED, type(connection.dialect))
+        connection.exec_driver_sql(sql, list(rows.values()))
     return len(rows)
 
 
@@ -591,17 +628,21 @@ def indexed(text: str) -> str:
     return _clean(text).encode()[:TEXT_BYTES_MAX].decode(errors="ignore")
 
 
-def _row(entry: Entry) -> dict[str, Any]:
-    row = dict(zip(COLUMNS, entry.values(), strict=True))
-    for name, value in row.items():
-        if type(value) is str:
-            row[name] = indexed(value) if name in INDEXED else _clean(value)
-        elif type(value) is bool:
-            row[name] = int(value)
-    return row
+def _row(entry: Entry) -> _Stored:
+    """The entry as it is stored, in the order of COLUMNS."""
+    row = list(entry)
+    for at in _FLAGS:
+        row[at] = int(row[at])
+    text = "".join(_texts(entry)) + (entry.error or "")
+    if not (len(text) <= TEXT_BYTES_MAX and text.isascii() and "\0" not in text):
+        for at, name in enumerate(COLUMNS):
+            value = row[at]
+            if type(value) is str:
+                row[at] = indexed(value) if name in INDEXED else _clean(value)
+    return tuple(row)
 
 
-def _entry(row: Row[Any]) -> Entry:
+def _entry(row: Sequence[Any]) -> Entry:
     entry = dict(zip(COLUMNS, row, strict=True))
     for name in FLAGS:
         entry[name] = bool(entry[name])
