@@ -19,7 +19,6 @@ from sqlalchemy import (
     ClauseElement,
     ColumnElement,
     Connection,
-    Dialect,
     FromClause,
     Integer,
     Row,
@@ -166,6 +165,11 @@ _ID, _STATUS = COLUMNS.index("id"), COLUMNS.index("status")
 _FLAGS = [COLUMNS.index(name) for name in FLAGS]
 _texts = itemgetter(*(COLUMNS.index(name) for name in COLUMNS if name in TEXTS and name != "error"))
 
+_BY_POSITION: dict[str, Any] = {
+    "sqlite": (sqlite.dialect, "qmark"),
+    "postgresql": (postgresql.psycopg.dialect, "format"),
+}
+
 Message = tuple[str, Sequence[Entry]]
 """Who sends, and entries, open ones among them, to be stored together."""
 
@@ -271,7 +275,7 @@ class Store:
                 fresh = len(new) - count == len(settled)
                 own.append(None if fresh else max(known[row[_ID]] for row in settled))
             if new:
-                connection.exec_driver_sql(_insert(ENTRIES, type(connection.dialect)), new)
+                connection.exec_driver_sql(_insert(ENTRIES, connection.dialect.name), new)
                 add = _add_to_totals(connection.dialect.name)
                 connection.execute(add, {"after": before})
             closed = self._close_opened(connection, [row[1 + _ID] for row in new])
@@ -525,25 +529,22 @@ def _keep_checkpoint(connection: Connection, number: int, counted: Totals) -> No
 
 
 @cache
-def _insert(table: Table, dialect: type[Dialect]) -> str:
+def _insert(table: Table, dialect: str) -> str:
     return _by_position(insert(table), dialect)
 
 
 @cache
-def _numbers_of(count: int, dialect: type[Dialect]) -> str:
+def _numbers_of(count: int, dialect: str) -> str:
     of = select(ENTRIES.c.id, ENTRIES.c.number).where(ENTRIES.c.id.in_([""] * count))
     return _by_position(of, dialect)
 
 
-def _by_position(statement: ClauseElement, dialect: type[Dialect]) -> str:
+def _by_position(statement: ClauseElement, dialect: str) -> str:
     """The statement as the driver takes it, with its values in order. To have SQLAlchemy bind the
     values by name costs more than to run it."""
-    style = "qmark" if dialect.name == "sqlite" else "format"
-    return str(
-        statement.compile(
-            dialect=dialect(paramstyle=style), compile_kwargs={"render_postcompile": True}
-        )
-    )
+    make, style = _BY_POSITION[dialect]
+    by_position = make(paramstyle=style)
+    return str(statement.compile(dialect=by_position, compile_kwargs={"render_postcompile": True}))
 
 
 def _numbers(connection: Connection, ids: Sequence[str]) -> dict[str, int]:
@@ -553,7 +554,7 @@ def _numbers(connection: Connection, ids: Sequence[str]) -> dict[str, int]:
         # Filled up with the last one, so that there are few statements.
         count = 1 << (len(some) - 1).bit_length()
         wanted = (*some, *some[-1:] * (count - len(some)))
-        found = connection.exec_driver_sql(_numbers_of(count, type(connection.dialect)), wanted)
+        found = connection.exec_driver_sql(_numbers_of(count, connection.dialect.name), wanted)
         known.update((id_, number) for id_, number in found)
     return known
 
@@ -573,7 +574,7 @@ def _open_rows(
         for known in connection.execute(select(OPENED.c.id).where(OPENED.c.id.in_(ids))):
             del rows[known.id]
     if rows:
-        sql = _insert(OPENED, type(connection.dialect))
+        sql = _insert(OPENED, connection.dialect.name)
         connection.exec_driver_sql(sql, list(rows.values()))
     return len(rows)
 
@@ -630,7 +631,7 @@ def indexed(text: str) -> str:
 
 def _row(entry: Entry) -> _Stored:
     """The entry as it is stored, in the order of COLUMNS."""
-    row = list(entry)
+    row: list[Any] = list(entry)
     for at in _FLAGS:
         row[at] = int(row[at])
     text = "".join(_texts(entry)) + (entry.error or "")
