@@ -12,11 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice, pairwise
-from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
-    ClauseElement,
     ColumnElement,
     Connection,
     FromClause,
@@ -39,7 +37,6 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from actors.ledger.place import Place, reason
 from actors.ledger.policy import (
     ASKED,
-    COLUMNS,
     DAY_MS,
     FEEDBACK_PER_RESPONSE_MAX,
     LATENCY_MS,
@@ -59,15 +56,25 @@ from actors.ledger.policy import (
     calendar,
     rating_of,
 )
+from actors.ledger.rows import (
+    ID,
+    STATUS,
+    Stored,
+    clean,
+    columns_of,
+    entry_of,
+    indexed,
+    insert_of,
+    numbers_of,
+    stored,
+)
 from actors.ledger.schema import (
     CHECKPOINTS,
     ENTRIES,
     FEEDBACK,
     FEEDBACK_SUMS,
-    FLAGS,
     OPENED,
     RATINGS,
-    TEXTS,
     TOTALS,
     ensure,
 )
@@ -77,11 +84,7 @@ FEEDBACK_SUMS_MAX = 1000
 CHECKPOINT_ENTRIES = 50_000
 """A start folds about so many entries at most."""
 IDS_PER_QUERY = 1024
-TEXT_BYTES_MAX = 600
-"""Longest text that is part of an index, in UTF-8: one has four of them, and PostgreSQL takes 2,700
-bytes."""
 LOST = "the process that made the call ended before it was answered"
-INDEXED = frozenset(("request_id", "tenant", "model", "deployment", "route", "response_id"))
 RATING_ROWS_MAX = 50_000
 """Most days of deployments that ratings are made of; the latest ones."""
 
@@ -159,16 +162,6 @@ def _add_to_totals(dialect: str) -> Any:
         set_={name: TOTALS.c[name] + added.excluded[name] for name in SUMS},
     )
 
-
-_Stored = tuple[Any, ...]
-_ID, _STATUS = COLUMNS.index("id"), COLUMNS.index("status")
-_FLAGS = [COLUMNS.index(name) for name in FLAGS]
-_texts = itemgetter(*(COLUMNS.index(name) for name in COLUMNS if name in TEXTS and name != "error"))
-
-_BY_POSITION: dict[str, Any] = {
-    "sqlite": (sqlite.dialect, "qmark"),
-    "postgresql": (postgresql.psycopg.dialect, "format"),
-}
 
 Message = tuple[str, Sequence[Entry]]
 """Who sends, and entries, open ones among them, to be stored together."""
@@ -258,32 +251,32 @@ class Store:
         message without settled entries gets the former. An open entry is new when it was neither
         opened nor settled before.
         """
-        arrived = [(holder, [_row(entry) for entry in entries]) for holder, entries in messages]
+        arrived = [(holder, [stored(entry) for entry in entries]) for holder, entries in messages]
         with self.transaction() as connection:
             before = last = self._last
-            known = _numbers(connection, [row[_ID] for _, rows in arrived for row in rows])
-            new: list[_Stored] = []
+            known = _numbers(connection, [row[ID] for _, rows in arrived for row in rows])
+            new: list[Stored] = []
             own: list[int | None] = []
             for _, rows in arrived:
-                settled = [row for row in rows if row[_STATUS] != "open"]
+                settled = [row for row in rows if row[STATUS] != "open"]
                 count = len(new)
                 for row in settled:
-                    if row[_ID] not in known:
+                    if row[ID] not in known:
                         last += 1
-                        known[row[_ID]] = last
+                        known[row[ID]] = last
                         new.append((last, *row))
                 fresh = len(new) - count == len(settled)
-                own.append(None if fresh else max(known[row[_ID]] for row in settled))
+                own.append(None if fresh else max(known[row[ID]] for row in settled))
             if new:
-                connection.exec_driver_sql(_insert(ENTRIES, connection.dialect.name), new)
+                connection.exec_driver_sql(insert_of(ENTRIES, connection.dialect.name), new)
                 add = _add_to_totals(connection.dialect.name)
                 connection.execute(add, {"after": before})
-            closed = self._close_opened(connection, [row[1 + _ID] for row in new])
+            closed = self._close_opened(connection, [row[1 + ID] for row in new])
             opened = _open_rows(connection, arrived, known)
             checkpoint = self._mark(connection, last)
         self._last = last
         self.open_count += opened - closed
-        self._unsettled += sum(row[1 + _STATUS] == "unsettled" for row in new)
+        self._unsettled += sum(row[1 + STATUS] == "unsettled" for row in new)
         self._checkpoint = checkpoint
         return len(new) + opened, [last if commit is None else commit for commit in own]
 
@@ -310,8 +303,8 @@ class Store:
     def settle_lost(self, holder: str) -> int:
         """Settles what a holder opened and can settle no more. Returns how much that was."""
         with self.transaction() as connection:
-            of = select(*_columns(OPENED)).where(OPENED.c.holder == _clean(holder))
-            found = [_entry(row) for row in connection.execute(of.order_by(OPENED.c.at_ms))]
+            of = select(*columns_of(OPENED)).where(OPENED.c.holder == clean(holder))
+            found = [entry_of(row) for row in connection.execute(of.order_by(OPENED.c.at_ms))]
         lost = [
             entry._replace(status="unsettled", error=LOST, http_status=0, latency_ms=0)
             for entry in found
@@ -339,9 +332,9 @@ class Store:
     def entries(self, request_id: str) -> list[Entry]:
         """The settled entries of one request id, in the order they were appended."""
         asked = indexed(request_id)
-        of = select(*_columns(ENTRIES)).where(ENTRIES.c.request_id == asked)
+        of = select(*columns_of(ENTRIES)).where(ENTRIES.c.request_id == asked)
         with self.transaction() as connection:
-            return [_entry(row) for row in connection.execute(of.order_by(ENTRIES.c.number))]
+            return [entry_of(row) for row in connection.execute(of.order_by(ENTRIES.c.number))]
 
     def spent(self, tenants: Sequence[str], at_ms: int) -> list[Spent]:
         """What each of the tenants had used at `at_ms`, all of the same moment in the ledger."""
@@ -417,9 +410,9 @@ class Store:
                 "response_id": response_id,
                 "type": feedback.type,
                 "score": feedback.score,
-                "content": _clean(feedback.content),
-                "query": _clean(feedback.query),
-                "response": _clean(feedback.response),
+                "content": clean(feedback.content),
+                "query": clean(feedback.query),
+                "response": clean(feedback.response),
                 "model": model,
                 "deployment": deployment,
                 "cache_key": cache_key,
@@ -528,25 +521,6 @@ def _keep_checkpoint(connection: Connection, number: int, counted: Totals) -> No
     connection.execute(insert(CHECKPOINTS).values(number=number, **sums))
 
 
-@cache
-def _insert(table: Table, dialect: str) -> str:
-    return _by_position(insert(table), dialect)
-
-
-@cache
-def _numbers_of(count: int, dialect: str) -> str:
-    of = select(ENTRIES.c.id, ENTRIES.c.number).where(ENTRIES.c.id.in_([""] * count))
-    return _by_position(of, dialect)
-
-
-def _by_position(statement: ClauseElement, dialect: str) -> str:
-    """The statement as the driver takes it, with its values in order. To have SQLAlchemy bind the
-    values by name costs more than to run it."""
-    make, style = _BY_POSITION[dialect]
-    by_position = make(paramstyle=style)
-    return str(statement.compile(dialect=by_position, compile_kwargs={"render_postcompile": True}))
-
-
 def _numbers(connection: Connection, ids: Sequence[str]) -> dict[str, int]:
     """The numbers of those entries that are settled already."""
     known: dict[str, int] = {}
@@ -554,27 +528,27 @@ def _numbers(connection: Connection, ids: Sequence[str]) -> dict[str, int]:
         # Filled up with the last one, so that there are few statements.
         count = 1 << (len(some) - 1).bit_length()
         wanted = (*some, *some[-1:] * (count - len(some)))
-        found = connection.exec_driver_sql(_numbers_of(count, connection.dialect.name), wanted)
+        found = connection.exec_driver_sql(numbers_of(count, connection.dialect.name), wanted)
         known.update((id_, number) for id_, number in found)
     return known
 
 
 def _open_rows(
     connection: Connection,
-    arrived: Sequence[tuple[str, Sequence[_Stored]]],
+    arrived: Sequence[tuple[str, Sequence[Stored]]],
     settled: Mapping[str, int],
 ) -> int:
     """Notes the calls that are about to be made. Returns how many were not known."""
-    rows: dict[str, _Stored] = {}
+    rows: dict[str, Stored] = {}
     for holder, those in arrived:
         for row in those:
-            if row[_STATUS] == "open" and row[_ID] not in settled:
-                rows.setdefault(row[_ID], (*row, _clean(holder)))
+            if row[STATUS] == "open" and row[ID] not in settled:
+                rows.setdefault(row[ID], (*row, clean(holder)))
     for ids in _chunks(list(rows)):
         for known in connection.execute(select(OPENED.c.id).where(OPENED.c.id.in_(ids))):
             del rows[known.id]
     if rows:
-        sql = _insert(OPENED, connection.dialect.name)
+        sql = insert_of(OPENED, connection.dialect.name)
         connection.exec_driver_sql(sql, list(rows.values()))
     return len(rows)
 
@@ -610,41 +584,3 @@ def _chunks(ids: Iterable[str]) -> Iterator[list[str]]:
     every = iter(ids)
     while chunk := list(islice(every, IDS_PER_QUERY)):
         yield chunk
-
-
-def _columns(table: Table) -> list[ColumnElement[Any]]:
-    return [table.c[name] for name in COLUMNS]
-
-
-def _clean(text: str) -> str:
-    """Databases store UTF-8, which has no form for the lone surrogates that JSON lets through, and
-    PostgreSQL has none for NUL."""
-    if text.isascii() and "\0" not in text:
-        return text
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
-
-
-def indexed(text: str) -> str:
-    """The text as it is where it is part of an index."""
-    return _clean(text).encode()[:TEXT_BYTES_MAX].decode(errors="ignore")
-
-
-def _row(entry: Entry) -> _Stored:
-    """The entry as it is stored, in the order of COLUMNS."""
-    row: list[Any] = list(entry)
-    for at in _FLAGS:
-        row[at] = int(row[at])
-    text = "".join(_texts(entry)) + (entry.error or "")
-    if not (len(text) <= TEXT_BYTES_MAX and text.isascii() and "\0" not in text):
-        for at, name in enumerate(COLUMNS):
-            value = row[at]
-            if type(value) is str:
-                row[at] = indexed(value) if name in INDEXED else _clean(value)
-    return tuple(row)
-
-
-def _entry(row: Sequence[Any]) -> Entry:
-    entry = dict(zip(COLUMNS, row, strict=True))
-    for name in FLAGS:
-        entry[name] = bool(entry[name])
-    return Entry(**entry)

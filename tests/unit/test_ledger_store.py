@@ -15,6 +15,7 @@ from sqlalchemy import create_engine, inspect
 from actors.ledger import store
 from actors.ledger.owner import Ledger
 from actors.ledger.policy import COLUMNS, DAY_MS, SUMS, Entry, StoreFailed, fold
+from actors.ledger.rows import TEXT_BYTES_MAX
 from tests.support.postgres_server import PASSWORD, PostgresServer, postgres_server
 from tests.unit.test_ledger_owner import NOW_MS, Keep, entry, fresh, keep, with_ledger
 
@@ -77,17 +78,17 @@ async def test_what_is_known_is_found_in_messages_of_any_size(
 
 
 async def test_texts_are_cut_where_they_are_indexed_and_kept_whole_elsewhere(keep: Keep) -> None:
-    long = "x" * store.TEXT_BYTES_MAX
+    long = "x" * TEXT_BYTES_MAX
     some = [
         entry(1, tenant=long + "y", request_id="r", error=long + "y", price_version=long + "y"),
-        entry(2, tenant=long, request_id="r", error="ü", model="é" * store.TEXT_BYTES_MAX),
+        entry(2, tenant=long, request_id="r", error="ü", model="é" * TEXT_BYTES_MAX),
     ]
 
     async def work(ledger: Ledger) -> None:
         await ledger.append("h", 1, some)
         first, second = await ledger.entries("r")
         assert first == some[0]._replace(tenant=long)
-        assert second == some[1]._replace(model="é" * (store.TEXT_BYTES_MAX // 2))
+        assert second == some[1]._replace(model="é" * (TEXT_BYTES_MAX // 2))
 
     await with_ledger(work, keep)
 
