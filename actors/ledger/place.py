@@ -22,6 +22,12 @@ from actors.file_lock import FileLock, FileLocked
 from actors.ledger.policy import StoreFailed
 from actors.ref import Clock
 
+CACHE_KIB = 32 * 1024
+"""What SQLite keeps of the file in memory. Ids lie anywhere in their index, so a commit of hundreds
+of entries changes hundreds of pages; what does not fit is written and read again before it ends."""
+LOG_PAGES = 8_000
+"""The write-ahead log goes into the file when it has so many pages (32 MB), and a page that many
+commits have changed goes there once. Who opens the file after a crash reads all of the log."""
 PAUSE_S = 0.05
 CONNECT_TIMEOUT_S = 5
 SILENCE_MAX_MS = 10_000
@@ -108,6 +114,8 @@ class SqlitePlace:
             if self._path is not None:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+                connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
 
         @event.listens_for(engine, "begin")
         def begun(connection: Connection) -> None:

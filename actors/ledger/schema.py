@@ -36,7 +36,7 @@ from actors.ledger.policy import COLUMNS, SUMS, StoreFailed
 VERSION = 5
 METADATA = MetaData()
 
-_TEXTS = frozenset(
+TEXTS = frozenset(
     ("id", "request_id", "tenant", "route", "model", "deployment", "status", "error")
 ) | {"price_version", "response_id", "cache_key"}
 _NEW_IN_4 = ("response_id", "cache_key")
@@ -47,7 +47,7 @@ _NUMBER = BigInteger().with_variant(Integer, "sqlite")
 
 
 def _columns() -> list[Column[object]]:
-    kinds = {**dict.fromkeys(_TEXTS, Text), **dict.fromkeys(FLAGS, SmallInteger)}
+    kinds = {**dict.fromkeys(TEXTS, Text), **dict.fromkeys(FLAGS, SmallInteger)}
     return [
         Column(
             name,

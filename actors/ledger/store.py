@@ -37,7 +37,6 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from actors.ledger.place import Place, reason
 from actors.ledger.policy import (
     ASKED,
-    COLUMNS,
     DAY_MS,
     FEEDBACK_PER_RESPONSE_MAX,
     LATENCY_MS,
@@ -57,12 +56,23 @@ from actors.ledger.policy import (
     calendar,
     rating_of,
 )
+from actors.ledger.rows import (
+    ID,
+    STATUS,
+    Stored,
+    clean,
+    columns_of,
+    entry_of,
+    indexed,
+    insert_of,
+    numbers_of,
+    stored,
+)
 from actors.ledger.schema import (
     CHECKPOINTS,
     ENTRIES,
     FEEDBACK,
     FEEDBACK_SUMS,
-    FLAGS,
     OPENED,
     RATINGS,
     TOTALS,
@@ -73,12 +83,8 @@ FEEDBACK_SUMS_MAX = 1000
 """Most sums of feedback in one answer."""
 CHECKPOINT_ENTRIES = 50_000
 """A start folds about so many entries at most."""
-IDS_PER_QUERY = 1000
-TEXT_BYTES_MAX = 600
-"""Longest text that is part of an index, in UTF-8: one has four of them, and PostgreSQL takes 2,700
-bytes."""
+IDS_PER_QUERY = 1024
 LOST = "the process that made the call ended before it was answered"
-INDEXED = frozenset(("request_id", "tenant", "model", "deployment", "route", "response_id"))
 RATING_ROWS_MAX = 50_000
 """Most days of deployments that ratings are made of; the latest ones."""
 
@@ -117,7 +123,9 @@ def figures(t: FromClause) -> dict[str, ColumnElement[int]]:
         "attempts": _one(and_(t.c.status.in_(ASKED), t.c.attempt != literal_column(str(NOT_MADE)))),
         "cached_tokens": case((posted, t.c.cached_tokens), else_=0),
         **{
-            f"ms_{high}": _one(and_(served, t.c.latency_ms > low, t.c.latency_ms <= high))
+            # In this order: most entries fail the first comparison or the second, and `served`
+            # costs SQLite a search.
+            f"ms_{high}": _one(and_(t.c.latency_ms > low, t.c.latency_ms <= high, served))
             for low, high in pairwise((-1, *LATENCY_MS))
         },
     }
@@ -175,6 +183,7 @@ class Store:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._connection: Connection | None = None
+        self._last = 0
         self._checkpoint = 0
         self.open_count = 0
         self._unsettled = 0
@@ -219,7 +228,7 @@ class Store:
             if last >= CHECKPOINT_ENTRIES:
                 number = last
                 _keep_checkpoint(connection, number, counted)
-        self._unsettled = kept.unsettled
+        self._last, self._unsettled = last, kept.unsettled
         if counted.entries != last or counted != kept:
             raise StoreFailed(
                 f"{self.place.name}: its sums say {kept.entries} entries and {kept.cost_nano}"
@@ -242,40 +251,41 @@ class Store:
         message without settled entries gets the former. An open entry is new when it was neither
         opened nor settled before.
         """
+        arrived = [(holder, [stored(entry) for entry in entries]) for holder, entries in messages]
         with self.transaction() as connection:
-            before = last = _last(connection)
-            known = _numbers(connection, messages)
-            rows: list[dict[str, Any]] = []
+            before = last = self._last
+            known = _numbers(connection, [row[ID] for _, rows in arrived for row in rows])
+            new: list[Stored] = []
             own: list[int | None] = []
-            for _, entries in messages:
-                settled = [entry for entry in entries if entry.status != "open"]
-                count = len(rows)
-                for entry in settled:
-                    row = _row(entry)
-                    if row["id"] not in known:
+            for _, rows in arrived:
+                settled = [row for row in rows if row[STATUS] != "open"]
+                count = len(new)
+                for row in settled:
+                    if row[ID] not in known:
                         last += 1
-                        known[row["id"]] = row["number"] = last
-                        rows.append(row)
-                fresh = len(rows) - count == len(settled)
-                own.append(None if fresh else max(known[_clean(entry.id)] for entry in settled))
-            if rows:
-                connection.execute(insert(ENTRIES), rows)
+                        known[row[ID]] = last
+                        new.append((last, *row))
+                fresh = len(new) - count == len(settled)
+                own.append(None if fresh else max(known[row[ID]] for row in settled))
+            if new:
+                connection.exec_driver_sql(insert_of(ENTRIES, connection.dialect.name), new)
                 add = _add_to_totals(connection.dialect.name)
                 connection.execute(add, {"after": before})
-            closed = self._close_opened(connection, rows)
-            opened = _open_rows(connection, messages, known)
+            closed = self._close_opened(connection, [row[1 + ID] for row in new])
+            opened = _open_rows(connection, arrived, known)
             checkpoint = self._mark(connection, last)
+        self._last = last
         self.open_count += opened - closed
-        self._unsettled += sum(row["status"] == "unsettled" for row in rows)
+        self._unsettled += sum(row[1 + STATUS] == "unsettled" for row in new)
         self._checkpoint = checkpoint
-        return len(rows) + opened, [last if commit is None else commit for commit in own]
+        return len(new) + opened, [last if commit is None else commit for commit in own]
 
-    def _close_opened(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+    def _close_opened(self, connection: Connection, settled: Sequence[str]) -> int:
         """Takes what is settled now out of what is open. Returns how much that was."""
         if not self.open_count:
             return 0
         closed = 0
-        for ids in _chunks(row["id"] for row in rows):
+        for ids in _chunks(settled):
             closed += connection.execute(delete(OPENED).where(OPENED.c.id.in_(ids))).rowcount
         return closed
 
@@ -293,8 +303,8 @@ class Store:
     def settle_lost(self, holder: str) -> int:
         """Settles what a holder opened and can settle no more. Returns how much that was."""
         with self.transaction() as connection:
-            of = select(*_columns(OPENED)).where(OPENED.c.holder == _clean(holder))
-            found = [_entry(row) for row in connection.execute(of.order_by(OPENED.c.at_ms))]
+            of = select(*columns_of(OPENED)).where(OPENED.c.holder == clean(holder))
+            found = [entry_of(row) for row in connection.execute(of.order_by(OPENED.c.at_ms))]
         lost = [
             entry._replace(status="unsettled", error=LOST, http_status=0, latency_ms=0)
             for entry in found
@@ -311,8 +321,8 @@ class Store:
 
     def last(self) -> int:
         """The number of the last entry, 0 if there is none."""
-        with self.transaction() as connection:
-            return _last(connection)
+        with self.transaction():
+            return self._last
 
     def unsettled(self) -> int:
         """How many entries are of calls whose outcome was lost."""
@@ -322,9 +332,9 @@ class Store:
     def entries(self, request_id: str) -> list[Entry]:
         """The settled entries of one request id, in the order they were appended."""
         asked = indexed(request_id)
-        of = select(*_columns(ENTRIES)).where(ENTRIES.c.request_id == asked)
+        of = select(*columns_of(ENTRIES)).where(ENTRIES.c.request_id == asked)
         with self.transaction() as connection:
-            return [_entry(row) for row in connection.execute(of.order_by(ENTRIES.c.number))]
+            return [entry_of(row) for row in connection.execute(of.order_by(ENTRIES.c.number))]
 
     def spent(self, tenants: Sequence[str], at_ms: int) -> list[Spent]:
         """What each of the tenants had used at `at_ms`, all of the same moment in the ledger."""
@@ -344,7 +354,7 @@ class Store:
         ages: dict[str, list[tuple[int, int, int]]] = {name: [] for name in names}
         # One owner, one connection, one thread: nothing is written between these statements.
         with self.transaction() as connection:
-            commit = _last(connection)
+            commit = self._last
             if names:
                 for tenant, day, cost_nano in connection.execute(days):
                     paid[tenant][int(day)] = int(cost_nano)
@@ -400,9 +410,9 @@ class Store:
                 "response_id": response_id,
                 "type": feedback.type,
                 "score": feedback.score,
-                "content": _clean(feedback.content),
-                "query": _clean(feedback.query),
-                "response": _clean(feedback.response),
+                "content": clean(feedback.content),
+                "query": clean(feedback.query),
+                "response": clean(feedback.response),
                 "model": model,
                 "deployment": deployment,
                 "cache_key": cache_key,
@@ -511,33 +521,35 @@ def _keep_checkpoint(connection: Connection, number: int, counted: Totals) -> No
     connection.execute(insert(CHECKPOINTS).values(number=number, **sums))
 
 
-def _last(connection: Connection) -> int:
-    return int(connection.execute(_LAST).scalar_one())
-
-
-def _numbers(connection: Connection, messages: Sequence[Message]) -> dict[str, int]:
+def _numbers(connection: Connection, ids: Sequence[str]) -> dict[str, int]:
     """The numbers of those entries that are settled already."""
     known: dict[str, int] = {}
-    for ids in _chunks(_clean(entry.id) for _, entries in messages for entry in entries):
-        found = select(ENTRIES.c.id, ENTRIES.c.number).where(ENTRIES.c.id.in_(ids))
-        known.update((row.id, row.number) for row in connection.execute(found))
+    for some in _chunks(ids):
+        # Filled up with the last one, so that there are few statements.
+        count = 1 << (len(some) - 1).bit_length()
+        wanted = (*some, *some[-1:] * (count - len(some)))
+        found = connection.exec_driver_sql(numbers_of(count, connection.dialect.name), wanted)
+        known.update((id_, number) for id_, number in found)
     return known
 
 
 def _open_rows(
-    connection: Connection, messages: Sequence[Message], settled: Mapping[str, int]
+    connection: Connection,
+    arrived: Sequence[tuple[str, Sequence[Stored]]],
+    settled: Mapping[str, int],
 ) -> int:
     """Notes the calls that are about to be made. Returns how many were not known."""
-    rows: dict[str, dict[str, Any]] = {}
-    for holder, entries in messages:
-        for entry in entries:
-            if entry.status == "open" and (id_ := _clean(entry.id)) not in settled:
-                rows.setdefault(id_, {**_row(entry), "holder": _clean(holder)})
+    rows: dict[str, Stored] = {}
+    for holder, those in arrived:
+        for row in those:
+            if row[STATUS] == "open" and row[ID] not in settled:
+                rows.setdefault(row[ID], (*row, clean(holder)))
     for ids in _chunks(list(rows)):
         for known in connection.execute(select(OPENED.c.id).where(OPENED.c.id.in_(ids))):
             del rows[known.id]
     if rows:
-        connection.execute(insert(OPENED), list(rows.values()))
+        sql = insert_of(OPENED, connection.dialect.name)
+        connection.exec_driver_sql(sql, list(rows.values()))
     return len(rows)
 
 
@@ -572,37 +584,3 @@ def _chunks(ids: Iterable[str]) -> Iterator[list[str]]:
     every = iter(ids)
     while chunk := list(islice(every, IDS_PER_QUERY)):
         yield chunk
-
-
-def _columns(table: Table) -> list[ColumnElement[Any]]:
-    return [table.c[name] for name in COLUMNS]
-
-
-def _clean(text: str) -> str:
-    """Databases store UTF-8, which has no form for the lone surrogates that JSON lets through, and
-    PostgreSQL has none for NUL."""
-    if text.isascii() and "\0" not in text:
-        return text
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
-
-
-def indexed(text: str) -> str:
-    """The text as it is where it is part of an index."""
-    return _clean(text).encode()[:TEXT_BYTES_MAX].decode(errors="ignore")
-
-
-def _row(entry: Entry) -> dict[str, Any]:
-    row = dict(zip(COLUMNS, entry.values(), strict=True))
-    for name, value in row.items():
-        if type(value) is str:
-            row[name] = indexed(value) if name in INDEXED else _clean(value)
-        elif type(value) is bool:
-            row[name] = int(value)
-    return row
-
-
-def _entry(row: Row[Any]) -> Entry:
-    entry = dict(zip(COLUMNS, row, strict=True))
-    for name in FLAGS:
-        entry[name] = bool(entry[name])
-    return Entry(**entry)

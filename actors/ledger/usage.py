@@ -20,8 +20,9 @@ from typing import Any
 from sqlalchemy import BigInteger, ColumnElement, Connection, cast, func, select
 
 from actors.ledger.policy import DAY_MS, HOUR_MS, SUMS, GroupBy, Totals
+from actors.ledger.rows import indexed
 from actors.ledger.schema import ENTRIES, TOTALS
-from actors.ledger.store import Store, figures, indexed, whole
+from actors.ledger.store import Store, figures, whole
 
 STEP_ROWS = 5000
 GROUPS_MAX = 1000

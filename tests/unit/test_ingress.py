@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from deployments.ingress import NO_WATCH, SIDE_PORTS, ControlHeaders, prepare
-from deployments.request_ids import ID_BYTES, IDS_DRAWN, RequestIds
+from deployments.request_ids import ID_BYTES, IDS_DRAWN, SHARED_BYTES, RequestIds
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -59,6 +59,14 @@ def test_ids_are_drawn_by_the_hundred_and_never_given_twice() -> None:
 
     assert len(set(given)) == 2 * IDS_DRAWN
     assert draws == [IDS_DRAWN * ID_BYTES] * 2
+
+
+def test_the_ids_of_one_draw_lie_together() -> None:
+    ids = RequestIds()
+    draws = [{ids()[: len("req_") + 2 * SHARED_BYTES] for _ in range(IDS_DRAWN)} for _ in range(9)]
+
+    assert [len(begin_alike) for begin_alike in draws] == [1] * 9
+    assert len(set.union(*draws)) > 1
 
 
 def test_a_neighbour_keeps_its_side_doors() -> None:

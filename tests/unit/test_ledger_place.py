@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
+from actors.ledger import place
 from actors.ledger.owner import Ledger
 from actors.ledger.policy import StoreFailed
 from forebay.config import GatewayConfig, SystemConfig, sqlite_path
@@ -21,6 +22,17 @@ from tests.unit.test_ledger_owner import entry
 
 CANARY = "canary-0123456789"
 URL = f"postgresql://forebay:{CANARY}@db.example/ledger"
+
+
+async def test_the_log_goes_into_the_file_before_it_is_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place, "LOG_PAGES", 50)
+    ledger = Ledger(str(tmp_path / "ledger.db"))
+    for number in range(40):
+        await ledger.append("h", number, [entry(number)])  # some ten pages each
+    assert (tmp_path / "ledger.db-wal").stat().st_size < 100 * 4096
+    await ledger.close()
 
 
 def system(tmp_path: Path, url: str | None) -> SystemConfig:

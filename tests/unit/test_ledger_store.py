@@ -15,6 +15,7 @@ from sqlalchemy import create_engine, inspect
 from actors.ledger import store
 from actors.ledger.owner import Ledger
 from actors.ledger.policy import COLUMNS, DAY_MS, SUMS, Entry, StoreFailed, fold
+from actors.ledger.rows import TEXT_BYTES_MAX
 from tests.support.postgres_server import PASSWORD, PostgresServer, postgres_server
 from tests.unit.test_ledger_owner import NOW_MS, Keep, entry, fresh, keep, with_ledger
 
@@ -55,6 +56,41 @@ async def test_an_announced_call_counts_when_it_is_settled_and_once(keep: Keep) 
 
     await with_ledger(work, keep)
     assert await with_ledger(lambda ledger: ledger.holders(), keep) == {"p1": 1, "p2": 1}
+
+
+async def test_what_is_known_is_found_in_messages_of_any_size(
+    keep: Keep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "IDS_PER_QUERY", 8)
+
+    async def work(ledger: Ledger) -> None:
+        last = 0
+        for first, size in ((100, 1), (200, 7), (300, 8), (400, 9), (500, 20)):
+            some = [entry(first + n) for n in range(size)]
+            kept = await ledger.append("h", 1, some[::2])
+            assert await ledger.append("h", 2, [opened(99), *some, opened(first)]) == last + size
+            assert await ledger.append("h", 1, some[::2]) == kept
+            last += size
+            assert await ledger.count() == last
+        assert ledger.stats()["open"] == 1
+
+    await with_ledger(work, keep)
+
+
+async def test_texts_are_cut_where_they_are_indexed_and_kept_whole_elsewhere(keep: Keep) -> None:
+    long = "x" * TEXT_BYTES_MAX
+    some = [
+        entry(1, tenant=long + "y", request_id="r", error=long + "y", price_version=long + "y"),
+        entry(2, tenant=long, request_id="r", error="ü", model="é" * TEXT_BYTES_MAX),
+    ]
+
+    async def work(ledger: Ledger) -> None:
+        await ledger.append("h", 1, some)
+        first, second = await ledger.entries("r")
+        assert first == some[0]._replace(tenant=long)
+        assert second == some[1]._replace(model="é" * (TEXT_BYTES_MAX // 2))
+
+    await with_ledger(work, keep)
 
 
 async def test_what_a_dead_process_announced_is_unsettled_at_the_most_it_may_cost(
