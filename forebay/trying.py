@@ -262,5 +262,7 @@ class Attempts:
 
 def _is_filtered(answer: Answer) -> bool:
     """Whether the provider's filter kept the answer back."""
-    choices = answer.body.get("choices") or ()
-    return any(choice.get("finish_reason") == "content_filter" for choice in choices)
+    for choice in answer.body.get("choices") or ():
+        if choice.get("finish_reason") == "content_filter":
+            return True
+    return False
