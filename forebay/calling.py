@@ -47,12 +47,12 @@ class Calls:
         self._system = system
 
     def answer(self, request: Request, attempt: Attempt) -> Awaitable[Answer]:
-        """One attempt, bounded by what is left of the deadline.
+        """One attempt, which begins now, bounded by what is left of the deadline.
 
         Raises:
             GatewayError: the provider's, the Batcher's, or `GatewayTimeout`.
         """
-        timeout_s = request.left_s(self._system.clock)
+        timeout_s = max(0.0, request.deadline_s - attempt.begun_s)
         if self._system.bounds.prepared and request.call.route != "embedding":
             return self._generate(request, attempt.deployment, timeout_s)  # which keeps the time
         return self._in_time(request, attempt, timeout_s)
