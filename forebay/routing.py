@@ -136,7 +136,8 @@ class ModelTable:
     """The models of one configuration: immutable, made anew for every version.
 
     Bounded by the configuration, and by MATCHED_MAX groups that patterns were filled in for and
-    that are kept, since filling one in costs more than all else here. Failure behaviour: none; it reads nothing and asks nobody.
+    that are kept, since filling one in costs more than all else here. Failure behaviour: none; it
+    reads nothing and asks nobody.
     """
 
     def __init__(self, config: GatewayConfig) -> None:
