@@ -157,7 +157,7 @@ class Plan:
             raise self._last
         while True:
             is_retry = self._made > 0
-            if not is_retry or self.retries < self._max_retries:
+            if self._deployments and (not is_retry or self.retries < self._max_retries):
                 for deployment in self._candidates():
                     pause_s = self._pause_s(deployment) if is_retry else 0.0
                     if pause_s == 0 or pause_s < left_s:
@@ -221,10 +221,12 @@ class Plan:
 
     def _candidates(self) -> list[Deployment]:
         """Those of the group that may be tried: the least tried first, then the soonest."""
-        there = [d for d in self._deployments if d.id not in self._refused]
+        there = self._deployments
+        if self._refused:
+            there = [d for d in there if d.id not in self._refused]
         if self._made or self._earliest_s:  # else their order says it all
             tries, earliest_s = self._tries, self._earliest_s
-            there.sort(key=lambda d: (tries.get(d.id, 0), earliest_s.get(d.id, 0.0)))
+            there = sorted(there, key=lambda d: (tries.get(d.id, 0), earliest_s.get(d.id, 0.0)))
         return there
 
     def _take_back(self) -> None:

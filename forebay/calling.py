@@ -8,6 +8,7 @@ Rule 2: a call has what its request's deadline leaves; a stream that others may 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 from actors.batcher.policy import BadVectors, BatcherFull, Lane, Order
@@ -45,17 +46,20 @@ class Calls:
     def __init__(self, system: System) -> None:
         self._system = system
 
-    async def answer(self, request: Request, attempt: Attempt) -> Answer:
-        """One attempt, bounded by what is left of the deadline.
+    def answer(self, request: Request, attempt: Attempt) -> Awaitable[Answer]:
+        """One attempt, which begins now, bounded by what is left of the deadline.
 
         Raises:
             GatewayError: the provider's, the Batcher's, or `GatewayTimeout`.
         """
-        system, call, deployment = self._system, request.call, attempt.deployment
-        timeout_s = request.left_s(system.clock)
-        embeds = call.route == "embedding"
-        if system.bounds.prepared and not embeds:
-            return await self._generate(request, deployment, timeout_s)  # which keeps the time
+        timeout_s = max(0.0, request.deadline_s - attempt.begun_s)
+        if self._system.bounds.prepared and request.call.route != "embedding":
+            return self._generate(request, attempt.deployment, timeout_s)  # which keeps the time
+        return self._in_time(request, attempt, timeout_s)
+
+    async def _in_time(self, request: Request, attempt: Attempt, timeout_s: float) -> Answer:
+        system, deployment = self._system, attempt.deployment
+        embeds = request.call.route == "embedding"
         # The Batcher's own clock goes first, so that it, and not we, judges a call that hangs.
         grace_s = BATCHER_GRACE_S if embeds else 0.0
         try:
@@ -95,11 +99,13 @@ class Calls:
             return begun_s
         return min(request.deadline_s, begun_s + told.queue_timeout)
 
-    async def _generate(self, request: Request, deployment: Deployment, timeout_s: float) -> Answer:
+    def _generate(
+        self, request: Request, deployment: Deployment, timeout_s: float
+    ) -> Awaitable[Answer]:
         system, chat = self._system, request.call.route == "chat"
         ask = system.provider.chat if chat else system.provider.completion
         body = self._body(request, deployment)
-        return await ask(deployment, body, timeout_s=timeout_s, resolve=system.resolve)
+        return ask(deployment, body, timeout_s=timeout_s, resolve=system.resolve)
 
     def _body(self, request: Request, deployment: Deployment) -> dict[str, Any]:
         """What is sent: the caller's own body, with hints for the provider's cache.

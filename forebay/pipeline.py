@@ -79,10 +79,11 @@ class Pipeline:
         None, and nothing was done, where `answer` is to be asked: it also says what is wrong.
         """
         system = self._system
-        name = call.body.get("model") or system.table.default(call.route)
         read = system.config.gateway.enable_caching and call.cache_read
-        read = read and call.idempotency_key is None
-        if not read or call.route == "embedding" or not isinstance(name, str):
+        if not read or call.idempotency_key is not None or call.route == "embedding":
+            return None
+        name = call.body.get("model") or system.table.default(call.route)
+        if not isinstance(name, str):
             return None
         try:
             group = system.table.group(name)
@@ -126,7 +127,8 @@ class Pipeline:
             elif call.route == "embedding":
                 answer = await self._vectors(request)
             else:
-                found = await self._sharing.look_up(request)  # 3
+                shares = self._sharing.is_on
+                found = await self._sharing.look_up(request) if shares else None  # 3
                 answer = found if isinstance(found, Answer) else await self._lead(request, found)
             status = "ok"
             return Result(answer, request.facts)

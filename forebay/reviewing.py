@@ -61,14 +61,14 @@ class Reviewer:
         call, gateway = request.call, self._system.config.gateway
         if not gateway.enable_validation or call.route == "embedding":
             return []
-        manager = self._system.validation
-        judgement = manager.validate(answer.body, call.body)
-        if self._moderates and not judgement.fatal:
+        wishes = gateway.validation
+        judgement = self._system.validation.validate(answer.body, call.body)
+        if wishes.moderation_model is not None and not judgement.fatal:
             found = await self._moderate(request, answer)
             judgement = judgement.and_also(found)
             answer.moderated = not found
         self._tell(request, answer, judgement)
-        if gateway.validation.repair and judgement.repairable:
+        if judgement.findings and wishes.repair and judgement.repairable:
             request.invalid = answer.body, judgement.fatal
         return judgement.require(answer.body.get("model"))
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 NAMES_SHOWN_MAX = 20
 NAMES_COMPARED_MAX = 200  # likeness costs some 10 µs a name, and anybody may misspell
 NAME_COMPARED_MAX = 64
+MATCHED_MAX = 1_000  # names that patterns match are callers' choice; full = begin anew
 CHAT_MODES = frozenset({"chat", "completion", "responses"})
 OURS = frozenset({"model", "weight", "order", "rpm", "tpm", "allowed_params"})
 
@@ -134,7 +135,9 @@ class Group:
 class ModelTable:
     """The models of one configuration: immutable, made anew for every version.
 
-    Bounded by the configuration. Failure behaviour: none; it reads nothing and asks nobody.
+    Bounded by the configuration, and by MATCHED_MAX groups that patterns were filled in for and
+    that are kept, since filling one in costs more than all else here. Failure behaviour: none; it
+    reads nothing and asks nobody.
     """
 
     def __init__(self, config: GatewayConfig) -> None:
@@ -149,6 +152,7 @@ class ModelTable:
             key=lambda pair: len(pair[0].pattern),
             reverse=True,
         )
+        self._matched: dict[str, Group] = {}
         self._general, self._fallbacks = _fallback_lists(config.fallbacks)
         self._special = {
             "context_window": _fallback_lists(config.context_window_fallbacks)[1],
@@ -319,8 +323,9 @@ class ModelTable:
         }
 
     def _by_pattern(self, name: str) -> Group | None:
-        if not is_callable_name(name):
-            return None
+        known = self._matched.get(name)
+        if known is not None or not is_callable_name(name):
+            return known
         for text in (name, f"{provider_of(name)}/{name}"):  # LiteLLM's order, too
             for regex, group in self._patterns:
                 match = regex.fullmatch(text)
@@ -332,8 +337,12 @@ class ModelTable:
 
     def _filled(self, group: Group, name: str, match: re.Match[str]) -> Group:
         keys = self._config.api_keys
-        filled = tuple(_fill(d, name, match, keys) for d in group.deployments)
-        return replace(group, name=name, deployments=filled)
+        deployments = tuple(_fill(d, name, match, keys) for d in group.deployments)
+        filled = replace(group, name=name, deployments=deployments)
+        if len(self._matched) >= MATCHED_MAX:
+            self._matched.clear()
+        self._matched[name] = filled
+        return filled
 
     def _first(self, modes: Collection[str]) -> str | None:
         names = (n for n, group in self._groups.items() if "*" not in n and group.mode in modes)

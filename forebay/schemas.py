@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, NoReturn, Required
 
 from pydantic import (
@@ -66,6 +66,7 @@ INPUTS_MAX = 100_000
 MODEL_CHARS_MAX = 256
 
 Route = Literal["chat", "completion", "embedding"]
+Validate = Callable[[dict[str, Any]], Any]
 
 # --- names that never come from a caller -----------------------------------------------------
 
@@ -630,8 +631,10 @@ ROUTES: Mapping[str, Any] = {
     "completion": CompletionRequest,
     "embedding": EmbeddingRequest,
 }
-_EXTRAS = TypeAdapter(Extras)
-_ADAPTERS = {route: TypeAdapter(shape) for route, shape in ROUTES.items()}
+_EXTRAS: Validate = TypeAdapter(Extras).validator.validate_python
+_VALIDATES: Mapping[str, Validate] = {
+    route: TypeAdapter(shape).validator.validate_python for route, shape in ROUTES.items()
+}
 _UNDERSTOOD = {
     route: frozenset(shape.__annotations__) | frozenset(Extras.__annotations__)
     for route, shape in ROUTES.items()
@@ -664,11 +667,11 @@ def check(route: str, body: dict[str, Any], allowed: Collection[str] = ()) -> No
     `messages[0].content`; its `code` is `unknown_parameter`, `missing_required_parameter`,
     `invalid_type` or `invalid_value`.
     """
-    known = parameters(route)
+    known = _PARAMETERS[route]
     if not body.keys() <= known:
         body, extras = _parted(body, known, allowed)
         _checked(_EXTRAS, extras)
-    _checked(_ADAPTERS[route], body)
+    _checked(_VALIDATES[route], body)
     if body.get("stream_options") is not None and body.get("stream") is not True:
         raise InvalidRequest.about(
             "stream_options",
@@ -707,9 +710,9 @@ def _parted(
     return {name: value for name, value in body.items() if name in known}, extras
 
 
-def _checked(adapter: TypeAdapter[Any], body: dict[str, Any]) -> None:
+def _checked(validate: Validate, body: dict[str, Any]) -> None:
     try:
-        adapter.validate_python(body)
+        validate(body)
     except ValidationError as error:
         _refuse(body, error)
 

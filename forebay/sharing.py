@@ -53,6 +53,12 @@ class Sharing:
         self._reservations = reservations
         self._reviewer = reviewer
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is shared, as configured; else nothing has to be looked up."""
+        config = self._system.config.gateway
+        return config.enable_caching or config.enable_request_deduplication
+
     async def look_up(self, request: Request) -> Answer | Lead | None:
         """An answer from elsewhere; the lead, where it is ours to get; None: it is nobody else's.
 
@@ -227,7 +233,7 @@ class Sharing:
     def may_share(self, call: Call) -> tuple[bool, bool]:
         """Whether a stored answer may serve the call, and whether another's running one may."""
         config = self._system.config.gateway
-        if not (config.enable_caching or config.enable_request_deduplication):
+        if not self.is_on:
             return False, False
         if not schemas.understands(call.route, call.body):
             return False, False

@@ -303,8 +303,13 @@ def shuffled(deployments: Sequence[Deployment], rng: Random) -> list[Deployment]
     else all are alike; one without the figure in use comes after all that have it.
     """
     left, picked = list(deployments), []
+    weights = _weights(left)
     while len(left) > 1:
-        picked.append(left.pop(_index_of_one(_weights(left), rng)))
+        if not any(weights):
+            weights = _weights(left)
+        index = _index_of_one(weights, rng)
+        del weights[index]
+        picked.append(left.pop(index))
     return picked + left
 
 

@@ -168,7 +168,8 @@ class Attempts:
                 continue
             attempt = Attempt(planned.deployment, planned.is_retry)
             # The Batcher asks both for embeddings: once for each provider call, whoever shares it.
-            if request.call.route != "embedding" and not await self._may(request, plan, attempt):
+            free = request.call.route == "embedding" or self._may_at_once(attempt)
+            if not (free or await self._may(request, plan, attempt)):
                 continue
             facts.deployment = attempt.deployment.id
             facts.attempts += 1
@@ -215,13 +216,19 @@ class Attempts:
             await asyncio.sleep(pause_s)
         return True
 
+    def _may_at_once(self, attempt: Attempt) -> bool:
+        """Whether nobody has to be waited for. The breaker's leave is noted in any case; where it
+        has none to give, or the deployment has limits of its own, `_may` has the rest to say."""
+        system, deployment = self._system, attempt.deployment
+        if system.config.gateway.enable_circuit_breaker:
+            attempt.admitted = system.breaker.admit_at_once(deployment.circuit)
+        else:
+            attempt.admitted = pass_unasked(deployment)
+        return attempt.admitted is not None and not system.quotas.limit(deployment)
+
     async def _may(self, request: Request, plan: Plan, attempt: Attempt) -> bool:
         """Whether breaker and quota let an attempt through. What they gave is noted in it."""
         system, deployment = self._system, attempt.deployment
-        if not system.config.gateway.enable_circuit_breaker:
-            attempt.admitted = pass_unasked(deployment)
-        else:
-            attempt.admitted = system.breaker.admit_at_once(deployment.circuit)
         if attempt.admitted is None:
             answer = await system.breaker.admit(deployment.circuit)
             if isinstance(answer, BreakerRefusal):
@@ -255,5 +262,7 @@ class Attempts:
 
 def _is_filtered(answer: Answer) -> bool:
     """Whether the provider's filter kept the answer back."""
-    choices = answer.body.get("choices") or ()
-    return any(choice.get("finish_reason") == "content_filter" for choice in choices)
+    for choice in answer.body.get("choices") or ():
+        if choice.get("finish_reason") == "content_filter":
+            return True
+    return False

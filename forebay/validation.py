@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from forebay.checks import content
 from forebay.checks.finding import RULES, Finding
@@ -82,8 +82,7 @@ class Evaluation:
 Listener = Callable[[Evaluation], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(NamedTuple):
     """What an answer's findings come to at a level."""
 
     findings: tuple[Finding, ...]

@@ -63,8 +63,9 @@ def _of_choice(choice: Mapping[str, Any], request: Mapping[str, Any]) -> Iterato
     legacy = message.get("function_call")
     for call in [*calls, {"function": legacy}] if legacy else calls:
         yield from _of_call(call, request, cut)
-    if text and isinstance(text, str) and not calls:
-        yield from _of_json(text, request.get("response_format"), cut)
+    wanted = request.get("response_format")
+    if isinstance(wanted, dict) and text and isinstance(text, str) and not calls:
+        yield from _of_json(text, wanted, cut)
 
 
 def _empty(text: Any, message: Mapping[str, Any]) -> bool:
@@ -124,8 +125,8 @@ def _tools(request: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _of_json(text: str, response_format: Any, cut: bool) -> Iterator[Finding]:
-    kind = response_format.get("type") if isinstance(response_format, dict) else None
+def _of_json(text: str, response_format: dict[str, Any], cut: bool) -> Iterator[Finding]:
+    kind = response_format.get("type")
     if kind not in ("json_object", "json_schema"):
         return
     value, ok = _parsed(text)

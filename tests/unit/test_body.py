@@ -82,6 +82,8 @@ def test_lists_count_as_depth_too() -> None:
         b'{"mod\\u0065l":"a","model":"b"}',
         b'{"a":": ","a":1}',
         b'{"a":"\\":","b":1,"b":2}',
+        b'{"a":"\\u003a","b":1,"b":2}',
+        b'{"a":"\\u003A","b":":","b":":"}',
     ],
 )
 def test_a_key_given_twice_is_refused(raw: bytes) -> None:
@@ -101,6 +103,10 @@ def test_colons_and_keys_inside_strings_are_no_keys(text: str) -> None:
 
     assert parse_json(json.dumps(body).encode()) == body
     assert parse_json(json.dumps(body, indent=1, separators=(" ,", " : ")).encode()) == body
+
+
+def test_an_escaped_colon_is_no_key() -> None:
+    assert parse_json(b'{"a":"\\u003a","\\u003A":"\\\\u003a"}') == {"a": ":", ":": "\\u003a"}
 
 
 def test_a_body_over_the_bound_is_too_large() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, ModelNotFound
-from forebay.routing import ModelTable, allows, nearest, provider_of
+from forebay.routing import MATCHED_MAX, ModelTable, allows, nearest, provider_of
 
 
 def entry(name: str, model: str = "openai/gpt-4o", /, **params: Any) -> dict[str, Any]:
@@ -221,6 +221,17 @@ class TestPatterns:
         assert table(entry("gpt-*", "openai/gpt-4o")).group("gpt-9").deployments[0].model == (
             "openai/gpt-4o"
         )
+
+    def test_what_a_pattern_was_filled_in_for_is_kept_for_so_many_names(self) -> None:
+        models = table(entry("openai/*", "openai/*"))
+        found = models.group("openai/gpt-4o")
+        assert models.group("openai/gpt-4o") is found
+
+        for number in range(MATCHED_MAX):
+            models.group(f"openai/{number}")
+        again = models.group("openai/gpt-4o")
+        assert again is not found
+        assert again == found
 
     def test_an_exact_name_goes_before_a_pattern_and_a_longer_pattern_before_a_shorter(
         self,
