@@ -110,7 +110,7 @@ class RateLimiterDesk:
         counter, now = self._home(tenant), self._clock()
         held = counter.till.of(tenant, limits, now)
         counter.till.arrive(held, now)
-        answer: Ticket | Refusal | None = counter.ticket(held, now)
+        answer: Ticket | Refusal | None = None if held.need else counter.till.take(held, now)
         if answer is None:
             answer = await counter.wait_to_count(held, amount, wait_s, queue_max)
         if isinstance(answer, Refusal):
@@ -124,11 +124,11 @@ class RateLimiterDesk:
         enough: `count` may wait, and says why not."""
         if limits is None or not limits.counts:
             return Ticket(tenant, limits or _UNLIMITED, False)
-        counter, now = self._home(tenant), self._clock()
-        held = counter.till.of(tenant, limits, now)
-        ticket = counter.ticket(held, now)
+        till, now = self._home(tenant).till, self._clock()
+        held = till.of(tenant, limits, now)
+        ticket = None if held.need else till.take(held, now)  # those who wait are first
         if ticket is not None:
-            counter.till.arrive(held, now)
+            till.arrive(held, now)
             self._counted += 1
         return ticket
 
@@ -167,15 +167,15 @@ class RateLimiterDesk:
         limits = ticket.limits
         if not limits.reserves and not ticket.hours_batch:
             return Hold(ticket.tenant, 0, amount)
-        if amount != NOTHING_USED and _never(limits, amount) is not None:
+        if amount is not NOTHING_USED and _never(limits, amount) is not None:
             return None
-        counter, now = self._home(ticket.tenant), self._clock()
-        held = counter.till.of(ticket.tenant, limits, now)
-        taken = counter.reservation(held, ticket, amount, now)
+        till, now = self._home(ticket.tenant).till, self._clock()
+        held = till.of(ticket.tenant, limits, now)
+        taken = None if held.needs else till.reserve(held, ticket, amount, now)
         if taken is None:
             return None
         if not ticket.counted:
-            counter.till.arrive(held, now)
+            till.arrive(held, now)
         return self._hold(taken)
 
     def _hold(self, taken: Reservation) -> Hold:
