@@ -60,7 +60,12 @@ class Judge:
         The Batcher tells the other two, once for each provider call, whoever shares it.
         """
         system, deployment = self._system, attempt.deployment
-        verdict = IGNORED if ignored else self._verdict(request, attempt, error)
+        if ignored:
+            verdict = IGNORED
+        elif error is None:
+            verdict = SLOW if attempt.slow else SUCCESS
+        else:
+            verdict = self._verdict(request, attempt, error)
         self.end(attempt, verdict)
         system.meter.provider_call(deployment.circuit, NAMES[verdict])
         if system.telemetry is not None:
@@ -84,11 +89,9 @@ class Judge:
         if not self._system.stalls.is_to_blame(attempt.asked_s):
             attempt.slow = True
 
-    def _verdict(self, request: Request, attempt: Attempt, error: GatewayError | None) -> Verdict:
-        """What the outcome says of the deployment: its own fault, or nobody's."""
+    def _verdict(self, request: Request, attempt: Attempt, error: GatewayError) -> Verdict:
+        """What a failure says of the deployment: its own fault, or nobody's."""
         system = self._system
-        if error is None:
-            return SLOW if attempt.slow else SUCCESS
         given_s = request.deadline_s - attempt.begun_s
         fair = system.is_patient(given_s) and not request.own_deadline
         if attempt.took_s is not None:

@@ -146,7 +146,9 @@ class Meter:
         self, route: str, model: str, tenant: str, status: str, total_s: float, provider_s: float
     ) -> None:
         """One request came to its end."""
-        self._count(("forebay_requests", route, model, self._tenant(tenant), status))
+        if tenant not in self._tenants:
+            tenant = self._tenant(tenant)
+        self._count(("forebay_requests", route, model, tenant, status))
         self._observe((BY_ROUTE, route), SECONDS, total_s)
         own_s = total_s - provider_s if total_s > provider_s else 0.0
         self._observe(("forebay_overhead_seconds",), OVERHEAD_SECONDS, own_s)

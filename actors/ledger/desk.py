@@ -215,7 +215,10 @@ class LedgerDesk:
     @property
     def full(self) -> bool:
         """True when no further paid call may start."""
-        return self.refusal != ""
+        spool = self._spool
+        return len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX or (
+            spool is not None and spool.refusal != ""
+        )
 
     @property
     def _buffered(self) -> int:
@@ -224,7 +227,7 @@ class LedgerDesk:
     @property
     def refusal(self) -> str:
         """Why no further paid call may start; empty when one may."""
-        if len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX:
+        if self._buffered >= ENTRIES_BUFFERED_MAX:
             return f"{ENTRIES_BUFFERED_MAX} calls and entries wait for the ledger"
         return "" if self._spool is None else self._spool.refusal
 
