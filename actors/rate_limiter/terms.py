@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, fields
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 TOKEN_BURST_PART = 6
@@ -54,7 +55,7 @@ class Limits:
         tell("reserves", self.concurrent is not None or self.meters)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Limits, tuple(getattr(self, one.name) for one in fields(self) if one.init)
+        return Limits, _said(self)
 
     @property
     def rate_per_s(self) -> float:
@@ -84,6 +85,9 @@ class Limits:
     def remembers(self) -> bool:
         """Whether the ledger has to tell a new owner what was used before it."""
         return self.requests_per_hour is not None or self.nano_most is not None
+
+
+_said = attrgetter(*(one.name for one in fields(Limits) if one.init))
 
 
 class Amount(NamedTuple):
