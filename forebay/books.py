@@ -390,8 +390,13 @@ def _is_lost(error: GatewayError) -> bool:
 def _tool_calls(answer: Answer) -> int:
     count = 0
     for choice in answer.body.get("choices") or ():
-        message = choice.get("message") or {}
-        count += len(message.get("tool_calls") or ()) + bool(message.get("function_call"))
+        message = choice.get("message")
+        if not message:
+            continue
+        if calls := message.get("tool_calls"):
+            count += len(calls)
+        if message.get("function_call"):
+            count += 1
     return count
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from actors.circuit_breaker.policy import Verdict
+from actors.circuit_breaker.policy import ANSWERED, IGNORED, SLOW, SUCCESS, Verdict
 from actors.rate_limiter.terms import Amount
 from forebay import codec
 from forebay.ended import Tried
@@ -19,6 +19,9 @@ from forebay.request import Attempt, Request
 
 if TYPE_CHECKING:
     from forebay.system import System
+
+NAMES = {verdict: verdict.value for verdict in Verdict}
+"""What verdicts are called among the counts."""
 
 
 class Judge:
@@ -40,9 +43,8 @@ class Judge:
         took_s = attempt.took_s
         if took_s is None:
             took_s = self._system.clock() - attempt.begun_s
-        ok = verdict in (Verdict.SUCCESS, Verdict.SLOW)
-        told_s = None if verdict is Verdict.IGNORED else took_s
-        self._system.router.ended(attempt.deployment, told_s, ok)
+        told_s = None if verdict is IGNORED else took_s
+        self._system.router.ended(attempt.deployment, told_s, verdict in ANSWERED)
 
     def judge(
         self,
@@ -57,18 +59,24 @@ class Judge:
 
         The Batcher tells the other two, once for each provider call, whoever shares it.
         """
-        verdict = Verdict.IGNORED if ignored else self._verdict(request, attempt, error)
+        system, deployment = self._system, attempt.deployment
+        if ignored:
+            verdict = IGNORED
+        elif error is None:
+            verdict = SLOW if attempt.slow else SUCCESS
+        else:
+            verdict = self._verdict(request, attempt, error)
         self.end(attempt, verdict)
-        self._system.meter.provider_call(attempt.deployment.circuit, verdict.value)
-        if self._system.telemetry is not None:
+        system.meter.provider_call(deployment.circuit, NAMES[verdict])
+        if system.telemetry is not None:
             request.tried += (self._tried(attempt, verdict, error),)
-        self._system.kv_cache.learn(request.call.tenant, attempt.deployment, usage)
+        system.kv_cache.learn(request.call.tenant, deployment, usage)
         if attempt.quota is not None:
             prompt, completion = codec.tokens_in(usage)
-            self._system.limiter.settle(attempt.quota, Amount(prompt + completion))
+            system.limiter.settle(attempt.quota, Amount(prompt + completion))
         if attempt.admitted is not None:
             retry_after_s = None if error is None else error.retry_after_s
-            self._system.breaker.judge(attempt.admitted, verdict, retry_after_s)
+            system.breaker.judge(attempt.admitted, verdict, retry_after_s)
         return verdict
 
     def slow_s(self) -> float:
@@ -81,11 +89,9 @@ class Judge:
         if not self._system.stalls.is_to_blame(attempt.asked_s):
             attempt.slow = True
 
-    def _verdict(self, request: Request, attempt: Attempt, error: GatewayError | None) -> Verdict:
-        """What the outcome says of the deployment: its own fault, or nobody's."""
+    def _verdict(self, request: Request, attempt: Attempt, error: GatewayError) -> Verdict:
+        """What a failure says of the deployment: its own fault, or nobody's."""
         system = self._system
-        if error is None:
-            return Verdict.SLOW if attempt.slow else Verdict.SUCCESS
         given_s = request.deadline_s - attempt.begun_s
         fair = system.is_patient(given_s) and not request.own_deadline
         if attempt.took_s is not None:

@@ -23,6 +23,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from forebay import prefixes
+from forebay.codec import cached_in
 from forebay.errors import GatewayError, InvalidRequest, ProviderError
 from forebay.prefixes import Edge, Place, Prompt
 from forebay.providers.base import NO_HINTS
@@ -336,15 +337,14 @@ class KVCacheManager:
         """What the provider says of a tenant's call, cached tokens among it; None: nothing."""
         if usage is None or "completion_tokens" not in usage or usage.get("estimated"):
             return None  # texts for vectors have no cache; and an estimate knows nothing of one
-        prompt_tokens = _count(usage, "prompt_tokens")
-        details = usage.get("prompt_tokens_details") or {}
-        cached = _count(details, "cached_tokens") or _count(usage, "cache_read_input_tokens")
-        written = _count(usage, "cache_creation_input_tokens")
-        saved = self._saved(deployment, usage, cached, written) if cached or written else 0
+        prompt_tokens, cached = int(usage.get("prompt_tokens") or 0), cached_in(usage)
+        written = int(usage.get("cache_creation_input_tokens") or 0)
+        used = bool(cached or written)
+        saved = self._saved(deployment, usage, cached, written) if used else 0
         for worth in self._worths_of(tenant, deployment.group):
             worth.calls += 1
             worth.prompt_tokens += prompt_tokens
-            if cached or written:
+            if used:
                 worth.calls_cached += cached > 0
                 worth.cached_tokens += cached
                 worth.written_tokens += written
@@ -526,8 +526,8 @@ class KVCacheManager:
         """All figures that something of a tenant and a group is a part of."""
         return (
             self._all,
-            _worth_of(group, self._models, MODELS_MAX),
-            _worth_of(tenant, self._tenants, TENANTS_MAX),
+            self._models.get(group) or _worth_of(group, self._models, MODELS_MAX),
+            self._tenants.get(tenant) or _worth_of(tenant, self._tenants, TENANTS_MAX),
         )
 
     def _saved(
@@ -570,7 +570,7 @@ def _is_usual(usage: Mapping[str, Any]) -> bool:
     kept = details.get("cache_creation_token_details") or {}
     dearer = any(details.get(f"{kind}_tokens") for kind in ("audio", "image", "video"))
     return (
-        _count(usage, "prompt_tokens") <= LONG_PROMPT_TOKENS
+        int(usage.get("prompt_tokens") or 0) <= LONG_PROMPT_TOKENS
         and not dearer
         and not kept.get("ephemeral_1h_input_tokens")
         and not any(usage.get(name) for name in ("service_tier", "inference_geo", "speed"))
@@ -622,16 +622,9 @@ def _places(prompt: Prompt, known: Sequence[_Known]) -> list[Place]:
 
 def _worth_of(name: str, known: dict[str, Worth], most: int) -> Worth:
     """The figures of a name: its own, for as many as fit; those of OTHER beyond."""
-    worth = known.get(name)
-    if worth is None:
-        if len(known) >= most:
-            name = OTHER
-        worth = known.setdefault(name, Worth())
-    return worth
-
-
-def _count(usage: Mapping[str, Any], name: str) -> int:
-    return int(usage.get(name) or 0)
+    if name not in known and len(known) >= most:
+        name = OTHER
+    return known.setdefault(name, Worth())
 
 
 def _parsed(cache_key: str) -> tuple[str, bytes]:

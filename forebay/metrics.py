@@ -129,8 +129,7 @@ class Meter:
     """
 
     def __init__(self, refs: Callable[[], Iterable[OwnerRef]]) -> None:
-        self._counts: dict[Series, int] = {}
-        self._spreads: dict[Series, list[int]] = {}
+        self._numbers: dict[Series, list[int]] = {}
         self._tenants: set[str] = set()
         self._refs = refs
         self._sources: list[Source] = [self._messages]
@@ -147,9 +146,11 @@ class Meter:
         self, route: str, model: str, tenant: str, status: str, total_s: float, provider_s: float
     ) -> None:
         """One request came to its end."""
-        self._count(("forebay_requests", route, model, self._tenant(tenant), status))
+        if tenant not in self._tenants:
+            tenant = self._tenant(tenant)
+        self._count(("forebay_requests", route, model, tenant, status))
         self._observe((BY_ROUTE, route), SECONDS, total_s)
-        own_s = max(0.0, total_s - provider_s)
+        own_s = total_s - provider_s if total_s > provider_s else 0.0
         self._observe(("forebay_overhead_seconds",), OVERHEAD_SECONDS, own_s)
 
     def usage(self, prompt_tokens: int, completion_tokens: int, cost_nano: int | None) -> None:
@@ -171,7 +172,8 @@ class Meter:
     def lookups(self) -> tuple[int, int, int]:
         """How many look-ups of this process ended as hit, miss and joined."""
         hits, misses, joined = (
-            self._counts.get(("forebay_cache", outcome), 0) for outcome in ("hit", "miss", "joined")
+            self._numbers.get(("forebay_cache", outcome), [0])[0]
+            for outcome in ("hit", "miss", "joined")
         )
         return hits, misses, joined
 
@@ -207,8 +209,9 @@ class Meter:
 
     def figures(self) -> dict[Series, Numbers]:
         """All that this process has counted since it began."""
-        told: dict[Series, Numbers] = {series: (n,) for series, n in self._counts.items()}
-        told.update((series, tuple(numbers)) for series, numbers in self._spreads.items())
+        told: dict[Series, Numbers] = {
+            series: tuple(numbers) for series, numbers in self._numbers.items()
+        }
         routes = [numbers for series, numbers in told.items() if series[0] == BY_ROUTE]
         if routes:
             told["forebay_request_seconds",] = tuple(map(sum, zip(*routes, strict=True)))
@@ -225,17 +228,17 @@ class Meter:
         return generate_latest(registry)
 
     def _count(self, series: Series, by: int = 1) -> None:
-        counts = self._counts
-        known = counts.get(series)
-        if known is None and len(counts) + len(self._spreads) >= SERIES_MAX:
-            series = (series[0], *[OTHER] * (len(series) - 1))
-            known = counts.get(series)
-        counts[series] = (known or 0) + by
+        numbers = self._numbers.get(series)
+        if numbers is None:
+            if len(self._numbers) >= SERIES_MAX:
+                series = (series[0], *[OTHER] * (len(series) - 1))
+            numbers = self._numbers.setdefault(series, [0])
+        numbers[0] += by
 
     def _observe(self, series: Series, bounds: tuple[float, ...], seconds: float) -> None:
-        numbers = self._spreads.get(series)
+        numbers = self._numbers.get(series)
         if numbers is None:  # by route at the most, of which there are few
-            numbers = self._spreads[series] = [0] * (len(bounds) + 2)
+            numbers = self._numbers[series] = [0] * (len(bounds) + 2)
         numbers[bisect_left(bounds, seconds)] += 1
         numbers[-1] += int(seconds * NANO)
 

@@ -20,9 +20,11 @@ from actors.circuit_breaker.outbox import Outbox
 from actors.circuit_breaker.policy import (
     ANSWERED,
     CLEAN,
+    IGNORED,
     LETS_THROUGH,
     PROVEN,
     RULES_KEY,
+    THROTTLED,
     Claim,
     Outcome,
     Pass,
@@ -129,9 +131,9 @@ class CircuitBreakerDesk:
         view = self._views.get(deployment)
         blocked_until = self._blocked.get(deployment)
         said = CLEAN if view is None else view.said
-        if said.state is State.FORCED_OPEN:
+        if blocked_until is None and said.retry_after_s <= 0:
             return said
-        if said.retry_after_s <= 0 and blocked_until is None:
+        if said.state is State.FORCED_OPEN:
             return said
         now = self._clock()
         if blocked_until is not None and blocked_until <= now:
@@ -142,7 +144,7 @@ class CircuitBreakerDesk:
     def admit_at_once(self, deployment: str) -> Pass | None:
         """Leave for one call, which is to end in `judge`; None where `admit` has more to say."""
         standing = self.standing(deployment)
-        if standing.state in LETS_THROUGH and standing.callable:
+        if standing.state in LETS_THROUGH and standing.retry_after_s <= 0:
             return Pass(deployment, standing.generation)
         return None
 
@@ -181,26 +183,28 @@ class CircuitBreakerDesk:
     def judge(self, given: Pass, verdict: Verdict, retry_after_s: float | None = None) -> None:
         """Say how the call ended. `retry_after_s`: with THROTTLED, what the provider asked for."""
         now = self._clock()
-        proven = given.generation == PROVEN
+        deployment, generation, probe, _ = given
+        proven = generation == PROVEN
         if not proven:
             self._probes.end(given)
-        if verdict is Verdict.THROTTLED and retry_after_s is not None:
-            self._block(given.deployment, now + retry_after_s)
-        if verdict is Verdict.IGNORED and given.probe is None:
+        if verdict is THROTTLED and retry_after_s is not None:
+            self._block(deployment, now + retry_after_s)
+        if verdict is IGNORED and probe is None:
             return
-        if proven and verdict in ANSWERED:
+        answered = verdict in ANSWERED
+        if proven and answered:
             return
-        alone = self._retries.alone
-        if alone and not proven and verdict is not Verdict.IGNORED:
-            self._retries.earn(given.deployment)
-        generation = self.standing(given.deployment).generation if proven else given.generation
+        alone = self._retries.alone_at(now)
+        if alone and not proven and verdict is not IGNORED:
+            self._retries.earn(deployment)
+        if proven:
+            generation = self.standing(deployment).generation
         earns = not (alone or proven)
-        deployment, probe = given.deployment, given.probe
         unlike = probe is not None or retry_after_s is not None
         if unlike or not self._outbox.again(deployment, generation, verdict, earns, now):
             outcome = Outcome(deployment, generation, verdict, 1, retry_after_s, probe, earns)
             self._outbox.add(outcome, now)
-        if verdict not in ANSWERED or probe is not None:
+        if not answered or probe is not None:
             self._due.set()
         elif self._sender is not None and self._timer is None:
             self._timer = asyncio.create_task(self._send_later())

@@ -58,9 +58,9 @@ class Outbox:
         if run is None or now - run.at >= RUN_S_MAX:
             return False
         said = run.outcome
-        if said.probe is not None or said.retry_after_s is not None:
+        if said.generation != generation or said.verdict is not verdict or said.earns != earns:
             return False
-        if (said.generation, said.verdict, said.earns) != (generation, verdict, earns):
+        if said.probe is not None or said.retry_after_s is not None:
             return False
         run.count += 1
         return True

@@ -46,10 +46,9 @@ class Retries:
         self._silent_until = float("-inf")
         self._earned: dict[str, RetryBudget] = {}
 
-    @property
-    def alone(self) -> bool:
+    def alone_at(self, now: float) -> bool:
         """Whether the owner is away, so that calls earn here and retries are spent from here."""
-        return not self._connected() or self._clock() < self._silent_until
+        return now < self._silent_until or not self._connected()
 
     def earn(self, deployment: str) -> None:
         """A call was made that the owner will not let earn."""
@@ -62,7 +61,7 @@ class Retries:
 
     async def may(self, deployment: str) -> bool:
         """Leave for one retry; with the owner away the answer comes at once."""
-        if self.alone:
+        if self.alone_at(self._clock()):
             return self._take(deployment, 1) == 1
         if self._waiters >= WAITING_MAX:
             return False

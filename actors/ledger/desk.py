@@ -215,7 +215,10 @@ class LedgerDesk:
     @property
     def full(self) -> bool:
         """True when no further paid call may start."""
-        return bool(self.refusal)
+        spool = self._spool
+        return len(self._buffer) + self._opened >= ENTRIES_BUFFERED_MAX or (
+            spool is not None and spool.refusal != ""
+        )
 
     @property
     def _buffered(self) -> int:
@@ -327,6 +330,8 @@ class LedgerDesk:
         if not (sane and 0 <= cost <= COST_NANO_MAX):
             prompt_tokens, completion_tokens = _bounded(prompt_tokens), _bounded(completion_tokens)
             cost, estimated = min(max(cost, 0), COST_NANO_MAX), True
+        if not 0 <= cached_tokens <= prompt_tokens:
+            cached_tokens = min(max(cached_tokens, 0), prompt_tokens)
         return self._settle(
             entry,
             "posted",
@@ -339,7 +344,7 @@ class LedgerDesk:
             http_status,
             tool_calls,
             response_id,
-            min(max(cached_tokens, 0), prompt_tokens),
+            cached_tokens,
         )
 
     def void(self, entry: OpenEntry, error: str, http_status: int = 0) -> Entry | None:
@@ -636,7 +641,7 @@ class LedgerDesk:
         entry.settled = True
         self._opened -= 1
         self._unannounced.pop(entry.id, None)
-        final = Entry(
+        values = (
             entry.id,
             entry.request_id,
             entry.attempt,
@@ -664,11 +669,10 @@ class LedgerDesk:
             entry.cache_key if response_id else "",
             cached_tokens,
         )
-        values = final.values()
         if self._spool is not None:
             self._spool.keep(values, entry.place)
         self._send(values)
-        return final
+        return Entry._make(values)
 
     def _keep(self, entry: Entry, place: Place | None = None) -> None:
         """`place` is where the spool has it, if it does."""

@@ -147,7 +147,9 @@ class Spool:
         kind = at + _KIND_AT
         segment.bytes[kind : kind + 1] = _DONE
         self._opened -= 1
-        self._release(segment, 1)
+        segment.live -= 1
+        if not segment.live:
+            self._emptied(segment)
 
     def keep(self, values: Sequence[Any], begun: Place | None = None) -> None:
         """Writes an entry that is to be handed in, and strikes out what it is the end of.
@@ -202,7 +204,9 @@ class Spool:
             if begun is not None:
                 self.end(begun)
             if segment is not None and not self._closed:
-                self._release(segment, taken)
+                segment.live -= taken
+                if not segment.live:
+                    self._emptied(segment)
 
     def close(self) -> None:
         """Removes the file, or leaves it to whoever looks for spools if something is still in it.
@@ -246,12 +250,10 @@ class Spool:
         self._at = end
         return segment, at
 
-    def _release(self, segment: Segment, count: int) -> None:
-        segment.live -= count
-        if segment.live or segment is self._current:
-            return
-        self._free.append(segment)
-        self._shrink()
+    def _emptied(self, segment: Segment) -> None:
+        if segment is not self._current:
+            self._free.append(segment)
+            self._shrink()
 
     def _shrink(self) -> None:
         """Gives the end of the file back, where more of it is empty than is kept."""

@@ -98,16 +98,6 @@ class Counter:
 
     # ---- requests --------------------------------------------------------------------------
 
-    def ticket(self, held: Held, now: float) -> Ticket | None:
-        """A permit without waiting, unless others wait for one."""
-        return None if held.need else self.till.take(held, now)
-
-    def reservation(
-        self, held: Held, ticket: Ticket, amount: Amount, now: float
-    ) -> Reservation | None:
-        """All it needs without waiting, unless others wait."""
-        return None if held.needs else self.till.reserve(held, ticket, amount, now)
-
     async def wait_to_count(
         self, held: Held, amount: Amount, wait_s: float, queue_max: int
     ) -> Ticket | Refusal:
@@ -133,8 +123,9 @@ class Counter:
         self._freed(ticket.tenant)
 
     def settle(self, taken: Reservation, used: Amount) -> None:
-        self.till.settle(taken, used, self._clock())
-        self._freed(taken.held.tenant)
+        tells = self.till.settle(taken, used, self._clock())
+        if tells or self.waiting:
+            self._freed(taken.held.tenant)
 
     def cancel(self, taken: Reservation) -> None:
         self.till.cancel(taken, self._clock())

@@ -30,6 +30,20 @@ HOMES_MAX = 100_000
 _UNLIMITED = Limits()
 
 
+class _Homes(dict[str, Counter]):
+    """The counter of each tenant, in one layout. Bounded by HOMES_MAX: when full it begins anew."""
+
+    def __init__(self, layout: Layout, counters: list[Counter]) -> None:
+        self._layout = layout
+        self._counters = counters
+
+    def __missing__(self, tenant: str) -> Counter:
+        if len(self) >= HOMES_MAX:
+            self.clear()
+        home = self[tenant] = self._counters[self._layout.home(tenant)]
+        return home
+
+
 class RateLimiterDesk:
     """Owns what this process was lent of each tenant's limits, and the requests that wait for more.
 
@@ -64,7 +78,7 @@ class RateLimiterDesk:
         assert self._layout.shards == len(refs)
         self._batches = count(1)
         self._counters = [self._counter(ref) for ref in refs]
-        self._homes: dict[str, Counter] = {}
+        self._homes = _Homes(self._layout, self._counters)
         self._started = False
         self._ids = 0
         self._taken: dict[int, Reservation] = {}
@@ -107,10 +121,10 @@ class RateLimiterDesk:
         """
         if limits is None or not limits.counts:
             return Ticket(tenant, limits or _UNLIMITED, False)
-        counter, now = self._home(tenant), self._clock()
+        counter, now = self._homes[tenant], self._clock()
         held = counter.till.of(tenant, limits, now)
         counter.till.arrive(held, now)
-        answer: Ticket | Refusal | None = counter.ticket(held, now)
+        answer: Ticket | Refusal | None = None if held.need else counter.till.take(held, now)
         if answer is None:
             answer = await counter.wait_to_count(held, amount, wait_s, queue_max)
         if isinstance(answer, Refusal):
@@ -124,18 +138,18 @@ class RateLimiterDesk:
         enough: `count` may wait, and says why not."""
         if limits is None or not limits.counts:
             return Ticket(tenant, limits or _UNLIMITED, False)
-        counter, now = self._home(tenant), self._clock()
-        held = counter.till.of(tenant, limits, now)
-        ticket = counter.ticket(held, now)
+        till, now = self._homes[tenant].till, self._clock()
+        held = till.of(tenant, limits, now)
+        ticket = None if held.need else till.take(held, now)  # those who wait are first
         if ticket is not None:
-            counter.till.arrive(held, now)
+            till.arrive(held, now)
             self._counted += 1
         return ticket
 
     def uncount(self, ticket: Ticket) -> None:
         """The request did not take place: its permit is free again, if its lease still lives."""
         if ticket.counted:
-            self._home(ticket.tenant).put_back(ticket)
+            self._homes[ticket.tenant].put_back(ticket)
 
     async def reserve(
         self, ticket: Ticket, amount: Amount = NOTHING_USED, *, wait_s: float = 0.0
@@ -152,7 +166,7 @@ class RateLimiterDesk:
         if never is not None:
             self._refused += 1
             return never
-        counter, held = self._home(ticket.tenant), self._held(ticket)
+        counter, held = self._homes[ticket.tenant], self._held(ticket)
         if not ticket.counted:
             counter.till.arrive(held, self._clock())
         answer = await counter.wait_to_go_on(held, ticket, amount, wait_s)
@@ -167,15 +181,15 @@ class RateLimiterDesk:
         limits = ticket.limits
         if not limits.reserves and not ticket.hours_batch:
             return Hold(ticket.tenant, 0, amount)
-        if amount != NOTHING_USED and _never(limits, amount) is not None:
+        if amount is not NOTHING_USED and _never(limits, amount) is not None:
             return None
-        counter, now = self._home(ticket.tenant), self._clock()
-        held = counter.till.of(ticket.tenant, limits, now)
-        taken = counter.reservation(held, ticket, amount, now)
+        till, now = self._homes[ticket.tenant].till, self._clock()
+        held = till.of(ticket.tenant, limits, now)
+        taken = None if held.needs else till.reserve(held, ticket, amount, now)
         if taken is None:
             return None
         if not ticket.counted:
-            counter.till.arrive(held, now)
+            till.arrive(held, now)
         return self._hold(taken)
 
     def _hold(self, taken: Reservation) -> Hold:
@@ -187,7 +201,7 @@ class RateLimiterDesk:
         """What the request used; the rest is free again. Idempotent."""
         taken = self._taken.pop(hold.id, None)
         if taken is not None:
-            self._home(hold.tenant).settle(taken, used)
+            self._homes[hold.tenant].settle(taken, used)
 
     async def admit(
         self, tenant: str, limits: Limits | None, amount: Amount = NOTHING_USED
@@ -217,7 +231,7 @@ class RateLimiterDesk:
         """What `admit` gave was not used at all: permit and everything go back. Idempotent."""
         taken = self._taken.pop(hold.id, None)
         if taken is not None:
-            self._home(hold.tenant).cancel(taken)
+            self._homes[hold.tenant].cancel(taken)
 
     # ---- what is known ---------------------------------------------------------------------
 
@@ -227,11 +241,11 @@ class RateLimiterDesk:
         The owner's last figures, less what this process used since; right after a refusal they
         are what was refused.
         """
-        return self._home(tenant).till.figures(tenant, self._clock())
+        return self._homes[tenant].till.figures(tenant, self._clock())
 
     async def state(self, tenant: str) -> dict[str, Any]:
         """What the owner knows of a tenant, asked now. Raises OwnerUnavailable."""
-        state: dict[str, Any] = await self._home(tenant).ref.ask("state", tenant, timeout_s=2.0)
+        state: dict[str, Any] = await self._homes[tenant].ref.ask("state", tenant, timeout_s=2.0)
         return state
 
     def silent(self) -> set[str]:
@@ -278,14 +292,14 @@ class RateLimiterDesk:
         self._counters = [
             known.pop(ref.name) if ref.name in known else self._counter(ref) for ref in refs
         ]
-        self._homes.clear()
+        self._homes = _Homes(layout, self._counters)
         for counter in self._counters:
             counter.layout = layout
             if self._started:
                 counter.start()
         for counter in before:
             for tenant in list(counter.till.held):
-                home = self._home(tenant)
+                home = self._homes[tenant]
                 if home is not counter:
                     held, lines = counter.leave(tenant)
                     if held is not None:
@@ -305,18 +319,8 @@ class RateLimiterDesk:
             self._pace,
         )
 
-    def _home(self, tenant: str) -> Counter:
-        if len(self._counters) == 1:
-            return self._counters[0]
-        home = self._homes.get(tenant)
-        if home is None:
-            if len(self._homes) >= HOMES_MAX:
-                self._homes.clear()
-            home = self._homes[tenant] = self._counters[self._layout.home(tenant)]
-        return home
-
     def _held(self, ticket: Ticket) -> Held:
-        return self._home(ticket.tenant).till.of(ticket.tenant, ticket.limits, self._clock())
+        return self._homes[ticket.tenant].till.of(ticket.tenant, ticket.limits, self._clock())
 
 
 def _never(limits: Limits, amount: Amount) -> Refusal | None:

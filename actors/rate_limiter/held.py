@@ -37,12 +37,12 @@ class Reservation:
     slots: int = 0
     tokens: int = 0
     nano: int = 0
+    era: int = 0
+    hours: int = 0
     lease: str = ""
     token_mark: int = 0  # of this desk's own bucket
     owner_mark: int = 0  # of the owner's, where the tokens came directly from there
     owner: str = ""
-    era: int = 0
-    hours: int = 0
     settled: bool = False
 
 
@@ -65,17 +65,14 @@ class Places:
     Bounded by PLACES_MAX: whoever is refused beyond shares the last place.
     """
 
-    __slots__ = ("_at_s",)
+    __slots__ = ("at_s",)
 
     def __init__(self) -> None:
-        self._at_s: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self._at_s)
+        self.at_s: list[float] = []
 
     def hand_out(self, first_s: float, spacing_s: float, now: float) -> float:
         """The next place at or after `first_s`, `spacing_s` after the one before."""
-        places = self._at_s
+        places = self.at_s
         while places and places[0] + PLACE_GRACE_S < now:
             del places[0]
         at_s = max(first_s, places[-1] + spacing_s) if places else first_s
@@ -86,8 +83,8 @@ class Places:
 
     def used(self) -> None:
         """Somebody came and was served."""
-        if self._at_s:
-            del self._at_s[0]
+        if self.at_s:
+            del self.at_s[0]
 
 
 @dataclass(slots=True, eq=False)

@@ -157,7 +157,7 @@ class RateLimiter:
     A holder may be `process#desk`: `holders`, `holder_gone` and `silent` speak of the process.
     """
 
-    PROTOCOL = 3
+    PROTOCOL = 4
 
     def __init__(
         self,

@@ -58,14 +58,14 @@ class Purse:
 
     def settle(self, era: int, nano: int, used: int, mark: int, hours: int) -> None:
         """A call for which `nano` was taken used so much."""
-        if era == self.era:
+        if era != self.era:
+            self.carried += used - nano
+        elif nano or used:
             self.reserved -= nano
             self.free += max(0, nano - used)
             self.spent += used
-        else:
-            self.carried += used - nano
         if used or hours:
-            self._remember(Settled(mark, used, hours, carried=era != self.era))
+            self._remember(mark, used, hours, era != self.era)
 
     def orphan(self) -> int:
         """The owner is another one: it lent none of this. Calls that the ledger may not have."""
@@ -114,17 +114,16 @@ class Purse:
                 entry for entry in self.settled if entry.commit is None or entry.carried
             ]
 
-    def _remember(self, entry: Settled) -> None:
+    def _remember(self, mark: int, nano: int, hours: int, carried: bool) -> None:
         last = self.settled[-1] if self.settled else None
-        crowded = len(self.settled) >= SETTLED_MAX
         if (
             last is not None
             and last.commit is None
-            and last.carried == entry.carried
-            and (crowded or last.mark == entry.mark)
+            and last.carried == carried
+            and (last.mark == mark or len(self.settled) >= SETTLED_MAX)
         ):
-            last.mark = max(last.mark, entry.mark)
-            last.nano += entry.nano
-            last.hours += entry.hours
+            last.mark = max(last.mark, mark)
+            last.nano += nano
+            last.hours += hours
         else:
-            self.settled.append(entry)
+            self.settled.append(Settled(mark, nano, hours, carried))

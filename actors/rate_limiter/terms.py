@@ -8,8 +8,10 @@ Rule 3: durations only. The owner's clock decides; a desk counts a lease's life 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 TOKEN_BURST_PART = 6
 """A tenant may use a sixth of its tokens per minute at once."""
@@ -23,6 +25,11 @@ class Limits:
     `month_nano` are nano-USD per UTC day and month. With `hard_minute` no 60 s ever have more than
     the limit (the burst comes out of the rate): a provider's own quota is held so. `version` is the
     configuration's that says all this: where two processes differ, the newer one wins.
+
+    What follows from it is reckoned once, and not sent along. `nano_most` is the most one request
+    may ever cost, None where money is not limited. `counts`: the number of requests is limited.
+    `meters`: what a request uses is, not only that it happens. `reserves`: a counted request has to
+    reserve something before it may go on.
     """
 
     requests_per_minute: float | None = None
@@ -34,6 +41,21 @@ class Limits:
     month_nano: int | None = None
     hard_minute: bool = False
     version: int = field(default=0, compare=False)
+    nano_most: int | None = field(init=False, repr=False, compare=False)
+    counts: bool = field(init=False, repr=False, compare=False)
+    meters: bool = field(init=False, repr=False, compare=False)
+    reserves: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        tell = partial(object.__setattr__, self)
+        money = [most for most in (self.day_nano, self.month_nano) if most is not None]
+        tell("nano_most", min(money, default=None))
+        tell("counts", self.requests_per_minute is not None or self.requests_per_hour is not None)
+        tell("meters", self.tokens_per_minute is not None or bool(money))
+        tell("reserves", self.concurrent is not None or self.meters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Limits, _said(self)
 
     @property
     def rate_per_s(self) -> float:
@@ -60,32 +82,12 @@ class Limits:
         return int(limit - self.token_burst) if self.hard_minute else limit
 
     @property
-    def nano_most(self) -> int | None:
-        """The most one request may ever cost, None where money is not limited."""
-        day, month = self.day_nano, self.month_nano
-        if day is None or month is None:
-            return month if day is None else day
-        return min(day, month)
-
-    @property
-    def counts(self) -> bool:
-        """Whether the number of requests is limited at all."""
-        return self.requests_per_minute is not None or self.requests_per_hour is not None
-
-    @property
-    def reserves(self) -> bool:
-        """Whether a counted request has to reserve something before it may go on."""
-        return self.concurrent is not None or self.meters
-
-    @property
-    def meters(self) -> bool:
-        """Whether what a request uses is limited, not only that it happens."""
-        return self.tokens_per_minute is not None or self.nano_most is not None
-
-    @property
     def remembers(self) -> bool:
         """Whether the ledger has to tell a new owner what was used before it."""
         return self.requests_per_hour is not None or self.nano_most is not None
+
+
+_said = attrgetter(*(one.name for one in fields(Limits) if one.init))
 
 
 class Amount(NamedTuple):

@@ -112,13 +112,14 @@ class Till:
     def take(self, held: Held, now: float) -> Ticket | None:
         """A permit for one request, if there is one."""
         limits = held.limits
+        live = now < held.until_s
         hourly = limits.requests_per_hour is not None
-        if hourly and held.hours_left(now) < 1:
+        if hourly and not (live and held.hours >= 1 and held.lease and now < held.hours_until_s):
             return None
         mark = 0
         if limits.requests_per_minute is not None:
             bucket = held.requests
-            if bucket is None or now >= held.until_s:
+            if bucket is None or not live:
                 return None
             taken = bucket.take(1.0, now)
             if taken is None:
@@ -133,7 +134,7 @@ class Till:
             held.told.taken += 1
         if limits.reserves:
             held.going_on += 1
-        if held.places:
+        if held.places.at_s:
             held.places.used()
         return Ticket(held.tenant, limits, True, held.lease, mark, held.hours_batch)
 
@@ -166,7 +167,7 @@ class Till:
         if nano and (purse.free < nano or not free):
             return None
         tokens = 0 if limits.tokens_per_minute is None else amount.tokens
-        taken = Reservation(held, ticket, amount, now, slots, tokens, nano, era=purse.era)
+        taken = Reservation(held, ticket, amount, now, slots, tokens, nano, purse.era)
         if tokens:
             bucket = held.tokens
             if bucket is None or now >= held.until_s:
@@ -181,7 +182,7 @@ class Till:
                 held.told.tokens_taken += tokens
             held.token_demand.since += tokens
             held.token_unit = max(held.token_unit, float(tokens))
-            if held.need_places:
+            if held.need_places.at_s:
                 held.need_places.used()
         held.slots_used += slots
         if nano:
@@ -197,10 +198,13 @@ class Till:
             held.going_on -= 1
         return taken
 
-    def settle(self, taken: Reservation, used: Amount, now: float) -> None:
-        """What was not used is free again; what was used above it is charged. Idempotent."""
+    def settle(self, taken: Reservation, used: Amount, now: float) -> bool:
+        """What was not used is free again; what was used above it is charged. Idempotent.
+
+        Whether the owner is to be told of it before the next tick.
+        """
         if taken.settled:
-            return
+            return False
         taken.settled = True
         held = taken.held
         held.running -= 1
@@ -211,14 +215,18 @@ class Till:
             held.slot_s += (1.0 - SLOT_FADE if held.slot_s else 1.0) * (used_s - held.slot_s)
         if taken.tokens or (used.tokens and held.limits.tokens_per_minute is not None):
             self._settle_tokens(held, taken, used.tokens, now)
-        nano = used.nano if taken.nano or held.limits.nano_most is not None else 0
+        nano = used.nano
+        if nano and not taken.nano and held.limits.nano_most is None:
+            nano = 0
         if taken.nano or nano or taken.hours:
             mark = self._book.mark()
             held.purse.settle(taken.era, taken.nano, nano, mark, taken.hours)
             self._unsure[held] = None
-        if not held.hot or held.wanted or held.refunds:
-            self._agenda.tell(held, now, at_once=held.wanted or bool(held.needs))
-            self._fade(held, now)
+        if held.hot and not held.wanted and not held.refunds:
+            return False
+        self._agenda.tell(held, now, at_once=held.wanted or bool(held.needs))
+        self._fade(held, now)
+        return True
 
     def cancel(self, taken: Reservation, now: float) -> None:
         """The request did not take place: everything is as before it."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -215,6 +216,30 @@ def test_what_travels_survives_pickling() -> None:
     ask = Ask("acme", Limits(60.0), requests=Share(1.0, 2.0, 3.0))
     refusal = Refusal("requests_per_minute", 60.0, 0.0, 1.0)
     assert pickle.loads(pickle.dumps((ask, refusal))) == (ask, refusal)
+
+
+@pytest.mark.parametrize(
+    ("limits", "counts", "meters", "reserves", "nano_most"),
+    [
+        (Limits(), False, False, False, None),
+        (Limits(requests_per_minute=60.0), True, False, False, None),
+        (Limits(requests_per_hour=9), True, False, False, None),
+        (Limits(concurrent=2), False, False, True, None),
+        (Limits(tokens_per_minute=100), False, True, True, None),
+        (Limits(day_nano=5), False, True, True, 5),
+        (Limits(month_nano=0), False, True, True, 0),
+        (Limits(day_nano=5, month_nano=3, requests_per_hour=9), True, True, True, 3),
+    ],
+)
+def test_what_follows_from_limits_is_the_same_wherever_they_are(
+    limits: Limits, counts: bool, meters: bool, reserves: bool, nano_most: int | None
+) -> None:
+    for told in (limits, pickle.loads(pickle.dumps(limits)), replace(limits, version=7)):
+        assert told == limits
+        assert (told.counts, told.meters, told.reserves) == (counts, meters, reserves)
+        assert told.nano_most == nano_most
+    assert pickle.loads(pickle.dumps(replace(limits, version=7))).version == 7
+    assert replace(limits, day_nano=1, month_nano=None).nano_most == 1
 
 
 def test_each_tenant_has_one_home_and_few_move_when_there_is_one_more() -> None:
