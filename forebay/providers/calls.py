@@ -50,6 +50,8 @@ class Call:
     `patience` names the parameter by which a deployment may shorten the time.
     """
 
+    __slots__ = ("_deployment", "_litellm", "_params", "limit_s", "provider")
+
     def __init__(
         self,
         litellm: Any,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, cast
 
 import httpx
@@ -140,14 +140,12 @@ class Response:
         if self._connection is not None:
             self._connection.due_s = math.inf
 
-    async def _news(self) -> None:
+    def _news(self) -> asyncio.Future[None]:
+        """Done when there is more to say; raises what it failed with."""
         if self._failure is not None:
             raise self._failure
         waiter = self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
+        return waiter
 
     def _want(self, size_bytes: int) -> None:
         self._wanted_bytes = size_bytes
@@ -189,7 +187,7 @@ class Response:
         self.wake()
 
     def wake(self) -> None:
-        waiter = self._waiter
+        waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -255,13 +253,13 @@ class Connection(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, parts: Iterable[bytes]) -> Response:
+    def send(self, request: bytes) -> Response:
         """Write a request. Only on a connection that is open and free."""
         assert self._transport is not None
         assert self._response is None
         response = self._response = Response(self)
         self._head_bytes = 0
-        self._transport.writelines(parts)
+        self._transport.write(request)
         return response
 
     def read_on(self) -> None:

@@ -18,7 +18,7 @@ import asyncio
 import sys
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +39,7 @@ from forebay.providers.relay.ear import Ear
 from forebay.providers.relay.events import Events
 from forebay.providers.relay.forms import form_of
 from forebay.providers.relay.lessons import FORMS_MAX, LESSON_S, Lesson, Lessons
-from forebay.providers.relay.pool import Pool
+from forebay.providers.relay.pool import Pool, Target
 from forebay.providers.relay.rules import PATHS, Rule
 from forebay.providers.remaining import room_in
 from forebay.providers.streams import LiteLLMChunks, Opened
@@ -89,11 +89,11 @@ class _Known:
     number: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False, eq=False)
 class _Way:
     """How a request goes over the relay: where, the bytes, the deployment's parameters."""
 
-    rule: Rule
+    target: Target
     data: bytes
     params: dict[str, Any]
 
@@ -128,6 +128,8 @@ class Lanes:
         self._numbers = 0
         self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pool]
         self._pools = weakref.WeakKeyDictionary()
+        # The one that was asked for last: nearly always it is asked for again.
+        self._near: tuple[weakref.ref[asyncio.AbstractEventLoop], Pool] | None = None
 
     @property
     def relayed(self) -> int:
@@ -146,7 +148,7 @@ class Lanes:
 
     async def close(self) -> None:
         """Close this loop's connections, and what LiteLLM's lane has."""
-        pool = self._pools.pop(asyncio.get_running_loop(), None)
+        pool, self._near = self._pools.pop(asyncio.get_running_loop(), None), None
         if pool is not None:
             pool.close()
         await self._litellm.close()
@@ -172,35 +174,35 @@ class Lanes:
     def count_tokens(self, deployment: Deployment, text: str) -> int | None:
         return self._litellm.count_tokens(deployment, text)
 
-    async def chat(
+    def chat(
         self,
         deployment: Deployment,
         body: Mapping[str, Any],
         *,
         timeout_s: float,
         resolve: Resolve,
-    ) -> Answer:
+    ) -> Coroutine[Any, Any, Answer]:
         """One chat completion.
 
         Raises:
             GatewayError: see `failures`.
         """
-        return await self._answer("chat", deployment, body, timeout_s, resolve)
+        return self._answer("chat", deployment, body, timeout_s, resolve)
 
-    async def completion(
+    def completion(
         self,
         deployment: Deployment,
         body: Mapping[str, Any],
         *,
         timeout_s: float,
         resolve: Resolve,
-    ) -> Answer:
+    ) -> Coroutine[Any, Any, Answer]:
         """One text completion.
 
         Raises:
             GatewayError: see `failures`.
         """
-        return await self._answer("completion", deployment, body, timeout_s, resolve)
+        return self._answer("completion", deployment, body, timeout_s, resolve)
 
     def chat_stream(
         self,
@@ -383,7 +385,7 @@ class Lanes:
         if not isinstance(found, Rule):
             return found
         try:
-            return _Way(found, found.worded(body), known.params)
+            return _Way(found.target, found.worded(body), known.params)
         except TypeError:  # a number or a text that JSON's writer refuses
             return None
 
@@ -453,8 +455,12 @@ class Lanes:
     ) -> tuple[Response, bytes]:
         """One request and its whole answer, and the body of that."""
         outer = sys.exception()
+        self._calls[deployment.circuit, "relay"] += 1
+        pool, limit_s = self._pool(), call.limit_s
         try:
-            response = await self._post(deployment, call, way)
+            response = pool.send(way.target, way.data, limit_s)
+            if response is None:
+                response = await pool.open_and_send(way.target, way.data, limit_s)
             return response, await response.read(self._answer_bytes_max)
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise call.error(error, outer) from None
@@ -462,22 +468,23 @@ class Lanes:
     async def _opened(self, deployment: Deployment, call: Call, way: _Way) -> Response:
         """One request, and the beginning of its answer."""
         outer = sys.exception()
+        self._calls[deployment.circuit, "relay"] += 1
         try:
-            response = await self._post(deployment, call, way)
+            response = await self._pool().post(way.target, way.data, call.limit_s)
             response.unhurried()
             return response
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise call.error(error, outer) from None
 
-    async def _post(self, deployment: Deployment, call: Call, way: _Way) -> Response:
-        self._calls[deployment.circuit, "relay"] += 1
-        return await self._pool().post(way.rule.target, way.data, call.limit_s)
-
     def _pool(self) -> Pool:
         loop = asyncio.get_running_loop()
+        near = self._near
+        if near is not None and near[0]() is loop:
+            return near[1]
         pool = self._pools.get(loop)
         if pool is None:
             pool = self._pools[loop] = Pool()
+        self._near = weakref.ref(loop), pool
         return pool
 
 
