@@ -44,14 +44,15 @@ class Response:
     """
 
     __slots__ = (
-        *("_connection", "_failure", "_held_bytes", "_pieces", "_unpacker", "_waiter"),
-        *("_wanted_bytes", "begun", "fields", "status"),
+        *("_connection", "_failure", "_held_bytes", "_loop", "_pieces", "_unpacker"),
+        *("_waiter", "_wanted_bytes", "begun", "fields", "status"),
     )
 
     def __init__(self, connection: Connection) -> None:
         self.status = 0
         self.fields: list[tuple[bytes, bytes]] = []
         self.begun = False
+        self._loop = connection.loop
         self._connection: Connection | None = connection  # None: the answer is whole, or closed
         self._pieces: list[bytes] = []
         self._held_bytes = 0
@@ -144,7 +145,7 @@ class Response:
         """Done when there is more to say; raises what it failed with."""
         if self._failure is not None:
             raise self._failure
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        waiter = self._waiter = self._loop.create_future()
         return waiter
 
     def _want(self, size_bytes: int) -> None:
@@ -236,8 +237,12 @@ class Connection(asyncio.Protocol):
     """
 
     def __init__(
-        self, free: Callable[[Connection], None], gone: Callable[[Connection], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        free: Callable[[Connection], None],
+        gone: Callable[[Connection], None],
     ) -> None:
+        self.loop = loop
         self.due_s = math.inf  # until when its answer may take, by the loop's clock
         self.idle_since_s = 0.0
         self._free = free

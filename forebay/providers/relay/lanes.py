@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,8 +101,8 @@ class Lanes:
     """The provider of a system: LiteLLM's lane, and the relay beside it.
 
     Owns what LiteLLM has shown (bounded by DEPLOYMENTS_MAX and FORMS_MAX) and one pool of
-    connections per event loop. `lane` is the configuration's; a deployment's own, in its
-    `litellm_params`, goes before it.
+    connections for each event loop that is not closed. `lane` is the configuration's; a
+    deployment's own, in its `litellm_params`, goes before it.
 
     Failure behaviour: LiteLLM's lane's. What is known of a deployment is forgotten when its
     parameters change, and when the provider says that it is not there, or not for us.
@@ -126,10 +125,7 @@ class Lanes:
         self._known: dict[str, _Known] = {}
         self._lessons = Lessons(forms_max)
         self._numbers = 0
-        self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pool]
-        self._pools = weakref.WeakKeyDictionary()
-        # The one that was asked for last: nearly always it is asked for again.
-        self._near: tuple[weakref.ref[asyncio.AbstractEventLoop], Pool] | None = None
+        self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
 
     @property
     def relayed(self) -> int:
@@ -148,7 +144,7 @@ class Lanes:
 
     async def close(self) -> None:
         """Close this loop's connections, and what LiteLLM's lane has."""
-        pool, self._near = self._pools.pop(asyncio.get_running_loop(), None), None
+        pool = self._pools.pop(asyncio.get_running_loop(), None)
         if pool is not None:
             pool.close()
         await self._litellm.close()
@@ -478,13 +474,12 @@ class Lanes:
 
     def _pool(self) -> Pool:
         loop = asyncio.get_running_loop()
-        near = self._near
-        if near is not None and near[0]() is loop:
-            return near[1]
         pool = self._pools.get(loop)
         if pool is None:
+            for other in list(self._pools):
+                if other.is_closed():
+                    self._pools.pop(other, None)
             pool = self._pools[loop] = Pool()
-        self._near = weakref.ref(loop), pool
         return pool
 
 
