@@ -337,8 +337,9 @@ class KVCacheManager:
         if usage is None or "completion_tokens" not in usage or usage.get("estimated"):
             return None  # texts for vectors have no cache; and an estimate knows nothing of one
         prompt_tokens = _count(usage, "prompt_tokens")
-        details = usage.get("prompt_tokens_details") or {}
-        cached = _count(details, "cached_tokens") or _count(usage, "cache_read_input_tokens")
+        details = usage.get("prompt_tokens_details")
+        cached = _count(details, "cached_tokens") if details else 0
+        cached = cached or _count(usage, "cache_read_input_tokens")
         written = _count(usage, "cache_creation_input_tokens")
         saved = self._saved(deployment, usage, cached, written) if cached or written else 0
         for worth in self._worths_of(tenant, deployment.group):

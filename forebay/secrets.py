@@ -36,6 +36,7 @@ MASK = "***"
 
 _ENVIRONMENT = "os.environ/"
 _VAULT = "secret/"
+_BEGINNINGS = (_ENVIRONMENT, _VAULT)  # of references
 _VARIABLE = re.compile(r"os\.environ/[A-Za-z_][A-Za-z0-9_]*")
 _VAULTED = re.compile(r"secret/[0-9a-f]{32}")
 _USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
@@ -120,7 +121,7 @@ def resolve(value: Any, environ: Mapping[str, str], vault: Vault | None = None) 
             message names the variable or the reference.
     """
     if isinstance(value, str):
-        return _look_up(value, environ, vault)
+        return _look_up(value, environ, vault) if value.startswith(_BEGINNINGS) else value
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, Mapping):
@@ -314,7 +315,7 @@ def _look_up(text: str, environ: Mapping[str, str], vault: Vault | None) -> str:
                 param=variable,
             )
         return found
-    if text.startswith(_VAULT) and _VAULTED.fullmatch(text):
+    if _VAULTED.fullmatch(text):
         if vault is None:
             raise ConfigurationError(f"{text} is in a vault, and none is open in this process")
         return vault.get(text)
