@@ -243,10 +243,13 @@ class KVCacheManager:
     # ---------------------------------------------------------------- on the way of a request
 
     def read(self, call: Call) -> Reading | None:
-        """The prompt of a request, to be read when somebody needs it; None where nobody does."""
+        """The prompt of a request, to be read when somebody needs it; None where nobody does, for
+        it is short."""
         if not self.enable_kv_cache and not self._affinity:
             return None
         least = prefixes.STEP_FIRST_BYTES if self._affinity else self._bytes_min
+        if prefixes.is_short(call.body, least):
+            return None
         return Reading(call, least, self._affinity)
 
     def affinity(self, reading: Reading | None, group: str) -> Affinity | None:
