@@ -69,8 +69,9 @@ class Response:
 
     def header(self, name: bytes) -> bytes:
         """The first header of this lower-case name, in lower case; b"" where there is none."""
+        size = len(name)
         for given, value in self.fields:
-            if given.lower() == name:
+            if len(given) == size and given.lower() == name:
                 return value.strip().lower()
         return b""
 
@@ -163,7 +164,7 @@ class Response:
     def _unpacker_of(self) -> _Unpacker | None:
         if self._unpacker is None:
             packing = self.header(b"content-encoding")
-            if packing not in (b"", b"identity"):
+            if packing and packing != b"identity":
                 self._unpacker = _Unpacker(packing)
         return self._unpacker
 
