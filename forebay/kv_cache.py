@@ -134,6 +134,9 @@ class CacheUse(NamedTuple):
     saved_nano: int | None
 
 
+_NO_USE = CacheUse(0, 0, 0)
+
+
 @dataclass(slots=True)
 class Worth:
     """What providers reported: calls and tokens, how many of those came from their caches."""
@@ -344,17 +347,20 @@ class KVCacheManager:
         cached = _count(details, "cached_tokens") if details else 0
         cached = cached or _count(usage, "cache_read_input_tokens")
         written = _count(usage, "cache_creation_input_tokens")
-        saved = self._saved(deployment, usage, cached, written) if cached or written else 0
-        for worth in self._worths_of(tenant, deployment.group):
+        worths = self._worths_of(tenant, deployment.group)
+        for worth in worths:
             worth.calls += 1
             worth.prompt_tokens += prompt_tokens
-            if cached or written:
-                worth.calls_cached += cached > 0
-                worth.cached_tokens += cached
-                worth.written_tokens += written
-                worth.saved_nano += saved or 0
-                worth.unpriced += saved is None
         self._changed()
+        if not (cached or written):
+            return _NO_USE
+        saved = self._saved(deployment, usage, cached, written)
+        for worth in worths:
+            worth.calls_cached += cached > 0
+            worth.cached_tokens += cached
+            worth.written_tokens += written
+            worth.saved_nano += saved or 0
+            worth.unpriced += saved is None
         return CacheUse(cached, written, saved)
 
     # ------------------------------------------------------------------------- for operators
