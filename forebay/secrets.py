@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
@@ -125,9 +126,12 @@ def resolve(value: Any, environ: Mapping[str, str], vault: Vault | None = None) 
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, Mapping):
-        return {key: resolve(item, environ, vault) for key, item in value.items()}
+        resolved = dict(value)
+        for name, item in resolved.items():
+            resolved[name] = resolve(item, environ, vault)
+        return resolved
     if isinstance(value, list | tuple):
-        return [resolve(item, environ, vault) for item in value]
+        return list(map(partial(resolve, environ=environ, vault=vault), value))
     return value
 
 

@@ -363,7 +363,7 @@ def text_only(usage: Mapping[str, Any]) -> Counts | None:
             return None
     if (usage.get("prompt_cache_hit_tokens") or cached) != cached:
         return None
-    if not all(type(count) is int for count in (prompt, cached, completion)):
+    if not type(prompt) is type(cached) is type(completion) is int:
         return None
     return Counts(prompt, cached, completion) if cached <= prompt <= LONG_PROMPT_TOKENS else None
 
