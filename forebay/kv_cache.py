@@ -135,6 +135,9 @@ class CacheUse(NamedTuple):
     saved_nano: int | None
 
 
+_NO_USE = CacheUse(0, 0, 0)
+
+
 @dataclass(slots=True)
 class Worth:
     """What providers reported: calls and tokens, how many of those came from their caches."""
@@ -244,10 +247,13 @@ class KVCacheManager:
     # ---------------------------------------------------------------- on the way of a request
 
     def read(self, call: Call) -> Reading | None:
-        """The prompt of a request, to be read when somebody needs it; None where nobody does."""
+        """The prompt of a request, to be read when somebody needs it; None where nobody does, for
+        it is short."""
         if not self.enable_kv_cache and not self._affinity:
             return None
         least = prefixes.STEP_FIRST_BYTES if self._affinity else self._bytes_min
+        if prefixes.is_short(call.body, least):
+            return None
         return Reading(call, least, self._affinity)
 
     def affinity(self, reading: Reading | None, group: str) -> Affinity | None:
@@ -339,18 +345,20 @@ class KVCacheManager:
             return None  # texts for vectors have no cache; and an estimate knows nothing of one
         prompt_tokens, cached = int(usage.get("prompt_tokens") or 0), cached_in(usage)
         written = int(usage.get("cache_creation_input_tokens") or 0)
-        used = bool(cached or written)
-        saved = self._saved(deployment, usage, cached, written) if used else 0
-        for worth in self._worths_of(tenant, deployment.group):
+        worths = self._worths_of(tenant, deployment.group)
+        for worth in worths:
             worth.calls += 1
             worth.prompt_tokens += prompt_tokens
-            if used:
-                worth.calls_cached += cached > 0
-                worth.cached_tokens += cached
-                worth.written_tokens += written
-                worth.saved_nano += saved or 0
-                worth.unpriced += saved is None
         self._changed()
+        if not (cached or written):
+            return _NO_USE
+        saved = self._saved(deployment, usage, cached, written)
+        for worth in worths:
+            worth.calls_cached += cached > 0
+            worth.cached_tokens += cached
+            worth.written_tokens += written
+            worth.saved_nano += saved or 0
+            worth.unpriced += saved is None
         return CacheUse(cached, written, saved)
 
     # ------------------------------------------------------------------------- for operators
@@ -526,8 +534,8 @@ class KVCacheManager:
         """All figures that something of a tenant and a group is a part of."""
         return (
             self._all,
-            self._models.get(group) or _worth_of(group, self._models, MODELS_MAX),
-            self._tenants.get(tenant) or _worth_of(tenant, self._tenants, TENANTS_MAX),
+            _worth_of(group, self._models, MODELS_MAX),
+            _worth_of(tenant, self._tenants, TENANTS_MAX),
         )
 
     def _saved(
@@ -622,9 +630,12 @@ def _places(prompt: Prompt, known: Sequence[_Known]) -> list[Place]:
 
 def _worth_of(name: str, known: dict[str, Worth], most: int) -> Worth:
     """The figures of a name: its own, for as many as fit; those of OTHER beyond."""
-    if name not in known and len(known) >= most:
-        name = OTHER
-    return known.setdefault(name, Worth())
+    worth = known.get(name)
+    if worth is None:
+        if len(known) >= most:
+            name = OTHER
+        worth = known.setdefault(name, Worth())
+    return worth
 
 
 def _parsed(cache_key: str) -> tuple[str, bytes]:

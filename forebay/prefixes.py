@@ -95,7 +95,7 @@ def read(
     Those that are shorter have no edge. `steps`: those at fixed lengths too. A body that is no
     request of the route gives None.
     """
-    if route == "embedding" or _is_short(body, least_bytes):
+    if route == "embedding":
         return None
     blocks = list(_blocks(body))
     if sum(len(block.data) for block in blocks) < least_bytes:
@@ -165,7 +165,7 @@ class _Chain:
         return self._hash.copy().digest()
 
 
-def _is_short(body: Mapping[str, Any], least_bytes: int) -> bool:
+def is_short(body: Mapping[str, Any], least_bytes: int) -> bool:
     """Whether a glance tells that a prompt is short: most are."""
     if body.get("tools") or "messages" not in body:
         return False

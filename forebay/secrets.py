@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
@@ -35,6 +36,8 @@ OPERATOR_PREFIX = "sk-fb-op-"
 MASK = "***"
 
 _ENVIRONMENT = "os.environ/"
+_VAULT = "secret/"
+_BEGINNINGS = (_ENVIRONMENT, _VAULT)  # of references
 _VARIABLE = re.compile(r"os\.environ/[A-Za-z_][A-Za-z0-9_]*")
 _VAULTED = re.compile(r"secret/[0-9a-f]{32}")
 _USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
@@ -118,14 +121,17 @@ def resolve(value: Any, environ: Mapping[str, str], vault: Vault | None = None) 
         ConfigurationError: an environment variable is not set, or the vault lacks the secret; the
             message names the variable or the reference.
     """
+    if isinstance(value, str):
+        return _look_up(value, environ, vault) if value.startswith(_BEGINNINGS) else value
     if isinstance(value, SecretStr):
         return value.get_secret_value()
-    if isinstance(value, str):
-        return _look_up(value, environ, vault)
     if isinstance(value, Mapping):
-        return {key: resolve(item, environ, vault) for key, item in value.items()}
+        resolved = dict(value)
+        for name, item in resolved.items():
+            resolved[name] = resolve(item, environ, vault)
+        return resolved
     if isinstance(value, list | tuple):
-        return [resolve(item, environ, vault) for item in value]
+        return list(map(partial(resolve, environ=environ, vault=vault), value))
     return value
 
 
@@ -191,16 +197,18 @@ class Vault:
         Raises:
             ConfigurationError: this vault has no such secret.
         """
-        name = reference.removeprefix("secret/")
-        if name not in self._secrets:
+        name = reference.removeprefix(_VAULT)
+        found = self._secrets.get(name)
+        if found is None:
             self._read()
-        if name not in self._secrets:
+            found = self._secrets.get(name)
+        if found is None:
             where = "this process" if self._path is None else f"{self._path} on this node"
             raise ConfigurationError(
                 f"{reference} is not in the vault of {where}; load the configuration here again, "
                 "or give the secret as os.environ/NAME"
             )
-        return self._secrets[name]
+        return found
 
     def resolve(self, params: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
         """A deployment's parameters with the secrets themselves, for one provider call."""

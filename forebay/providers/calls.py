@@ -50,6 +50,8 @@ class Call:
     `patience` names the parameter by which a deployment may shorten the time.
     """
 
+    __slots__ = ("_deployment", "_litellm", "_params", "limit_s", "provider")
+
     def __init__(
         self,
         litellm: Any,
@@ -63,8 +65,9 @@ class Call:
         self._deployment = deployment
         self._params = params
         own = params.get(patience, params.get("timeout"))
-        own_s = float(own) if isinstance(own, int | float | str) and _is_number(own) else timeout_s
-        self.limit_s = min(timeout_s, own_s)
+        self.limit_s = timeout_s
+        if isinstance(own, (int, float, str)) and _is_number(own):
+            self.limit_s = min(timeout_s, float(own))
 
     def asked(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The caller's parameters, without those that are not for the provider: a copy that

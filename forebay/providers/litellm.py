@@ -221,7 +221,7 @@ class LiteLLMProvider:
         self, deployment: Deployment, usage: Mapping[str, Any], model: str, usd: Any
     ) -> int | None:
         """The price of an answer for which the provider, where it says one, says `usd`."""
-        told = float(usd) if isinstance(usd, int | float) else None
+        told = float(usd) if isinstance(usd, (int, float)) else None
         return self._prices.of_answer(deployment, usage, model, told)
 
     def price_bound(self, deployment: Deployment) -> PriceBound | None:

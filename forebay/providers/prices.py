@@ -139,6 +139,7 @@ class Prices:
         self.listed_version = listed_version
         self._versions: dict[str, tuple[Deployment, str]] = {}
         self._listed: dict[str, bool] = {}
+        self._names: dict[tuple[str, str | None], tuple[Deployment, str | None]] = {}
         self._tariffs: dict[str, Tariff | None] = {}
         self._own: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {}
         self._bounds: dict[str, PriceBound | None] = {}
@@ -163,15 +164,24 @@ class Prices:
             return 0
         if usage is None or self.litellm is None:
             return None
+        name = self._listed_name(deployment, model)
+        return None if name is None else self._priced(name, usage)
+
+    def _listed_name(self, deployment: Deployment, model: str | None) -> str | None:
+        """By which name the list has what answered; None where it has none."""
+        known = self._names.get((deployment.id, model))
+        if known is not None and known[0] is deployment:
+            return known[1]
         names = [self._name(deployment)]
         if model:
             names.append(f"{deployment.provider}/{model.removeprefix(deployment.provider + '/')}")
         if deployment.provider == "openai":  # LiteLLM lists its models for texts apart
             names.append(f"text-completion-openai/{deployment.model.removeprefix('openai/')}")
-        for name in names:
-            if self._is_listed(name):
-                return self._priced(name, usage)
-        return None
+        name = next(filter(self._is_listed, names), None)
+        if len(self._names) >= NAMES_MAX:
+            self._names.clear()
+        self._names[deployment.id, model] = deployment, name
+        return name
 
     def _priced(self, name: str, usage: Mapping[str, Any]) -> int | None:
         """LiteLLM takes 0.1 ms for a sum; of a usage of nothing but text it is made here."""
@@ -353,7 +363,7 @@ def text_only(usage: Mapping[str, Any]) -> Counts | None:
             return None
     if (usage.get("prompt_cache_hit_tokens") or cached) != cached:
         return None
-    if not all(type(count) is int for count in (prompt, cached, completion)):
+    if not type(prompt) is type(cached) is type(completion) is int:
         return None
     return Counts(prompt, cached, completion) if cached <= prompt <= LONG_PROMPT_TOKENS else None
 

@@ -70,6 +70,7 @@ class LiteLLMChunks:
         self._deadline_s = 0.0
         self._waiting_since_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: asyncio.Task[Any] | None = None
         self._late: GatewayTimeout | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -86,9 +87,9 @@ class LiteLLMChunks:
     async def __anext__(self) -> dict[str, Any]:
         if self._over:
             raise StopAsyncIteration
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._loop)  # to find the loop out is a system call
         assert task is not None
-        loop = task.get_loop()
+        loop = self._loop = task.get_loop()
         self._waiting_since_s = loop.time()
         if self._timer is None:
             self._deadline_s = self._waiting_since_s + self._timeout_s

@@ -301,7 +301,7 @@ def _wrong_delta(delta: Any, lists: bool) -> str | None:
 def _ending_of(path: str) -> Callable[[Mapping[str, Any]], bool]:
     """Whether an event of this address's format says that the answer is whole."""
     if path.endswith("/completions"):
-        return lambda data: any(one.get("finish_reason") for one in data.get("choices") or ())
+        return _has_finish_reason
     if path.endswith(":streamGenerateContent"):
         return lambda data: (
             any(one.get("finishReason") for one in data.get("candidates") or ())
@@ -312,6 +312,13 @@ def _ending_of(path: str) -> Callable[[Mapping[str, Any]], bool]:
     if path.endswith("/v2/chat"):
         return lambda data: data.get("type") == "message-end"
     return lambda data: True
+
+
+def _has_finish_reason(chunk: Mapping[str, Any]) -> bool:
+    for choice in chunk.get("choices") or ():  # noqa: SIM110 - a generator for each chunk costs more
+        if choice.get("finish_reason"):
+            return True
+    return False
 
 
 def _shown(value: bytes) -> str:

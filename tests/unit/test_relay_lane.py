@@ -16,10 +16,12 @@ from aiohttp import web
 from forebay.config import GatewayConfig
 from forebay.errors import ConfigurationError, GatewayTimeout, InvalidRequest, ProviderError
 from forebay.providers.base import STALLED
+from forebay.providers.litellm import LiteLLMProvider
+from forebay.providers.local import InProcessModels
 from forebay.providers.relay.ear import EAR, Ear, listen
 from forebay.providers.relay.events import RawChunk
 from forebay.providers.relay.lanes import Lanes
-from forebay.providers.relay.pool import Origin, Target
+from forebay.providers.relay.pool import Origin, Pool, Target
 from forebay.providers.relay.rules import Rule
 from forebay.routing import Deployment, ModelTable
 from tests.support.two_lanes import (
@@ -378,6 +380,18 @@ async def test_more_than_one_answer_may_hold_is_refused(two: TwoLanes) -> None:
     two.upstream.reply = as_json(chat(choices=[choice(content="x" * (2 << 20))]))
     with pytest.raises(ProviderError, match="more than"):
         await two.lanes.chat(to, asked(), **HOW)
+
+
+def test_an_event_loop_that_is_closed_keeps_no_connections() -> None:
+    lanes = Lanes(LiteLLMProvider(InProcessModels()))
+
+    async def pool() -> Pool:
+        assert lanes._pool() is lanes._pool()
+        return lanes._pool()
+
+    first, second = asyncio.run(pool()), asyncio.run(pool())
+    assert first is not second
+    assert list(lanes._pools.values()) == [second]
 
 
 # --- chunks as they came ------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, cast
 
 import httpx
@@ -44,14 +44,15 @@ class Response:
     """
 
     __slots__ = (
-        *("_connection", "_failure", "_held_bytes", "_pieces", "_unpacker", "_waiter"),
-        *("_wanted_bytes", "begun", "fields", "status"),
+        *("_connection", "_failure", "_held_bytes", "_loop", "_pieces", "_unpacker"),
+        *("_waiter", "_wanted_bytes", "begun", "fields", "status"),
     )
 
     def __init__(self, connection: Connection) -> None:
         self.status = 0
         self.fields: list[tuple[bytes, bytes]] = []
         self.begun = False
+        self._loop = connection.loop
         self._connection: Connection | None = connection  # None: the answer is whole, or closed
         self._pieces: list[bytes] = []
         self._held_bytes = 0
@@ -68,8 +69,9 @@ class Response:
 
     def header(self, name: bytes) -> bytes:
         """The first header of this lower-case name, in lower case; b"" where there is none."""
+        size = len(name)
         for given, value in self.fields:
-            if given.lower() == name:
+            if len(given) == size and given.lower() == name:
                 return value.strip().lower()
         return b""
 
@@ -140,14 +142,12 @@ class Response:
         if self._connection is not None:
             self._connection.due_s = math.inf
 
-    async def _news(self) -> None:
+    def _news(self) -> asyncio.Future[None]:
+        """Done when there is more to say; raises what it failed with."""
         if self._failure is not None:
             raise self._failure
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
+        waiter = self._waiter = self._loop.create_future()
+        return waiter
 
     def _want(self, size_bytes: int) -> None:
         self._wanted_bytes = size_bytes
@@ -164,7 +164,7 @@ class Response:
     def _unpacker_of(self) -> _Unpacker | None:
         if self._unpacker is None:
             packing = self.header(b"content-encoding")
-            if packing not in (b"", b"identity"):
+            if packing and packing != b"identity":
                 self._unpacker = _Unpacker(packing)
         return self._unpacker
 
@@ -189,7 +189,7 @@ class Response:
         self.wake()
 
     def wake(self) -> None:
-        waiter = self._waiter
+        waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -238,8 +238,12 @@ class Connection(asyncio.Protocol):
     """
 
     def __init__(
-        self, free: Callable[[Connection], None], gone: Callable[[Connection], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        free: Callable[[Connection], None],
+        gone: Callable[[Connection], None],
     ) -> None:
+        self.loop = loop
         self.due_s = math.inf  # until when its answer may take, by the loop's clock
         self.idle_since_s = 0.0
         self._free = free
@@ -255,13 +259,13 @@ class Connection(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, parts: Iterable[bytes]) -> Response:
+    def send(self, request: bytes) -> Response:
         """Write a request. Only on a connection that is open and free."""
         assert self._transport is not None
         assert self._response is None
         response = self._response = Response(self)
         self._head_bytes = 0
-        self._transport.writelines(parts)
+        self._transport.write(request)
         return response
 
     def read_on(self) -> None:

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +38,7 @@ from forebay.providers.relay.ear import Ear
 from forebay.providers.relay.events import Events
 from forebay.providers.relay.forms import form_of
 from forebay.providers.relay.lessons import FORMS_MAX, LESSON_S, Lesson, Lessons
-from forebay.providers.relay.pool import Pool
+from forebay.providers.relay.pool import Pool, Target
 from forebay.providers.relay.rules import PATHS, Rule
 from forebay.providers.remaining import room_in
 from forebay.providers.streams import LiteLLMChunks, Opened
@@ -89,11 +88,11 @@ class _Known:
     number: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False, eq=False)
 class _Way:
     """How a request goes over the relay: where, the bytes, the deployment's parameters."""
 
-    rule: Rule
+    target: Target
     data: bytes
     params: dict[str, Any]
 
@@ -102,8 +101,8 @@ class Lanes:
     """The provider of a system: LiteLLM's lane, and the relay beside it.
 
     Owns what LiteLLM has shown (bounded by DEPLOYMENTS_MAX and FORMS_MAX) and one pool of
-    connections per event loop. `lane` is the configuration's; a deployment's own, in its
-    `litellm_params`, goes before it.
+    connections for each event loop that is not closed. `lane` is the configuration's; a
+    deployment's own, in its `litellm_params`, goes before it.
 
     Failure behaviour: LiteLLM's lane's. What is known of a deployment is forgotten when its
     parameters change, and when the provider says that it is not there, or not for us.
@@ -126,8 +125,7 @@ class Lanes:
         self._known: dict[str, _Known] = {}
         self._lessons = Lessons(forms_max)
         self._numbers = 0
-        self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pool]
-        self._pools = weakref.WeakKeyDictionary()
+        self._pools: dict[asyncio.AbstractEventLoop, Pool] = {}
 
     @property
     def relayed(self) -> int:
@@ -172,35 +170,35 @@ class Lanes:
     def count_tokens(self, deployment: Deployment, text: str) -> int | None:
         return self._litellm.count_tokens(deployment, text)
 
-    async def chat(
+    def chat(
         self,
         deployment: Deployment,
         body: Mapping[str, Any],
         *,
         timeout_s: float,
         resolve: Resolve,
-    ) -> Answer:
+    ) -> Coroutine[Any, Any, Answer]:
         """One chat completion.
 
         Raises:
             GatewayError: see `failures`.
         """
-        return await self._answer("chat", deployment, body, timeout_s, resolve)
+        return self._answer("chat", deployment, body, timeout_s, resolve)
 
-    async def completion(
+    def completion(
         self,
         deployment: Deployment,
         body: Mapping[str, Any],
         *,
         timeout_s: float,
         resolve: Resolve,
-    ) -> Answer:
+    ) -> Coroutine[Any, Any, Answer]:
         """One text completion.
 
         Raises:
             GatewayError: see `failures`.
         """
-        return await self._answer("completion", deployment, body, timeout_s, resolve)
+        return self._answer("completion", deployment, body, timeout_s, resolve)
 
     def chat_stream(
         self,
@@ -383,7 +381,7 @@ class Lanes:
         if not isinstance(found, Rule):
             return found
         try:
-            return _Way(found, found.worded(body), known.params)
+            return _Way(found.target, found.worded(body), known.params)
         except TypeError:  # a number or a text that JSON's writer refuses
             return None
 
@@ -453,8 +451,12 @@ class Lanes:
     ) -> tuple[Response, bytes]:
         """One request and its whole answer, and the body of that."""
         outer = sys.exception()
+        self._calls[deployment.circuit, "relay"] += 1
+        pool, limit_s = self._pool(), call.limit_s
         try:
-            response = await self._post(deployment, call, way)
+            response = pool.send(way.target, way.data, limit_s)
+            if response is None:
+                response = await pool.open_and_send(way.target, way.data, limit_s)
             return response, await response.read(self._answer_bytes_max)
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise call.error(error, outer) from None
@@ -462,21 +464,21 @@ class Lanes:
     async def _opened(self, deployment: Deployment, call: Call, way: _Way) -> Response:
         """One request, and the beginning of its answer."""
         outer = sys.exception()
+        self._calls[deployment.circuit, "relay"] += 1
         try:
-            response = await self._post(deployment, call, way)
+            response = await self._pool().post(way.target, way.data, call.limit_s)
             response.unhurried()
             return response
         except Exception as error:  # noqa: BLE001 - all of it is raised again, translated
             raise call.error(error, outer) from None
 
-    async def _post(self, deployment: Deployment, call: Call, way: _Way) -> Response:
-        self._calls[deployment.circuit, "relay"] += 1
-        return await self._pool().post(way.rule.target, way.data, call.limit_s)
-
     def _pool(self) -> Pool:
         loop = asyncio.get_running_loop()
         pool = self._pools.get(loop)
         if pool is None:
+            for other in list(self._pools):
+                if other.is_closed():
+                    self._pools.pop(other, None)
             pool = self._pools[loop] = Pool()
         return pool
 

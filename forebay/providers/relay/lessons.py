@@ -55,8 +55,9 @@ class Lessons:
         A future where another request has that ear, and it may be waited for. `own` are the
         deployment's parameters.
         """
-        if key in self._rules:
-            return self._rules[key]
+        rule = self._rules.get(key)
+        if rule is not None or key in self._rules:
+            return rule
         place = key, asyncio.get_running_loop()
         if place in self._under_way:
             return self._under_way[place] if may_wait else None
