@@ -22,7 +22,7 @@ from deployments.admin import Admin
 from deployments.http import build_asgi
 from deployments.http.auth import KeyEntry, Keys
 from deployments.http.service import HttpCall, Reply, Route, StreamReply
-from deployments.replica import drain_flag
+from deployments.replica import drain_flag, shorten_http
 from forebay import logs
 from forebay.books import NOBODY
 from forebay.call import Call, Facts, Result
@@ -71,6 +71,7 @@ class Gateway:
         self._secret = key_secret(os.environ, Path(boot.data_dir))
         self._service = PipelineService(self._system, self._secret, host, drain_flag())
         self.door = build_asgi(self._service)  # see `deployments.replica.Door`
+        await shorten_http()
         self._warming = loop.create_task(self._warm())
 
     async def _warm(self) -> None:
