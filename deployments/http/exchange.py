@@ -141,7 +141,7 @@ class Exchange:
             priority=_priority(headers.get(b"x-forebay-priority")),
             cache_control=self._cache_control(),
             idempotency_key=_idempotency_key(headers.get(b"idempotency-key")),
-            trace_parent=headers.get(b"traceparent", b"").decode("latin-1") or None,
+            trace_parent=_trace_parent(headers.get(b"traceparent")),
             arrived_s=self.arrived_s,
         )
         self.handed_on = True
@@ -478,6 +478,10 @@ def _priority(given: bytes | None) -> Priority:
             "x-forebay-priority", "x-forebay-priority must be interactive or bulk."
         )
     return cast("Priority", priority)
+
+
+def _trace_parent(given: bytes | None) -> str | None:
+    return given.decode("latin-1") if given else None
 
 
 def _idempotency_key(given: bytes | None) -> str | None:
