@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -170,11 +170,10 @@ class PipelineService(Admin):
     def config_version(self) -> int:
         return self._system.version
 
-    async def chat(self, call: HttpCall) -> Reply | StreamReply:
-        return await self._run(call)
+    def chat(self, call: HttpCall) -> Coroutine[Any, Any, Reply | StreamReply]:
+        return self._run(call)
 
-    async def completion(self, call: HttpCall) -> Reply | StreamReply:
-        return await self._run(call)
+    completion = chat
 
     async def embedding(self, call: HttpCall) -> Reply:
         reply = await self._run(call)
@@ -186,7 +185,9 @@ class PipelineService(Admin):
         self._system.pipeline.refused(call, status)
 
     def at_once(self, call: HttpCall) -> Reply | None:
-        result = None if call.stream else self._system.pipeline.at_once(_call(call))
+        if call.stream or not self._system.config.gateway.enable_caching:
+            return None
+        result = self._system.pipeline.at_once(_call(call))
         return None if result is None else self._reply(result, call.tenant)
 
     async def _run(self, http: HttpCall) -> Reply | StreamReply:

@@ -20,7 +20,8 @@ class Peer:
         raise NotImplementedError
 
     def answer(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
-        """Send a whole answer, of which `headers` tell the length; their names are lower-case.
+        """Send a whole answer, of which `headers` tell the length; their names are in good order,
+        and lower-case.
 
         Whether that could be done without waiting; if not, `send` is to be asked.
         """

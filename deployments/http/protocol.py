@@ -26,8 +26,7 @@ from deployments.http.app import CALLS
 from deployments.http.peer import Peer, peer_behind
 
 _PATHS = {path.encode(): path for path in CALLS}
-_NOT_IN_NAMES = bytes(range(33)) + b'()<>@,;:\\[]={}"\x7f'
-_NOT_IN_VALUES = bytes(set(range(32)) - {9}) + b"\x7f"
+_UNPRINTABLE = bytes(set(range(32)) - set(b"\t")) + b"\x7f"
 _BUSY = math.inf
 
 
@@ -83,7 +82,7 @@ class CallProtocol(HttpToolsProtocol):
             keep_alive=parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
-        self._start_asgi_task(self.cycle, self._calls)
+        self._start_asgi_task(self._call, self._calls)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -157,19 +156,17 @@ class CallCycle(RequestResponseCycle, Peer):
             return False
         if self.disconnected:
             return True
-        lines: list[bytes] = []
-        for name, value in self.default_headers:
-            lines += (name, b": ", value, b"\r\n")
-        for name, value in headers:
-            lines += (name, b": ", value, b"\r\n")
-        if _has(_NOT_IN_NAMES, lines[::4]) or _has(_NOT_IN_VALUES, lines[2::4]):
-            return False  # uvicorn says what is wrong
+        lines = [b": ".join(header) for header in self.default_headers]
+        lines += [b": ".join(header) for header in headers]
         if not self.keep_alive:
-            lines.append(b"connection: close\r\n")
+            lines.append(b"connection: close")
+        head = b"\r\n".join(lines)
+        if len(head.translate(None, _UNPRINTABLE)) != len(head) - 2 * (len(lines) - 1):
+            return False  # uvicorn says what is wrong
         shown = b"" if self.scope["method"] == "HEAD" else body
         self.response_started = self.response_complete = True
         self.waiting_for_100_continue = False
-        self.transport.write(b"".join([STATUS_LINE[status], *lines, b"\r\n", shown]))
+        self.transport.write(b"".join((STATUS_LINE[status], head, b"\r\n\r\n", shown)))
         self.message_event.set()
         if not self.keep_alive:
             self.transport.close()
@@ -194,12 +191,6 @@ class CallCycle(RequestResponseCycle, Peer):
         leave, self._leave = self._leave, None
         if leave is not None:
             leave()
-
-
-def _has(unwanted: bytes, texts: Sequence[bytes]) -> bool:
-    """Whether one of the texts has one of the unwanted bytes."""
-    joined = b"".join(texts)
-    return len(joined.translate(None, unwanted)) < len(joined)
 
 
 class _HeldHead:

@@ -12,7 +12,6 @@ import pytest
 from uvicorn import Config
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import (
-    HEADER_RE,
     HEADER_VALUE_RE,
     HttpToolsProtocol,
 )
@@ -257,18 +256,15 @@ async def test_a_header_is_refused_where_uvicorn_refuses_it() -> None:
         peer = peer_behind(send)
         assert peer is not None
         for byte in range(256):
-            odd = b"x%c" % byte
-            for header in ((odd, b"y"), (b"x", odd)):
-                vars(peer).update(response_started=False, response_complete=False)
-                given.append(peer.answer(200, [header], b""))
-            found.extend((not HEADER_RE.search(odd), not HEADER_VALUE_RE.search(odd)))
-        peer.answer(200, [], b"")
+            vars(peer).update(response_started=False, response_complete=False)
+            value = b"x%c" % byte
+            assert peer.answer(200, [(b"x", value)], b"") == (not HEADER_VALUE_RE.search(value))
+            found.append(byte)
+        assert not peer.answer(200, [(b"x\r\ny: z", b"x")], b"")
 
-    given: list[bool] = []
-    found: list[bool] = []
+    found: list[int] = []
     await Line(app).ask(call())
-    assert given == found
-    assert len(given) == 512
+    assert len(found) == 256
 
 
 # --- writes -------------------------------------------------------------------------------------
