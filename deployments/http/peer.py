@@ -6,38 +6,39 @@ Rule 1: it stands behind the `receive` and the `send` that the server gave, and 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 
-class Peer:
+class Peer(ABC):
     """The client of one request, as its server knows it."""
 
     __slots__ = ()
 
+    @abstractmethod
     def whole_body(self) -> bytes | None:
         """The request's body, if all of it is here; else None, and `receive` is to be asked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> bool:
         """Send a whole answer, of which `headers` tell the length; their names are in good order,
         and lower-case.
 
         Whether that could be done without waiting; if not, `send` is to be asked.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def watch(self, leave: Callable[[], object]) -> None:
         """Call `leave`, once, when the client hangs up before it has its answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def has_left(self) -> bool:
         """Whether the client has hung up."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unwatch(self) -> None:
         """Forget what `watch` was told."""
-        raise NotImplementedError
 
 
 def peer_behind(method: Any) -> Peer | None:
