@@ -45,7 +45,8 @@ class CallProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._is_plain = not (self.limit_concurrency or self.root_path or self.access_log)
+        unlimited = self.limit_concurrency is None
+        self._is_plain = unlimited and not self.root_path and not self.access_log
         # Nobody asks who called: what a proxy says of that need not be read.
         proxied = isinstance(self.app, ProxyHeadersMiddleware)
         self._calls: Any = self.app.app if proxied else self.app
