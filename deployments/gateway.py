@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from deployments.admin import Admin
 from deployments.http import build_asgi
 from deployments.http.auth import KeyEntry, Keys
 from deployments.http.service import HttpCall, Reply, Route, StreamReply
-from deployments.replica import drain_flag
+from deployments.replica import drain_flag, shorten_http
 from forebay import logs
 from forebay.books import NOBODY
 from forebay.call import Call, Facts, Result
@@ -71,6 +71,7 @@ class Gateway:
         self._secret = key_secret(os.environ, Path(boot.data_dir))
         self._service = PipelineService(self._system, self._secret, host, drain_flag())
         self.door = build_asgi(self._service)  # see `deployments.replica.Door`
+        await shorten_http()
         self._warming = loop.create_task(self._warm())
 
     async def _warm(self) -> None:
@@ -169,11 +170,10 @@ class PipelineService(Admin):
     def config_version(self) -> int:
         return self._system.version
 
-    async def chat(self, call: HttpCall) -> Reply | StreamReply:
-        return await self._run(call)
+    def chat(self, call: HttpCall) -> Coroutine[Any, Any, Reply | StreamReply]:
+        return self._run(call)
 
-    async def completion(self, call: HttpCall) -> Reply | StreamReply:
-        return await self._run(call)
+    completion = chat
 
     async def embedding(self, call: HttpCall) -> Reply:
         reply = await self._run(call)
@@ -185,7 +185,9 @@ class PipelineService(Admin):
         self._system.pipeline.refused(call, status)
 
     def at_once(self, call: HttpCall) -> Reply | None:
-        result = None if call.stream else self._system.pipeline.at_once(_call(call))
+        if call.stream or not self._system.config.gateway.enable_caching:
+            return None
+        result = self._system.pipeline.at_once(_call(call))
         return None if result is None else self._reply(result, call.tenant)
 
     async def _run(self, http: HttpCall) -> Reply | StreamReply:

@@ -38,6 +38,25 @@ def drain_flag() -> Callable[[], bool]:
     return lambda: bool(replica._shutting_down)
 
 
+async def shorten_http() -> None:
+    """Have the servers that this process starts from now on take calls by `CallProtocol`."""
+    try:
+        from uvicorn.config import HTTP_PROTOCOLS
+        from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+        from deployments.http.protocol import CallProtocol, works
+
+        if not issubclass(CallProtocol, AutoHTTPProtocol) or "auto" not in HTTP_PROTOCOLS:
+            raise AttributeError("it serves HTTP by something else")
+        if not await works():
+            raise AttributeError("a call was not answered as it should be")
+    except (ImportError, AttributeError, TypeError) as error:
+        log.warning("uvicorn is not as it was (%s): calls are served its own way", error)
+        return
+    table: dict[str, Any] = HTTP_PROTOCOLS  # of names, or classes
+    table["auto"] = CallProtocol
+
+
 class Door:
     """Takes calls straight to the application, past what Serve does for each request.
 

@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from starlette.types import Message, Receive
 
+from deployments.http.peer import Peer, peer_behind
+
 T = TypeVar("T")
 
 
@@ -108,6 +110,26 @@ class Lookout:
             self._leave()
 
 
+class Watch:
+    """A `Lookout` where the server says by itself that its client hangs up.
+
+    Owns what `peer` is told to do then. Failure behaviour: none of its own.
+    """
+
+    __slots__ = ("_peer",)
+
+    def __init__(self, peer: Peer, leave: Callable[[], object]) -> None:
+        self._peer = peer
+        peer.watch(leave)
+
+    def has_left(self) -> bool:
+        return self._peer.has_left()
+
+    def close(self) -> None:
+        """Look no longer."""
+        self._peer.unwatch()
+
+
 async def unless_gone(
     receive: Receive,
     work: Coroutine[Any, Any, T],
@@ -118,7 +140,8 @@ async def unless_gone(
     task = asyncio.current_task()
     assert task is not None
     cancelling = task.cancelling()
-    lookout = Lookout(receive, task.cancel)
+    peer = peer_behind(receive)
+    lookout = Lookout(receive, task.cancel) if peer is None else Watch(peer, task.cancel)
     if lookout.has_left():
         work.close()
         raise ClientGone

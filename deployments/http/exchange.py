@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from deployments.http.auth import TenantIdentity
 from deployments.http.errands import ClientGone, unless_gone
+from deployments.http.peer import peer_behind
 from deployments.http.service import HttpCall, Priority, Route, Service
 from forebay.body import too_large
 from forebay.call import checked_key
@@ -140,7 +141,7 @@ class Exchange:
             priority=_priority(headers.get(b"x-forebay-priority")),
             cache_control=self._cache_control(),
             idempotency_key=_idempotency_key(headers.get(b"idempotency-key")),
-            trace_parent=headers.get(b"traceparent", b"").decode("latin-1") or None,
+            trace_parent=_trace_parent(headers.get(b"traceparent")),
             arrived_s=self.arrived_s,
         )
         self.handed_on = True
@@ -160,12 +161,12 @@ class Exchange:
         given = self.headers.get(b"x-correlation-id", b"")
         return given.decode() if _ID.fullmatch(given) else self.request_id
 
-    async def unless_gone(
+    def unless_gone(
         self, work: Coroutine[Any, Any, T], close: Callable[[T], Awaitable[None]] | None = None
-    ) -> T:
+    ) -> Coroutine[Any, Any, T]:
         """The result of `work`, or ClientGone as soon as nobody waits for it any more. Only after
         the body has been read. `close` is for a result that comes nevertheless."""
-        return await unless_gone(self._receive, work, close)
+        return unless_gone(self._receive, work, close)
 
     async def _body(self) -> bytes:
         headers = self.headers
@@ -188,7 +189,13 @@ class Exchange:
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > BODY_BYTES_MAX:
             raise too_large()
-        return await self._read()
+        peer = peer_behind(self._receive)
+        body = None if peer is None else peer.whole_body()
+        if body is None:
+            return await self._read()
+        if len(body) > BODY_BYTES_MAX:
+            raise too_large()
+        return body
 
     async def _read(self) -> bytes:
         pieces: list[bytes] = []
@@ -209,10 +216,16 @@ class Exchange:
 
     async def start(self, status: int, headers: list[Header]) -> None:
         """Send status and headers; the request's id is added, unless the server around us does."""
-        self.started = True
+        self._complete(headers)
+        await self._begin(status, headers)
+
+    def _complete(self, headers: list[Header]) -> None:
         if self._echo_id:
             headers.append((b"x-request-id", self.request_id.encode()))
         headers.append(NO_SNIFFING)
+
+    async def _begin(self, status: int, headers: list[Header]) -> None:
+        self.started = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, body: bytes, *, more: bool) -> None:
@@ -223,7 +236,12 @@ class Exchange:
         """Send a whole answer; JSON unless `headers` names another content type."""
         headers = [JSON] if headers is None else headers
         headers.append((b"content-length", b"%d" % len(body)))
-        await self.start(status, headers)
+        self._complete(headers)
+        peer = peer_behind(self._send)
+        if peer is not None and peer.answer(status, headers, body):
+            self.started = True
+            return
+        await self._begin(status, headers)
         await self.write(b"" if self.scope["method"] == "HEAD" else body, more=False)
 
     async def send_json(self, value: Any, status: int = 200) -> None:
@@ -460,6 +478,10 @@ def _priority(given: bytes | None) -> Priority:
             "x-forebay-priority", "x-forebay-priority must be interactive or bulk."
         )
     return cast("Priority", priority)
+
+
+def _trace_parent(given: bytes | None) -> str | None:
+    return given.decode("latin-1") if given else None
 
 
 def _idempotency_key(given: bytes | None) -> str | None:

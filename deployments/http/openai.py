@@ -6,7 +6,7 @@ Rule 2: vectors are written as bytes, never as Python lists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -34,14 +34,14 @@ WARNINGS_BYTES_MAX = 2048
 _PLAIN = " !'()*+/:;=?@[]|$&"
 
 
-async def chat_completions(exchange: Exchange) -> None:
+def chat_completions(exchange: Exchange) -> Awaitable[None]:
     """POST /v1/chat/completions."""
-    await _answer(exchange, "chat")
+    return _answer(exchange, "chat")
 
 
-async def completions(exchange: Exchange) -> None:
+def completions(exchange: Exchange) -> Awaitable[None]:
     """POST /v1/completions."""
-    await _answer(exchange, "completion")
+    return _answer(exchange, "completion")
 
 
 async def embeddings(exchange: Exchange) -> None:

@@ -23,7 +23,7 @@ BreakerOrder = Literal["closed", "open", "auto"]
 """Forced closed, forced open, or left to judge for itself again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class HttpCall:
     """One request, parsed and authenticated, its parameters not checked yet.
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from deployments.http import KeyEntry, Keys, TenantIdentity, build_asgi
+from deployments.http import KeyEntry, Keys, TenantIdentity, auth, build_asgi
 from deployments.ingress import require_keys_or_loopback
-from forebay.errors import ConfigurationError, Overloaded
+from forebay.errors import AuthenticationError, ConfigurationError, Overloaded
 from forebay.secrets import hash_key, operator_key
 from tests.support.scripted_service import (
     SECRET,
@@ -286,3 +286,40 @@ def test_any_other_host_needs_one(host: str | None) -> None:
         require_keys_or_loopback(host, has_keys=False)
 
     assert caught.value.param == "server.host"
+
+
+# --- headers that were seen before --------------------------------------------------------------
+
+
+def test_a_header_that_was_good_is_known_again_and_no_key_is_kept() -> None:
+    keys = keys_of(acme="fb-acme", ops="fb-ops", admins=("ops",))
+    headers = {b"authorization": b"Bearer fb-acme"}
+    assert keys.identify(headers) is keys.identify(headers)
+    assert keys.identify({**headers, b"x-api-key": b"fb-ops"}).tenant == "acme"
+    assert "fb-acme" not in repr(vars(keys))
+
+
+def test_another_header_says_nothing_of_who_sends_it_next() -> None:
+    keys = keys_of(acme="fb-acme", ops="fb-ops")
+    for authorization in (b"", b"Basic x", b"Bearer "):
+        headers = {b"authorization": authorization}
+        assert keys.identify({**headers, b"x-api-key": b"fb-acme"}).tenant == "acme"
+        assert keys.identify({**headers, b"x-api-key": b"fb-ops"}).tenant == "ops"
+        with pytest.raises(AuthenticationError):
+            keys.identify(headers)
+
+
+def test_a_wrong_header_is_wrong_each_time_and_is_not_kept() -> None:
+    keys = keys_of(acme="fb-acme")
+    for _ in range(2):
+        with pytest.raises(AuthenticationError):
+            keys.identify({b"authorization": b"Bearer fb-other", b"x-api-key": b"fb-acme"})
+    assert keys._seen == {}
+
+
+def test_headers_are_kept_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "SEEN_MAX", 3)
+    keys = keys_of(acme="fb-acme")
+    for spaces in range(1, 20):
+        assert keys.identify({b"authorization": b"Bearer" + b" " * spaces + b"fb-acme"})
+        assert len(keys._seen) <= 3
