@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -35,7 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from actors.ledger.policy import Entry
 from benchmarks import limits
 from benchmarks.apart import ROOT
 from benchmarks.options import Report, measured, parser_of, say, tell_figures
+from deployments.request_ids import RequestIds
 from tests.support.failing_disk import Disk
 from tests.support.upstream import Upstream
 
@@ -70,18 +72,20 @@ class Bench:
     url: str | None
     entries: int = 0
     cost_nano: int = 0
+    new_id: Callable[[], str] = field(default_factory=RequestIds)
 
     def ledger(self) -> Ledger:
         url = None if self.url is None else partial(str, self.url)
         return Ledger(str(self.path), url=url, lock_wait_s=30.0)
 
     def entry(self) -> Entry:
-        """The next one: of a thousand tenants, three models and a month."""
+        """The next one: of a thousand tenants, three models and a month; ids as calls have them."""
         n = self.entries
         self.entries += 1
         self.cost_nano += 1_000 + n % 7_919
         return Entry(
-            f"bench-{n}", f"chatcmpl-{n}", 1, f"tenant-{n % 1000}", "chat", f"model-{n % 3}",
+            self.new_id(), f"chatcmpl-{random.getrandbits(96):024x}", 1,
+            f"tenant-{n % 1000}", "chat", f"model-{n % 3}",
             "openai/model#1", "posted", 100 + n % 400, 20 + n % 300, 1_000 + n % 7_919, False,
             False, n % 2 == 0, 800, START_MS + n * 2_592, None, 200, "litellm-1.0",
         )  # fmt: skip
