@@ -105,7 +105,7 @@ _PERSONAL = (
     _Kind(
         "a card number",
         Pattern("[0-9]{4}([ -]?[0-9]){9}"),
-        re.compile(r"(?<![\d.-])\d{4}(?:[ -]?\d){9,15}(?![\d-])", re.ASCII),
+        re.compile(r"(?<![\w.-])\d{4}(?:[ -]?\d){9,15}(?![\w-])", re.ASCII),
         _luhn,
     ),
     _Kind(

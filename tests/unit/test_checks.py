@@ -72,6 +72,7 @@ def test_personal_data_is_found(text: str) -> None:
     [
         "4111 1111 1111 1112",  # a wrong check digit
         "0000 0000 0000 0000",
+        "commit e4111111111111111, call id_4111111111111111, digest 4111111111111111f",
         "DE88 3704 0044 0532 0130 00",
         "000-45-6789, 1-123-45-6789",
         "user@example.com",
