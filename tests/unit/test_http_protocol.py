@@ -622,15 +622,16 @@ async def test_servers_of_a_replica_take_calls_so(monkeypatch: pytest.MonkeyPatc
     assert config.http_protocol_class is CallProtocol
 
 
+@pytest.mark.parametrize("used", ["CallCycle", "ServerState", "Config"])
 async def test_a_uvicorn_that_is_another_is_left_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    used: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Another:
-        def __init__(self, **_: Any) -> None:
-            raise TypeError("unknown argument")
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise ValueError("unknown argument")
 
     before = HTTP_PROTOCOLS["auto"]
-    monkeypatch.setattr(protocol, "CallCycle", Another)
+    monkeypatch.setattr(protocol, used, Another)
     await shorten_http()
     assert HTTP_PROTOCOLS["auto"] == before
     (record,) = [record for record in caplog.records if record.name == "deployments.replica"]
