@@ -50,7 +50,7 @@ async def shorten_http() -> None:
             raise AttributeError("it serves HTTP by something else")
         if not await works():
             raise AttributeError("a call was not answered as it should be")
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - what another uvicorn raises nobody knows
         log.warning("uvicorn is not as it was (%s): calls are served its own way", error)
         return
     table: dict[str, Any] = HTTP_PROTOCOLS  # of names, or classes

@@ -176,6 +176,8 @@ class CallCycle(RequestResponseCycle, Peer):
 
     def watch(self, leave: Callable[[], object]) -> None:
         self._leave = leave
+        # A body's last piece may have stopped the reading, and only who reads hears of the end.
+        self.flow.resume_reading()
 
     def unwatch(self) -> None:
         self._leave = None

@@ -425,6 +425,31 @@ async def test_a_client_that_hangs_up_stops_a_stream() -> None:
         await chunks.closed.wait()
 
 
+async def test_a_client_that_hangs_up_after_a_long_body_stops_the_work() -> None:
+    begun, stopped = asyncio.Event(), asyncio.Event()
+
+    class Waits(ScriptedService):
+        async def chat(self, call: Any) -> Any:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.set()
+
+    raw = call(ASKED.replace(b"hi", b"x" * 100_000))
+    async with served(build_asgi(Waits())) as server:
+        _, writer, _ = await server.connect()
+        writer.write(raw[:200])  # the rest comes at once, and is more than uvicorn reads ahead
+        while not server.state.tasks:
+            await asyncio.sleep(0)
+        await settle()
+        (connection,) = server.made
+        connection.data_received(raw[200:])
+        await begun.wait()
+        writer.close()
+        await stopped.wait()
+
+
 async def test_who_leaves_is_told_of_once_and_only_before_the_answer() -> None:
     told: list[bytes] = []
 
@@ -597,15 +622,16 @@ async def test_servers_of_a_replica_take_calls_so(monkeypatch: pytest.MonkeyPatc
     assert config.http_protocol_class is CallProtocol
 
 
+@pytest.mark.parametrize("used", ["CallCycle", "ServerState", "Config"])
 async def test_a_uvicorn_that_is_another_is_left_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    used: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Another:
-        def __init__(self, **_: Any) -> None:
-            raise TypeError("unknown argument")
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise ValueError("unknown argument")
 
     before = HTTP_PROTOCOLS["auto"]
-    monkeypatch.setattr(protocol, "CallCycle", Another)
+    monkeypatch.setattr(protocol, used, Another)
     await shorten_http()
     assert HTTP_PROTOCOLS["auto"] == before
     (record,) = [record for record in caplog.records if record.name == "deployments.replica"]
