@@ -236,24 +236,45 @@ class _HeldHead:
 
 
 async def works() -> bool:
-    """Whether this uvicorn serves a call as it should. It takes a turn of the loop, no network."""
+    """Whether this uvicorn serves calls as it should: one that is answered at once, one that is
+    answered in parts, and one whose client leaves. It takes some turns of the loop, no network.
+
+    Raises what uvicorn does, and TimeoutError where a call does not end.
+    """
+    wire, state = _Wire(), ServerState()
+    left = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         peer = peer_behind(receive)
-        if peer is not None and peer is peer_behind(send) and not peer.has_left():
-            peer.answer(200, [(b"content-length", b"2")], peer.whole_body() or b"")
+        if peer is None or peer is not peer_behind(send) or peer.has_left():
+            return
+        if not wire.written:
+            peer.answer(200, _TWO_BYTES, peer.whole_body() or b"")
+        elif len(wire.written) == 1:
+            body = (await receive())["body"]
+            await send({"type": "http.response.start", "status": 200, "headers": _TWO_BYTES})
+            await send({"type": "http.response.body", "body": body})
+        else:
+            peer.watch(left.set)
+            await left.wait()
 
-    wire, state = _Wire(), ServerState()
     config = Config(app, lifespan="off", log_config=None, access_log=False, ws="none")
     connection = CallProtocol(config, state, {}, asyncio.get_running_loop())
     connection.connection_made(wire)
-    connection.data_received(_TRIAL)
-    await asyncio.gather(*state.tasks)
-    connection.connection_lost(None)
-    return wire.written == [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"]
+    async with asyncio.timeout(TRIAL_S):
+        for _ in range(2):
+            connection.data_received(_TRIAL)
+            await asyncio.gather(*state.tasks)
+        connection.data_received(_TRIAL)
+        await asyncio.sleep(0)
+        connection.connection_lost(None)
+        await asyncio.gather(*state.tasks)
+    return wire.written == [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"] * 2 and left.is_set()
 
 
+TRIAL_S = 5.0
 _TRIAL = b"POST %b HTTP/1.1\r\ncontent-length: 2\r\n\r\n{}" % next(iter(_PATHS))
+_TWO_BYTES = [(b"content-length", b"2")]
 
 
 class _Wire(asyncio.Transport):
