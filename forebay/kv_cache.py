@@ -278,6 +278,8 @@ class KVCacheManager:
         Takes note of the prompt and of where it goes; a retry does not make it a known one.
         """
         if reading is None:
+            if self.enable_kv_cache:
+                self._way(deployment)  # the next one as short may be long enough for it
             return body
         kind, bytes_min = self._way(deployment)
         if kind is None and not self._affinity:

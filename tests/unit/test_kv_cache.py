@@ -244,6 +244,14 @@ class TestWhatTheListSays:
         bench.send(call(short, user("one")), OPENAI)
         assert bench.key(call(short, user("two"))) is None
 
+    def test_that_is_learnt_from_prompts_as_short_as_that_alone(self) -> None:
+        bench = Bench()
+        bench.listed[ANTHROPIC.model] = PromptCaching(True, 512)
+        short = {"role": "system", "content": "x" * 3000}
+        for text in ("one", "two"):
+            bench.send(call(short, user(text)))
+        assert bench.marks(call(short, user("three"))) == [0]
+
     def test_the_configuration_knows_better(self) -> None:
         bench = Bench()
         info = {"supports_prompt_caching": True, "prompt_cache_min_tokens": 2048}
