@@ -392,24 +392,30 @@ async def test_a_client_that_does_not_read_is_waited_for() -> None:
 # --- who leaves ---------------------------------------------------------------------------------
 
 
+class Waits(ScriptedService):
+    """A call of it lasts until it is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.stopped = asyncio.Event(), asyncio.Event()
+
+    async def chat(self, call: Any) -> Any:
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.stopped.set()
+
+
 @pytest.mark.parametrize("more", [b"", call()], ids=["alone", "with more calls behind it"])
 async def test_a_client_that_hangs_up_stops_the_work(more: bytes) -> None:
-    begun, stopped = asyncio.Event(), asyncio.Event()
-
-    class Waits(ScriptedService):
-        async def chat(self, call: Any) -> Any:
-            begun.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                stopped.set()
-
-    async with served(build_asgi(Waits())) as server:
+    service = Waits()
+    async with served(build_asgi(service)) as server:
         _, writer, _ = await server.connect()
         writer.write(call() + more)
-        await begun.wait()
+        await service.begun.wait()
         writer.close()
-        await stopped.wait()
+        await service.stopped.wait()
         await settle()
         assert not server.state.tasks
         assert not server.state.connections
@@ -426,18 +432,9 @@ async def test_a_client_that_hangs_up_stops_a_stream() -> None:
 
 
 async def test_a_client_that_hangs_up_after_a_long_body_stops_the_work() -> None:
-    begun, stopped = asyncio.Event(), asyncio.Event()
-
-    class Waits(ScriptedService):
-        async def chat(self, call: Any) -> Any:
-            begun.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                stopped.set()
-
+    service = Waits()
     raw = call(ASKED.replace(b"hi", b"x" * 100_000))
-    async with served(build_asgi(Waits())) as server:
+    async with served(build_asgi(service)) as server:
         _, writer, _ = await server.connect()
         writer.write(raw[:200])  # the rest comes at once, and is more than uvicorn reads ahead
         while not server.state.tasks:
@@ -445,9 +442,9 @@ async def test_a_client_that_hangs_up_after_a_long_body_stops_the_work() -> None
         await settle()
         (connection,) = server.made
         connection.data_received(raw[200:])
-        await begun.wait()
+        await service.begun.wait()
         writer.close()
-        await stopped.wait()
+        await service.stopped.wait()
 
 
 async def test_who_leaves_is_told_of_once_and_only_before_the_answer() -> None:
