@@ -2,7 +2,7 @@
 
 Rule 1: what a call needs of HTTP is uvicorn's or is done as uvicorn does it; all that is no plain
         call to a known path goes uvicorn's own way.
-Rule 2: nothing here is public in uvicorn either: `works` tries all of it on a call.
+Rule 2: nothing here is public in uvicorn either: `works` tries it on three calls.
 Rule 3: a head leaves together with what follows it at once, and waits for nothing that takes time.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from uvicorn.config import Config
@@ -138,7 +138,7 @@ class CallCycle(RequestResponseCycle, Peer):
 
     _leave: Callable[[], object] | None = None
 
-    def send(self, message: Any) -> Awaitable[None]:  # type: ignore[override]
+    def send(self, message: Any) -> Coroutine[Any, Any, None]:
         if not self.response_started and self.scope["method"] != "HEAD":
             self.transport = _HeldHead(self.transport)  # type: ignore[assignment]
         return super().send(message)
